@@ -1,0 +1,129 @@
+"""How a tensor is cut into blocks: runs of its last axis, leading axes untouched.
+
+Every other module asks this one. Cutting only the last axis keeps a parameter's
+``PartitionSpec`` valid on each of its per-block state arrays, keeps the compiled step
+free of collectives, and makes results independent of the number of devices.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """The blocks of one row.
+
+    Attributes:
+        row: elements in the row (the length of the tensor's last axis; 1 for a scalar).
+        size: elements in a block, always even so that two 4-bit codes share a byte.
+        count: blocks in the row.
+    """
+
+    row: int
+    size: int
+    count: int
+
+    @property
+    def padding(self) -> int:
+        """Elements that the last block has beyond the end of the row."""
+        return self.count * self.size - self.row
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    r"""The rule that cuts rows into blocks; it looks at the row's length and nothing else.
+
+    For a row of :math:`n` elements the block size is the largest even divisor :math:`B` of
+    :math:`n` with ``size / 2`` :math:`\le B \le` ``size`` and a block count :math:`n / B`
+    divisible by ``shards``. Where no divisor qualifies, ``shards`` is halved until one does.
+    A row that still has none is a single block if it is no longer than ``size`` (rounded up
+    to an even number), and otherwise is cut into blocks of ``size``, the last one padded.
+
+    The rule never looks at the mesh, so a checkpoint does not depend on it.
+
+    Args:
+        size: the largest number of elements in a block; even.
+        shards: the block count should be divisible by this, so that the row's blocks divide
+            over that many devices (or any divisor of it) exactly where the row itself does.
+
+    Raises:
+        ValueError: if ``size`` is not a positive even integer or ``shards`` not positive.
+
+    Examples:
+        >>> from microadam_jax import Blocks
+        >>> Blocks().layout(4096)
+        BlockLayout(row=4096, size=256, count=16)
+        >>> Blocks().layout(11008)  # Llama-2's 43 * 256: 43 blocks would divide over no mesh
+        BlockLayout(row=11008, size=172, count=64)
+    """
+
+    size: int = 256
+    shards: int = 8
+
+    def __post_init__(self) -> None:
+        _require_static_int("Blocks.size", self.size)
+        _require_static_int("Blocks.shards", self.shards)
+        if self.size < 2 or self.size % 2:
+            raise ValueError(f"Blocks.size must be a positive even integer; got {self.size}.")
+        if self.shards < 1:
+            raise ValueError(f"Blocks.shards must be a positive integer; got {self.shards}.")
+
+    def layout(self, row: int) -> BlockLayout:
+        """The layout of a row of ``row`` elements."""
+        shards = self.shards
+        while shards:
+            candidates = [
+                size
+                for size in range(2, min(self.size, row) + 1, 2)
+                if 2 * size >= self.size and row % size == 0 and row // size % shards == 0
+            ]
+            if candidates:
+                return BlockLayout(row, candidates[-1], row // candidates[-1])
+            shards //= 2
+        if row <= self.size:
+            return BlockLayout(row, max(2, row + row % 2), 1 if row else 0)
+        return BlockLayout(row, self.size, math.ceil(row / self.size))
+
+    def layout_of(self, tensor: jax.Array | jax.ShapeDtypeStruct) -> BlockLayout:
+        """The layout of the rows of ``tensor``."""
+        return self.layout(tensor.shape[-1] if tensor.ndim else 1)
+
+
+def blocked_shape(shape: tuple[int, ...], layout: BlockLayout, *block: int) -> tuple[int, ...]:
+    """The shape ``(*lead, count, *block)`` of what is kept per block of a ``shape`` tensor."""
+    return (*shape[:-1], layout.count, *block)
+
+
+def split(x: jax.Array, layout: BlockLayout) -> jax.Array:
+    """Cuts ``x`` of shape ``(*lead, row)`` into ``(*lead, count, size)``, padding with zeros."""
+    if x.ndim == 0:
+        x = x[None]
+    if layout.padding:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, layout.padding)])
+    return x.reshape(blocked_shape(x.shape, layout, layout.size))
+
+
+def merge(blocks: jax.Array, layout: BlockLayout, shape: tuple[int, ...]) -> jax.Array:
+    """Joins blocks ``(*lead, count, size)`` into a tensor of ``shape``, dropping the padding."""
+    if layout.padding == 0:
+        return blocks.reshape(shape)
+    rows = blocks.reshape(*blocks.shape[:-2], layout.count * layout.size)
+    return rows[..., : layout.row].reshape(shape)
+
+
+def in_row(layout: BlockLayout) -> jax.Array:
+    """Which elements of the blocks ``(count, size)`` belong to the row: False on padding."""
+    position = jnp.arange(layout.count * layout.size, dtype=jnp.int32)
+    return (position < layout.row).reshape(layout.count, layout.size)
+
+
+def _require_static_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"{name} shapes the state, so it must be a plain Python int; got "
+            f"{type(value).__name__}. Keep it inside its spec object: "
+            "optax.inject_hyperparams turns bare numbers into traced arrays."
+        )

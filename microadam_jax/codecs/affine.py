@@ -1,0 +1,161 @@
+"""MicroAdam's 4-bit codec: sixteen levels between the least and greatest value of a bucket."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
+from microadam_jax.sharding import state_zeros
+
+LEVELS = 15  # steps between the sixteen levels of four bits
+
+
+class AffineCodes(NamedTuple):
+    """A tensor ``(*lead, n)`` of ``buckets`` buckets of ``size`` elements in four bits.
+
+    Attributes:
+        codes: ``(*lead, buckets, size / 2)`` uint8. Element ``j`` of a bucket lies in the low
+            half of byte ``j``, element ``j + size / 2`` in the high half.
+        low: ``(*lead, buckets)``, the value of level 0.
+        high: ``(*lead, buckets)``, the value of level 15.
+    """
+
+    codes: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine4:
+    r"""Four bits per element, affine between a bucket's minimum and maximum.
+
+    For a bucket with minimum :math:`\delta` and maximum :math:`\Delta`, with
+    :math:`u = (\Delta - \delta) / 15`,
+
+    .. math::
+
+        Q(x) = \min(15, \lfloor (x - \delta) / u + \xi \rfloor), \qquad
+        Q^{-1}(q) = q\,u + \delta,
+
+    where :math:`\xi = 1/2` rounds to nearest and :math:`\xi \sim U[0, 1)` rounds
+    stochastically, without bias. A constant bucket (:math:`u = 0`) decodes to its constant,
+    so that all-zero buckets stay exactly zero. An infinite or NaN element makes its bucket NaN.
+
+    Args:
+        buckets: the rule that cuts rows into buckets; share it with the Top-K blocks so that
+            one pass over a block does both.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        statistics: ``"float32"``, or ``"bfloat16"`` with the minimum rounded down and the
+            maximum up, so that no element leaves the sixteen levels.
+
+    Raises:
+        ValueError: if ``rounding`` or ``statistics`` is not one of those.
+
+    Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 8 and 9, and its quantizer lemma.
+    """
+
+    buckets: Blocks = Blocks()
+    rounding: str = "nearest"
+    statistics: str = "float32"
+
+    Encoded: ClassVar[type[AffineCodes]] = AffineCodes
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(
+                f"Affine4.rounding must be 'nearest' or 'stochastic'; got {self.rounding!r}."
+            )
+        if self.statistics not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"Affine4.statistics must be 'float32' or 'bfloat16'; got {self.statistics!r}."
+            )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether ``encode`` must be given a key."""
+        return self.rounding == "stochastic"
+
+    def zeros(self, parameter: jax.Array) -> AffineCodes:
+        """The encoding of zeros: every level 0, every bucket from 0 to 0."""
+        layout = self.buckets.layout_of(parameter)
+        codes = blocked_shape(parameter.shape, layout, layout.size // 2)
+        bucket = blocked_shape(parameter.shape, layout)
+        return AffineCodes(
+            codes=state_zeros(parameter, codes, jnp.uint8),
+            low=state_zeros(parameter, bucket, self.statistics),
+            high=state_zeros(parameter, bucket, self.statistics),
+        )
+
+    def encode(self, x: jax.Array, key: jax.Array | None = None) -> AffineCodes:
+        """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
+        layout = self.buckets.layout_of(x)
+        bucket = _repeat_into_padding(split(x, layout), layout)
+        low, high = jnp.min(bucket, axis=-1), jnp.max(bucket, axis=-1)
+        if self.statistics == "bfloat16":
+            low, high = _bfloat16_below(low), -_bfloat16_below(-high)
+        step = _step(low, high)[..., None]
+        xi = jax.random.uniform(key, bucket.shape) if key is not None else 0.5
+        level = jnp.floor((bucket - low[..., None]) / jnp.where(step > 0, step, 1) + xi)
+        level = jnp.where(step > 0, jnp.clip(level, 0, LEVELS), 0)
+        return AffineCodes(
+            codes=pack_nibbles(level.astype(jnp.uint8)),
+            low=low.astype(self.statistics),
+            high=high.astype(self.statistics),
+        )
+
+    def decode(self, encoded: AffineCodes, shape: tuple[int, ...]) -> jax.Array:
+        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        row = shape[-1] if shape else 1
+        low = encoded.low.astype(jnp.float32)[..., None]
+        high = encoded.high.astype(jnp.float32)[..., None]
+        level = unpack_nibbles(encoded.codes).astype(jnp.float32)
+        return merge(level * _step(low, high) + low, self.buckets.layout(row), shape)
+
+
+def affine4(
+    bucket: int | Blocks = 256, rounding: str = "nearest", statistics: str = "float32"
+) -> Affine4:
+    """MicroAdam's 4-bit codec; see :class:`Affine4`.
+
+    Args:
+        bucket: the largest number of elements that share a minimum and a maximum, or the rule
+            that cuts rows into buckets.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        statistics: ``"float32"`` or ``"bfloat16"``.
+
+    Returns:
+        The codec.
+    """
+    return Affine4(Blocks(bucket) if isinstance(bucket, int) else bucket, rounding, statistics)
+
+
+def pack_nibbles(levels: jax.Array) -> jax.Array:
+    """Packs levels ``(..., size)`` below 16 into bytes ``(..., size / 2)``, first half low."""
+    low, high = jnp.split(levels, 2, axis=-1)
+    return low | (high << 4)
+
+
+def unpack_nibbles(codes: jax.Array) -> jax.Array:
+    """The inverse of :func:`pack_nibbles`."""
+    return jnp.concatenate([codes & 0xF, codes >> 4], axis=-1)
+
+
+def _step(low: jax.Array, high: jax.Array) -> jax.Array:
+    # Dividing before subtracting keeps the step finite over the whole range of float32.
+    return high / LEVELS - low / LEVELS
+
+
+def _repeat_into_padding(bucket: jax.Array, layout: BlockLayout) -> jax.Array:
+    """Fills the padding with the bucket's first element, which leaves its extremes alone."""
+    if layout.padding == 0:
+        return bucket
+    return jnp.where(in_row(layout), bucket, bucket[..., :1])
+
+
+def _bfloat16_below(x: jax.Array) -> jax.Array:
+    """The greatest bfloat16 number at or below each float32 number, as float32."""
+    nearest = x.astype(jnp.bfloat16)
+    below = jnp.where(nearest.astype(jnp.float32) > x, jnp.nextafter(nearest, -jnp.inf), nearest)
+    return below.astype(jnp.float32)

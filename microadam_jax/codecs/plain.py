@@ -1,0 +1,50 @@
+"""A quantity kept as it is, in a float format that the hardware has."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.sharding import state_zeros
+
+
+class PlainValues(NamedTuple):
+    """``values``: the parameter's shape, in the codec's dtype."""
+
+    values: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Keeps a tensor in ``dtype``, rounded to nearest.
+
+    Args:
+        dtype: ``"float32"`` or ``"bfloat16"``.
+    """
+
+    dtype: str = "float32"
+
+    Encoded: ClassVar[type[PlainValues]] = PlainValues
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"Plain.dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+
+    @property
+    def needs_key(self) -> bool:
+        """Rounding to nearest draws no random numbers."""
+        return False
+
+    def zeros(self, parameter: jax.Array) -> PlainValues:
+        """Zeros like ``parameter``."""
+        return PlainValues(state_zeros(parameter, parameter.shape, self.dtype))
+
+    def encode(self, x: jax.Array, key: jax.Array | None = None) -> PlainValues:
+        """Rounds the float32 tensor ``x`` to ``dtype``."""
+        del key
+        return PlainValues(x.astype(self.dtype))
+
+    def decode(self, encoded: PlainValues, shape: tuple[int, ...]) -> jax.Array:
+        """The stored tensor in float32."""
+        return encoded.values.reshape(shape).astype(jnp.float32)

@@ -1,0 +1,58 @@
+"""The sparse updates that links of a chain hand to each other."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.blocks import BlockLayout, merge
+from pallas_kernels.window_update import expand
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockSparse:
+    """An update of which each block keeps ``k`` elements: a pytree node, never a state.
+
+    Attributes:
+        values: ``(*lead, blocks, k)`` float32, the elements kept, signed.
+        indices: ``(*lead, blocks, k)`` int32, their positions within the block, distinct.
+        bypass: float32 of the dense shape, or None: what goes to the parameters as it is,
+            past the preconditioner, in gradient units.
+        shape: the dense shape ``(*lead, n)``.
+        dtype: the dtype that the dense update had.
+        layout: how a row is cut into blocks.
+    """
+
+    values: jax.Array
+    indices: jax.Array
+    bypass: jax.Array | None
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    layout: BlockLayout = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if jnp.issubdtype(getattr(self.indices, "dtype", jnp.int32), jnp.floating):
+            raise TypeError(
+                "A sparse update (BlockSparse) reached a transformation that does arithmetic "
+                "on dense updates. Put microadam_jax.to_dense() before it in the chain."
+            )
+
+    def kept(self) -> jax.Array:
+        """The dense float32 array of the elements kept, zero elsewhere."""
+        blocks = expand(self.values[..., None, :], self.indices[..., None, :], self.layout.size)
+        return merge(blocks, self.layout, self.shape)
+
+    def to_dense(self) -> jax.Array:
+        """The dense update, in its original dtype."""
+        return self.with_bypass(self.kept()).astype(self.dtype)
+
+    def with_bypass(self, update: jax.Array) -> jax.Array:
+        """``update`` plus what bypasses the preconditioner."""
+        return update if self.bypass is None else update + self.bypass
+
+
+def is_block_sparse(node: object) -> bool:
+    """Whether ``node`` is a :class:`BlockSparse`; for the ``is_leaf`` of tree functions."""
+    return isinstance(node, BlockSparse)

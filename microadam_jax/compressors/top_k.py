@@ -1,0 +1,134 @@
+"""Top-K by magnitude within each block."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.blocks import Blocks, in_row, split
+from microadam_jax.compressors.block_sparse import BlockSparse
+from microadam_jax.trees import KeyPath, path_name
+from pallas_kernels.topk_compress import select_top_k
+
+MAX_BLOCK = 32768  # indices into a block are kept as int16
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    r"""Keeps the :math:`k` elements of largest magnitude in each block of :math:`B`.
+
+    :math:`k = \max(1, \lfloor \rho B + 1/2 \rfloor)` for a density :math:`\rho`. The nearest
+    integer gives the published count for every block size of the released code, and keeps the
+    density of a row of any length close to :math:`\rho`, so that memory follows the formula.
+
+    Args:
+        density: the share :math:`\rho` of each block that is kept; in (0, 1].
+        count: :math:`k` itself, instead of a density; smaller blocks keep all they have.
+        blocks: the rule that cuts rows into blocks of at most 32768 elements.
+        min_size: leaves with fewer elements than this are kept dense. The size is that of the
+            whole parameter, never of a device's shard of it.
+        min_row: leaves whose rows are shorter than this are kept dense, because the
+            bookkeeping of a short block costs more than the moments it replaces.
+        stacked: a regular expression; leaves whose path matches it (``re.search`` on a path
+            such as ``"layers/norm/scale"``) stack layers along their first axis, and
+            ``min_size`` is compared with the size of one layer.
+
+    Raises:
+        ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two.
+    """
+
+    density: float | None = None
+    count: int | None = None
+    blocks: Blocks = Blocks()
+    min_size: int = 4096
+    min_row: int = 16
+    stacked: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.count is None):
+            raise ValueError(
+                f"TopK takes either a density or a count; got density={self.density} and "
+                f"count={self.count}."
+            )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"TopK.density must lie in (0, 1]; got {self.density}.")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"TopK.count must be at least 1; got {self.count}.")
+        if self.blocks.size > MAX_BLOCK:
+            raise ValueError(
+                f"TopK.blocks.size must be at most {MAX_BLOCK}, so that indices fit in 16 bits; "
+                f"got {self.blocks.size}."
+            )
+
+    def survivors(self, block_size: int) -> int:
+        """How many elements a block of ``block_size`` keeps."""
+        if self.density is not None:
+            return max(1, math.floor(self.density * block_size + 0.5))
+        return min(self.count or 1, block_size)
+
+    def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+        """Whether the leaf at ``path`` of the parameter tree is too small to compress."""
+        size, row = math.prod(leaf.shape), leaf.shape[-1] if leaf.ndim else 1
+        if self.stacked is not None and leaf.ndim and re.search(self.stacked, path_name(path)):
+            size //= max(1, leaf.shape[0])
+        return size < self.min_size or row < self.min_row
+
+    def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
+        """What a memory report should say of the leaf at ``path``."""
+        layout = self.blocks.layout_of(leaf)
+        if self.keeps_dense(path, leaf):
+            yield "too small to compress: dense Adam statistics in float32"
+        elif layout.padding and layout.count > 1:
+            yield f"no even block divides the row of {layout.row}: its last block is padded"
+
+    def compress(self, update: jax.Array, dtype: Any = None) -> BlockSparse:
+        """The elements of the float32 ``update`` that survive.
+
+        Args:
+            update: ``(*lead, n)`` float32.
+            dtype: the dtype in which the update came and shall go on; that of ``update`` if None.
+        """
+        layout = self.blocks.layout_of(update)
+        values, indices = select_top_k(
+            split(update, layout),
+            self.survivors(layout.size),
+            selectable=in_row(layout) if layout.padding else None,
+        )
+        return BlockSparse(
+            values=values,
+            indices=indices,
+            bypass=None,
+            shape=update.shape,
+            dtype=jnp.dtype(dtype or update.dtype),
+            layout=layout,
+        )
+
+
+def top_k(
+    density: float | None = None,
+    count: int | None = None,
+    blocks: Blocks = Blocks(),
+    min_size: int = 4096,
+    min_row: int = 16,
+    stacked: str | None = None,
+) -> TopK:
+    """Top-K by magnitude within each block; see :class:`TopK` for the arguments.
+
+    Without a density or a count it keeps 3 elements of each block of 256.
+
+    Returns:
+        The compressor, for :func:`error_feedback`, :func:`compress` and
+        :func:`scale_by_window_adam`.
+
+    Examples:
+        >>> from microadam_jax import top_k
+        >>> top_k(density=0.01).survivors(4096)
+        41
+    """
+    if density is None and count is None:
+        density = 3 / 256
+    return TopK(density, count, blocks, min_size, min_row, stacked)

@@ -1,0 +1,168 @@
+"""How many bytes an optimizer keeps, from shapes alone."""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_jax.trees import KeyPath, path_name
+
+GIB = 2**30
+
+_remarks: contextvars.ContextVar[dict[str, list[str]] | None] = contextvars.ContextVar(
+    "remarks", default=None
+)
+
+
+def remark(path: KeyPath, text: str) -> None:
+    """Tells the memory report being made, if any, something about the leaf at ``path``."""
+    remarks = _remarks.get()
+    if remarks is not None:
+        remarks[text].append(path_name(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What an optimizer keeps for a tree of parameters.
+
+    Printing it gives a table; an AdamW of the same parameters stands beside it.
+
+    Attributes:
+        parameters: how many parameters there are.
+        fields: bytes of each state field.
+        remarks: what the transformations say of single leaves: the text, and the leaves' paths.
+    """
+
+    parameters: int
+    fields: dict[str, int]
+    remarks: dict[str, tuple[str, ...]]
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole state."""
+        return sum(self.fields.values())
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes of state for each parameter."""
+        return self.total / max(1, self.parameters)
+
+    def __str__(self) -> str:
+        adamw = {"AdamW, float32": 8 * self.parameters, "AdamW, bfloat16": 4 * self.parameters}
+        rows = [
+            ("state", "bytes", "GiB", "bytes/param"),
+            *(_row(name, size, self.parameters) for name, size in self.fields.items()),
+            _row("total", self.total, self.parameters),
+            *(_row(name, size, self.parameters) for name, size in adamw.items()),
+        ]
+        lines = [f"{self.parameters:,} parameters", *format_table(rows)]
+        for text, paths in self.remarks.items():
+            shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+            lines.append(f"{text} ({len(paths)}): {shown}")
+        return "\n".join(lines)
+
+
+def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> MemoryReport:
+    """Counts the bytes that ``tx`` keeps for ``params``, without allocating any.
+
+    Args:
+        tx: any Optax transformation.
+        params: the parameters, or ``jax.ShapeDtypeStruct`` of them.
+
+    Returns:
+        The bytes by state field and in total.
+
+    Examples:
+        >>> import jax, optax
+        >>> from microadam_jax import memory_report, microadam
+        >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> print(memory_report(microadam(1e-3), params))
+        16,777,216 parameters
+        state                                        bytes    GiB  bytes/param
+        ----------------------------------------------------------------------
+        ErrorFeedbackState.count                         4  0.000       0.0000
+        ErrorFeedbackState.residual.codes        8,388,608  0.008       0.5000
+        ErrorFeedbackState.residual.low            262,144  0.000       0.0156
+        ErrorFeedbackState.residual.high           262,144  0.000       0.0156
+        ScaleByWindowAdamState.count                     4  0.000       0.0000
+        ScaleByWindowAdamState.window_values     3,932,160  0.004       0.2344
+        ScaleByWindowAdamState.window_indices    1,966,080  0.002       0.1172
+        total                                   14,811,144  0.014       0.8828
+        AdamW, float32                         134,217,728  0.125       8.0000
+        AdamW, bfloat16                         67,108,864  0.062       4.0000
+    """
+    with _recording() as remarks:
+        # A fresh function each time: eval_shape would answer a known one from its cache,
+        # without running it, and no remark would be heard.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
+    parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+    fields: Counter[str] = Counter()
+    for name, leaf in _named_leaves(state, parameter_paths):
+        fields[name] += leaf.size * jnp.dtype(leaf.dtype).itemsize
+    return MemoryReport(
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        fields=dict(fields),
+        remarks={text: tuple(paths) for text, paths in remarks.items()},
+    )
+
+
+def format_table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table with a header row: the first column to the left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _row(name: str, size: int, parameters: int) -> tuple[str, ...]:
+    return name, f"{size:,}", f"{size / GIB:.3f}", f"{size / max(1, parameters):.4f}"
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[dict[str, list[str]]]:
+    remarks: dict[str, list[str]] = defaultdict(list)
+    token = _remarks.set(remarks)
+    try:
+        yield remarks
+    finally:
+        _remarks.reset(token)
+
+
+def _named_leaves(state: Any, parameter_paths: set[KeyPath]) -> Iterator[tuple[str, Any]]:
+    """Each array of the state with the name of its field: its path less its parameter's."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        field = next(
+            (path[:cut] for cut in range(len(path) + 1) if path[cut:] in parameter_paths), path
+        )
+        yield _field_name(state, field), leaf
+
+
+def _field_name(state: Any, path: KeyPath) -> str:
+    """``ScaleByAdamState.mu``: the innermost NamedTuple ending in State, and what follows."""
+    names: list[str] = []
+    node = state
+    for key in path:
+        name = type(node).__name__
+        if name.endswith("State"):
+            names = [name]
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            names.append(key.name)
+            node = getattr(node, key.name)
+        else:
+            names.append(str(getattr(key, "key", getattr(key, "idx", key))))
+            node = node[getattr(key, "key", getattr(key, "idx", None))]
+    return ".".join(names)

@@ -1,0 +1,61 @@
+"""State arrays that are placed as their parameter is."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+
+def state_zeros(
+    parameter: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...], dtype: DTypeLike
+) -> jax.Array:
+    """Zeros for a state array of ``parameter``, carrying the parameter's ``PartitionSpec``.
+
+    Args:
+        parameter: the array (or its shape, or a tracer of it) that the state belongs to.
+        shape: the state array's shape; its leading axes are the parameter's.
+        dtype: the state array's dtype.
+
+    Returns:
+        Zeros with the parameter's sharding where it is known: committed arrays, abstract
+        arrays with a sharding, and tracers whose mesh axes are Explicit.
+
+    Raises:
+        ValueError: if the parameter's sharding does not divide the state array.
+    """
+    sharding = _known_sharding(parameter)
+    if isinstance(sharding, NamedSharding):
+        _check_divides(sharding, parameter.shape, shape)
+    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+
+
+def unused_state(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """One byte per element of ``parameter``, in place of a state array that it does not need.
+
+    Every state field has an array for every parameter, because trainers copy the parameters'
+    tree of specs onto it; an empty array could be neither sharded like the parameter nor saved.
+    """
+    return state_zeros(parameter, parameter.shape, jnp.uint8)
+
+
+def _known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
+    if isinstance(parameter, jax.core.Tracer):
+        return jax.typeof(parameter).sharding
+    sharding = getattr(parameter, "sharding", None)
+    if not getattr(parameter, "committed", True):
+        return None
+    return sharding if isinstance(sharding, NamedSharding | SingleDeviceSharding) else None
+
+
+def _check_divides(
+    sharding: NamedSharding, parameter_shape: tuple[int, ...], state_shape: tuple[int, ...]
+) -> None:
+    try:
+        sharding.shard_shape(state_shape)
+    except ValueError as error:
+        raise ValueError(
+            f"A parameter of shape {parameter_shape} is sharded as {sharding.spec} over "
+            f"{dict(sharding.mesh.shape)}, which does not divide its state of shape "
+            f"{state_shape}. Shard another axis, or give the block rule the number of shards "
+            "of the last axis: Blocks(shards=...)."
+        ) from error

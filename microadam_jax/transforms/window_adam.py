@@ -1,0 +1,219 @@
+"""Adam statistics of a sliding window of sparse gradients."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from microadam_jax.blocks import blocked_shape, merge
+from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, top_k
+from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.trees import KeyPath, map_with_path, path_name
+from pallas_kernels.window_update import window_adam
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    r"""How many sparse gradients are kept, and how.
+
+    Args:
+        length: rows :math:`m`, one for each of the latest steps.
+        dtype: of the stored values, ``"bfloat16"`` or ``"float32"``.
+        normalized: False for the published statistics, which divide the sum over the window
+            by :math:`1 - \beta^t` and so grow the step of an element that is always selected
+            up to 6.5 times over the first :math:`1 / (1 - \beta_2)` steps. True divides by
+            :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window, with no such
+            growth and thus another learning rate.
+    """
+
+    length: int = 10
+    dtype: str = "bfloat16"
+    normalized: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"Window.length must be a positive int; got {self.length!r}.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"Window.dtype must be 'bfloat16' or 'float32'; got {self.dtype!r}.")
+
+
+class ScaleByWindowAdamState(NamedTuple):
+    """The latest sparse gradients; for leaves that are kept dense, Adam's two moments.
+
+    Attributes:
+        count: int32 scalar, steps taken. Step ``t`` lies in row ``(t - 1) % length``.
+        window_values: ``(*lead, blocks, length, k)`` in the window's dtype for each compressed
+            leaf; ``(*shape, 2)`` float32, first and second moment, for each dense one.
+        window_indices: ``(*lead, blocks, length, k)`` uint8 or int16 for each compressed leaf;
+            unused for each dense one.
+    """
+
+    count: jax.Array
+    window_values: Any
+    window_indices: Any
+
+
+def scale_by_window_adam(
+    compressor: TopK = top_k(),
+    window: Window | int = Window(),
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales sparse updates by Adam statistics recomputed from a window of them.
+
+    With :math:`c_{t-r}` the sparse gradient of age :math:`r` and the window's length :math:`m`,
+
+    .. math::
+
+        \hat m_t &= \frac{1 - \beta_1}{1 - \beta_1^t}
+            \sum_{r=0}^{\min(t, m) - 1} \beta_1^r \, c_{t-r} \
+        \hat v_t &= \frac{1 - \beta_2}{1 - \beta_2^t}
+            \sum_{r=0}^{\min(t, m) - 1} \beta_2^r \, c_{t-r}^2 \
+        u_t &= \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    Elements absent from the window get :math:`u_t = 0`. No dense moment is kept. Leaves that
+    the compressor keeps dense get ordinary bias-corrected Adam in float32. What bypasses the
+    preconditioner (``alpha`` of :func:`error_feedback`) is added to :math:`u_t`.
+
+    Args:
+        compressor: the one that made the updates; it determines the shape of the state.
+        window: :math:`m`, or a :class:`Window` with its options. Under
+            ``optax.inject_hyperparams`` give a :class:`Window`, because a bare number would
+            become a traced array.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+
+    Returns:
+        The transformation. Its state takes 0.35 bytes per parameter by default.
+
+    Raises:
+        TypeError: if the window's length is a traced array.
+        ValueError: in ``update``, if an update was not made by ``compressor``.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from microadam_jax import compress, scale_by_window_adam, top_k
+        >>> one_of_two = top_k(count=1, min_size=0, min_row=0)
+        >>> tx = optax.chain(compress(one_of_two), scale_by_window_adam(one_of_two))
+        >>> updates, _ = tx.update(jnp.array([1.0, -3.0]), tx.init(jnp.zeros(2)))
+        >>> print(updates.round(3))
+        [ 0. -1.]
+
+    Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
+    """
+    if isinstance(window, jax.Array):
+        raise TypeError(
+            "The window's length shapes the state and cannot be a traced array; pass "
+            "scale_by_window_adam(window=Window(length)), which optax.inject_hyperparams "
+            "leaves alone."
+        )
+    window = Window(window) if isinstance(window, int) else window
+
+    def init(params: optax.Params) -> ScaleByWindowAdamState:
+        def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if compressor.keeps_dense(path, parameter):
+                moments = state_zeros(parameter, (*parameter.shape, 2), jnp.float32)
+                return moments, unused_state(parameter)
+            layout = compressor.blocks.layout_of(parameter)
+            k = compressor.survivors(layout.size)
+            shape = blocked_shape(parameter.shape, layout, window.length, k)
+            return (
+                state_zeros(parameter, shape, window.dtype),
+                state_zeros(parameter, shape, _index_dtype(layout.size)),
+            )
+
+        return ScaleByWindowAdamState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByWindowAdamState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByWindowAdamState]:
+        del extra_args
+        count = jnp.asarray(optax.safe_increment(state.count))
+        newest = state.count % window.length
+        # Rows that no step has filled yet hold zeros, so their ages do not matter.
+        age = (newest - jnp.arange(window.length)) % window.length
+        horizon = jnp.minimum(count, window.length) if window.normalized else count
+        mu_weights = jnp.float32(1 - b1) * _power(b1, age) / _one_minus_power(b1, horizon)
+        nu_weights = jnp.float32(1 - b2) * _power(b2, age) / _one_minus_power(b2, horizon)
+
+        def sparse(
+            path: KeyPath, sent: BlockSparse, values: jax.Array, indices: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            if sent.values.shape != (*values.shape[:-2], values.shape[-1]):
+                raise ValueError(
+                    f"The update of {path_name(path)!r} keeps {sent.values.shape[-1]} elements "
+                    f"in blocks of {sent.layout.size}, but this window was made for "
+                    f"{compressor}. Give the same compressor to both links."
+                )
+            values = _write_row(values, sent.values, newest)
+            indices = _write_row(indices, sent.indices, newest)
+            blocks = window_adam(values, indices, mu_weights, nu_weights, eps, sent.layout.size)
+            scaled = sent.with_bypass(merge(blocks, sent.layout, sent.shape))
+            return scaled.astype(sent.dtype), values, indices
+
+        def dense(
+            gradient: jax.Array, target: jax.Array, moments: jax.Array, unused: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            gradient = gradient.astype(jnp.float32)
+            mu = jnp.float32(b1) * moments[..., 0] + jnp.float32(1 - b1) * gradient
+            nu = jnp.float32(b2) * moments[..., 1] + jnp.float32(1 - b2) * jnp.square(gradient)
+            mu_hat, nu_hat = mu / _one_minus_power(b1, count), nu / _one_minus_power(b2, count)
+            scaled = mu_hat / (jnp.sqrt(nu_hat) + eps)
+            return scaled.astype(target.dtype), jnp.stack([mu, nu], axis=-1), unused
+
+        def scale(
+            path: KeyPath, sent: Any, target: Any, *stored: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            if is_block_sparse(sent):
+                return sparse(path, sent, *stored)
+            if compressor.keeps_dense(path, sent):
+                return dense(sent, target, *stored)
+            raise ValueError(
+                f"scale_by_window_adam got a dense update for {path_name(path)!r}. Put "
+                "error_feedback(compressor) or compress(compressor) before it in the chain, "
+                "with the same compressor."
+            )
+
+        scaled, values, indices = map_with_path(
+            scale,
+            3,
+            updates,
+            updates if params is None else params,
+            state.window_values,
+            state.window_indices,
+            is_leaf=is_block_sparse,
+        )
+        return scaled, ScaleByWindowAdamState(count, values, indices)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def _index_dtype(block_size: int) -> type:
+    return jnp.uint8 if block_size <= 256 else jnp.int16
+
+
+def _write_row(rows: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), position, axis=-2)
+
+
+def _power(decay: ArrayLike, exponent: jax.Array) -> jax.Array:
+    return jnp.power(jnp.asarray(decay, jnp.float32), exponent.astype(jnp.float32))
+
+
+def _one_minus_power(decay: ArrayLike, steps: jax.Array) -> jax.Array:
+    r""":math:`1 - \beta^t` with the digits that the subtraction loses in float32."""
+    if isinstance(decay, int | float):
+        log_decay = math.log(decay) if decay > 0 else -math.inf
+    else:
+        log_decay = jnp.log1p(jnp.asarray(decay, jnp.float32) - 1)
+    return -jnp.expm1(log_decay * steps.astype(jnp.float32))

@@ -1,0 +1,51 @@
+"""Mapping over parameter-shaped trees with several results per leaf."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+PyTree = Any
+KeyPath = tuple[Any, ...]
+
+
+def map_with_path(
+    function: Callable[..., tuple[Any, ...]],
+    results: int,
+    tree: PyTree,
+    *rest: PyTree,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> tuple[PyTree, ...]:
+    """Maps ``function(path, leaf, *rest_leaves)`` and gathers each of its results in a tree.
+
+    Args:
+        function: returns a tuple of ``results`` values.
+        results: how many values that is; a tree without leaves cannot tell.
+        tree: its structure is the structure of every resulting tree; ``None`` and
+            ``MaskedNode`` entries hold no leaf and stay as they are.
+        *rest: trees with the structure of ``tree``.
+        is_leaf: what to treat as a leaf of ``tree`` although it is a pytree node.
+
+    Returns:
+        One tree for each result.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    columns = [treedef.flatten_up_to(other) for other in rest]
+    rows = [
+        function(path, leaf, *others)
+        for (path, leaf), *others in zip(leaves, *columns, strict=True)
+    ]
+    by_result = zip(*rows, strict=True) if rows else [()] * results
+    return tuple(treedef.unflatten(values) for values in by_result)
+
+
+def path_name(path: KeyPath) -> str:
+    """The path of a leaf as ``"layers/norm/scale"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_key(seed: jax.typing.ArrayLike, count: jax.Array, path: KeyPath) -> jax.Array:
+    """A random key for the leaf at ``path`` in step ``count``: the same on any mesh."""
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    return jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))

@@ -1,0 +1,80 @@
+"""Expanding the sparse rows of a block's window into dense blocks."""
+
+import jax
+import jax.numpy as jnp
+
+MAX_COMPARES = 64  # up to this many entries, comparing each with each lane beats a scatter
+
+
+def expand(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
+    """Sums the rows of sparse entries of each block into a dense block.
+
+    Args:
+        values: ``(..., rows, k)`` float32.
+        indices: ``(..., rows, k)`` integers below ``size``, distinct within a row.
+        size: elements in a block.
+
+    Returns:
+        ``(..., size)`` float32. The sum runs in the order of the rows, whatever the device.
+    """
+    rows, k = values.shape[-2:]
+    if rows * k <= MAX_COMPARES:
+        return _expand_by_comparing(values, indices, size)
+    return _expand_by_scattering(values, indices, size)
+
+
+def window_adam(
+    values: jax.Array,
+    indices: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+    eps: jax.typing.ArrayLike,
+    size: int,
+) -> jax.Array:
+    r"""The Adam direction of a window of sparse gradients.
+
+    .. math::
+
+        u = \frac{\sum_i w^\mu_i V_i}{\sqrt{\sum_i w^\nu_i V_i^2} + \epsilon}
+
+    Args:
+        values: ``(..., rows, k)``, the stored gradient entries :math:`V`.
+        indices: ``(..., rows, k)``, where they belong in the block.
+        mu_weights: ``(rows,)`` float32, :math:`w^\mu`.
+        nu_weights: ``(rows,)`` float32, :math:`w^\nu`.
+        eps: added to the root.
+        size: elements in a block.
+
+    Returns:
+        ``(..., size)`` float32; elements absent from the window are zero.
+    """
+    values = values.astype(jnp.float32)
+    mu = expand(values * mu_weights[:, None], indices, size)
+    nu = expand(jnp.square(values) * nu_weights[:, None], indices, size)
+    # An element that the window lacks has mu = nu = 0: the guard gives 0 even for eps = 0.
+    return jnp.where(nu > 0, mu / (jnp.sqrt(nu) + eps), 0.0)
+
+
+def _expand_by_comparing(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
+    rows, k = values.shape[-2:]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (*values.shape[:-2], size), values.ndim - 2)
+    indices = indices.astype(jnp.int32)
+    dense = jnp.zeros((), jnp.float32)
+    for row in range(rows):
+        for entry in range(k):
+            here = indices[..., row, entry, None] == lane
+            dense = dense + jnp.where(here, values[..., row, entry, None], 0.0)
+    return dense
+
+
+def _expand_by_scattering(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
+    def expand_block(values: jax.Array, indices: jax.Array) -> jax.Array:
+        # Row by row: the indices of one row are distinct, so no order of additions is left open.
+        dense = jnp.zeros(size, jnp.float32)
+        for row_values, row_indices in zip(values, indices, strict=True):
+            dense = dense.at[row_indices].add(row_values, unique_indices=True)
+        return dense
+
+    for _ in range(values.ndim - 2):
+        expand_block = jax.vmap(expand_block)
+    return expand_block(values, indices.astype(jnp.int32))
