@@ -5,6 +5,7 @@ from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import affine4
 from microadam_jax.compressors import BlockSparse, top_k
 from microadam_jax.memory import MemoryReport, memory_report
+from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.transforms import (
     ErrorFeedbackState,
     ScaleByWindowAdamState,
@@ -18,6 +19,7 @@ from microadam_jax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MODELS",
     "BlockSparse",
     "Blocks",
     "ErrorFeedbackState",
@@ -30,6 +32,7 @@ __all__ = [
     "error_feedback",
     "memory_report",
     "microadam",
+    "model_shapes",
     "scale_by_window_adam",
     "to_dense",
     "top_k",

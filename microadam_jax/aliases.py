@@ -32,6 +32,7 @@ class MicroAdamLayout:
 
 MICROADAM_LAYOUTS = {
     "fast": MicroAdamLayout(),
+    "pretrain": MicroAdamLayout(compressor=top_k(density=30 / 256), window=Window(1)),
     "paper": MicroAdamLayout(
         compressor=top_k(density=0.01, blocks=Blocks(size=32768, shards=1), min_size=0, min_row=0),
         residual=Affine4(Blocks(size=64, shards=1), statistics="bfloat16"),
@@ -63,8 +64,8 @@ def microadam(
             + \alpha\,Q^{-1}(e_{t+1}) + \lambda \theta_t \right)
 
     It is the chain of :func:`error_feedback` and :func:`scale_by_window_adam` with decoupled
-    weight decay. The published method is meant for fine-tuning; in pre-training from scratch
-    it trails AdamW.
+    weight decay. The published settings are meant for fine-tuning; in pre-training from scratch
+    they trail AdamW.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -75,9 +76,11 @@ def microadam(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         alpha: the share :math:`\alpha` of the residual that is applied directly, in gradient
             units, and leaves it; None switches it off.
-        layout: ``"fast"``: 3 of each 256 elements, 4-bit buckets of 256, a window of 10:
-            0.88 bytes per parameter, made for kernels and for any mesh. ``"paper"``: 1 % of
-            blocks of up to 32768, buckets of 64: 0.96 bytes. Or a :class:`MicroAdamLayout`.
+        layout: ``"fast"``: 3 of each 256 elements, a window of 10, 4-bit buckets of 256; any
+            mesh shards it. ``"pretrain"``: the same 0.88 bytes per parameter spent on ten
+            times the elements and a window of one, which pre-trains far better and makes each
+            step a sign. ``"paper"``: 1 % of blocks of up to 32768, a window of 10, buckets of
+            64: 0.96 bytes. Or a :class:`MicroAdamLayout`.
 
     Returns:
         The optimizer.
@@ -89,14 +92,17 @@ def microadam(
         >>> import jax, jax.numpy as jnp, optax
         >>> from microadam_jax import microadam
         >>> loss = lambda w: jnp.mean((w - 1.0) ** 2)
-        >>> params = jnp.zeros((64, 256))
         >>> tx = microadam(learning_rate=0.1)
-        >>> state = tx.init(params)
-        >>> for _ in range(300):
+        >>> @jax.jit
+        ... def step(params, state):
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-        ...     params = optax.apply_updates(params, updates)
-        >>> bool(loss(params) < 0.1)
-        True
+        ...     return optax.apply_updates(params, updates), state
+        >>> params = jnp.zeros((64, 256))
+        >>> state = tx.init(params)
+        >>> for _ in range(200):
+        ...     params, state = step(params, state)
+        >>> print(f"{loss(params):.2f}")
+        0.01
 
     Reference: Modoranu et al., MicroAdam (NeurIPS 2024, arXiv 2405.15593), Algorithm 1.
     """

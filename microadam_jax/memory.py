@@ -5,7 +5,7 @@ import contextvars
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -62,11 +62,15 @@ class MemoryReport:
             _row("total", self.total, self.parameters),
             *(_row(name, size, self.parameters) for name, size in adamw.items()),
         ]
-        lines = [f"{self.parameters:,} parameters", *format_table(rows)]
-        for text, paths in self.remarks.items():
-            shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-            lines.append(f"{text} ({len(paths)}): {shown}")
+        lines = [f"{self.parameters:,} parameters", *format_table(rows), *self.remark_lines()]
         return "\n".join(lines)
+
+    def remark_lines(self) -> list[str]:
+        """Each remark in one line, with the number of leaves and the first of their paths."""
+        return [
+            f"{text} ({len(paths)}): {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"
+            for text, paths in self.remarks.items()
+        ]
 
 
 def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> MemoryReport:
@@ -133,7 +137,7 @@ def _row(name: str, size: int, parameters: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[dict[str, list[str]]]:
+def _recording() -> Generator[dict[str, list[str]]]:
     remarks: dict[str, list[str]] = defaultdict(list)
     token = _remarks.set(remarks)
     try:

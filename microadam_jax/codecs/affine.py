@@ -41,7 +41,8 @@ class Affine4:
 
     where :math:`\xi = 1/2` rounds to nearest and :math:`\xi \sim U[0, 1)` rounds
     stochastically, without bias. A constant bucket (:math:`u = 0`) decodes to its constant,
-    so that all-zero buckets stay exactly zero. An infinite or NaN element makes its bucket NaN.
+    so that all-zero buckets stay exactly zero. A bucket that holds an infinity or a NaN, or
+    whose range overflows float32, becomes NaN.
 
     Args:
         buckets: the rule that cuts rows into buckets; share it with the Top-K blocks so that
@@ -143,8 +144,7 @@ def unpack_nibbles(codes: jax.Array) -> jax.Array:
 
 
 def _step(low: jax.Array, high: jax.Array) -> jax.Array:
-    # Dividing before subtracting keeps the step finite over the whole range of float32.
-    return high / LEVELS - low / LEVELS
+    return (high - low) / LEVELS
 
 
 def _repeat_into_padding(bucket: jax.Array, layout: BlockLayout) -> jax.Array:

@@ -81,9 +81,9 @@ class TopK:
         """What a memory report should say of the leaf at ``path``."""
         layout = self.blocks.layout_of(leaf)
         if self.keeps_dense(path, leaf):
-            yield "too small to compress: dense Adam statistics in float32"
+            yield "too small to compress, kept dense"
         elif layout.padding and layout.count > 1:
-            yield f"no even block divides the row of {layout.row}: its last block is padded"
+            yield f"rows of {layout.row} have no even divisor that fits, last block padded"
 
     def compress(self, update: jax.Array, dtype: Any = None) -> BlockSparse:
         """The elements of the float32 ``update`` that survive.

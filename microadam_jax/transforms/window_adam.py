@@ -71,9 +71,9 @@ def scale_by_window_adam(
     .. math::
 
         \hat m_t &= \frac{1 - \beta_1}{1 - \beta_1^t}
-            \sum_{r=0}^{\min(t, m) - 1} \beta_1^r \, c_{t-r} \
+            \sum_{r=0}^{\min(t, m) - 1} \beta_1^r \, c_{t-r} \\
         \hat v_t &= \frac{1 - \beta_2}{1 - \beta_2^t}
-            \sum_{r=0}^{\min(t, m) - 1} \beta_2^r \, c_{t-r}^2 \
+            \sum_{r=0}^{\min(t, m) - 1} \beta_2^r \, c_{t-r}^2 \\
         u_t &= \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
     Elements absent from the window get :math:`u_t = 0`. No dense moment is kept. Leaves that

@@ -58,7 +58,7 @@ def _by_tournament(magnitude: jax.Array, k: int) -> jax.Array:
     lanes = 16 if k <= MAX_UNROLLED else 2 ** math.ceil(math.log2(size) / 2)
     padding = [(0, 0)] * (magnitude.ndim - 1) + [(0, -size % lanes)]
     magnitude = jnp.pad(magnitude, padding, constant_values=TAKEN)
-    groups = magnitude.reshape(*magnitude.shape[:-1], -1, lanes)
+    groups = magnitude.reshape(*magnitude.shape[:-1], magnitude.shape[-1] // lanes, lanes)
     maxima = jnp.max(groups, axis=-1)
 
     def play(

@@ -52,7 +52,7 @@ def window_adam(
     mu = expand(values * mu_weights[:, None], indices, size)
     nu = expand(jnp.square(values) * nu_weights[:, None], indices, size)
     # An element that the window lacks has mu = nu = 0: the guard gives 0 even for eps = 0.
-    return jnp.where(nu > 0, mu / (jnp.sqrt(nu) + eps), 0.0)
+    return jnp.where(nu == 0, 0.0, mu / (jnp.sqrt(nu) + eps))
 
 
 def _expand_by_comparing(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:

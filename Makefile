@@ -1,0 +1,68 @@
+# Each target makes the environment it needs, .venv-<Python version>, on first use and after a
+# change of pyproject.toml. Two Pythons live side by side: make test PYTHON=python3.13
+
+PYTHON ?= python3
+# Passed on to the script or to pytest: make pytest ARGS="-k topk"
+ARGS ?=
+# cuda or tpu: installs JAX for it before `make pretrain`.
+ACCELERATOR ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv-$(VERSION)
+BIN := $(VENV)/bin
+# $(call installed,tests) is the stamp that says: the extra `tests` is in the environment.
+installed = $(patsubst %,$(VENV)/.installed-%,$(1))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help pretrain test lint format types pytest docs docs-serve clean
+.PRECIOUS: $(VENV)/.installed-%
+
+help: ## Say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+pretrain: $(call installed,examples $(ACCELERATOR)) ## Pre-train a small Llama (flags: ARGS="--help")
+	@$(BIN)/python examples/pretrain_llama.py $(ARGS)
+
+test: lint types docs pytest ## All checks: lint, types, docs, then the tests
+
+lint: $(call installed,lint) ## Style and formatting
+	@echo "Style (ruff) ..."
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: $(call installed,lint) ## Repair what lint finds, where that can be automatic
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+types: $(call installed,lint) ## Types
+	@echo "Types (pyrefly) ..."
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+pytest: $(call installed,tests) ## Tests, and the examples in docstrings and pages (ARGS="-k name")
+	@echo "Tests (pytest, Python $(VERSION)) ..."
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+docs: $(call installed,docs) ## Build the pages into site/; a broken link is an error
+	@echo "Pages (mkdocs) ..."
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(call installed,docs) ## Show the pages on a local port and follow edits
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+clean: ## Remove environments, built pages and caches (keeps runs/)
+	rm -rf .venv-* site dist .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing microadam-jax[$*] into $(VENV) (minutes the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "microadam_jax needs Python 3.11 or newer, but '$(PYTHON)' is $(or $(VERSION),not there); name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make environments; on Debian and Ubuntu: apt install python$(VERSION)-venv" >&2; exit 1; }
+	@echo "Making the environment $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,66 @@
+"""``python -m microadam_jax memory llama2-7b``: what each optimizer keeps for a model."""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_jax.aliases import microadam
+from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
+from microadam_jax.models import MODELS, model_shapes
+
+OPTIMIZERS = {
+    "MicroAdam, fast": microadam(1e-3),
+    "MicroAdam, paper": microadam(1e-3, layout="paper"),
+    "AdamW, first moment bfloat16": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m microadam_jax", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    memory = commands.add_parser("memory", help="bytes of optimizer state for a model")
+    memory.add_argument("model", choices=sorted(MODELS), help="a model of the registry")
+    memory.add_argument("--fields", action="store_true", help="each optimizer's state by field")
+    memory.set_defaults(run=lambda options: print_memory(options.model, fields=options.fields))
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def print_memory(model: str, *, fields: bool = False) -> None:
+    """Prints what AdamW and each optimizer of the library would keep for ``model``."""
+    shapes = model_shapes(model)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    reports = {name: memory_report(tx, shapes) for name, tx in OPTIMIZERS.items()}
+    sizes = {"AdamW, float32": 8 * parameters, "AdamW, bfloat16": 4 * parameters}
+    for name, report in reports.items():
+        sizes[name] = report.total
+    statistics = _bucket_statistics(reports["MicroAdam, paper"])
+    sizes["MicroAdam, paper, as published *"] = sizes["MicroAdam, paper"] - statistics
+    rows = [
+        (name, f"{size / GIB:.2f}", f"{size / parameters:.3f}")
+        for name, size in sorted(sizes.items(), key=lambda item: -item[1])
+    ]
+    print(f"{model}: {parameters:,} parameters")
+    print("\n".join(format_table([("optimizer state", "GiB", "bytes/param"), *rows])))
+    print(
+        "* The published count leaves out the minimum and maximum of each 4-bit bucket, which "
+        f"add {statistics / GIB:.2f} GiB."
+    )
+    for name, report in reports.items():
+        if fields:
+            print(f"\n{name}: {report}")
+        for remark in [] if fields else report.remark_lines():
+            print(f"{name}: {remark}")
+
+
+def _bucket_statistics(report: MemoryReport) -> int:
+    return sum(
+        size for name, size in report.fields.items() if name.endswith(("residual.low", ".high"))
+    )
+
+
+if __name__ == "__main__":
+    main()

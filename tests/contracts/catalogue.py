@@ -1,0 +1,109 @@
+"""Every public transformation, for the suites that all of them must pass.
+
+A new method joins with one line in ``ENTRIES``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from microadam_jax import (
+    Blocks,
+    MicroAdamLayout,
+    Window,
+    affine4,
+    compress,
+    error_feedback,
+    microadam,
+    scale_by_window_adam,
+    to_dense,
+    top_k,
+)
+
+COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)
+SMALL = MicroAdamLayout(COMPRESSOR, affine4(Blocks(64)), Window(3))
+STOCHASTIC = dataclasses.replace(SMALL, residual=affine4(Blocks(64), rounding="stochastic"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A transformation under test.
+
+    Attributes:
+        factory: makes it from keyword arguments.
+        arguments: with which it is made; the numbers among them may be injected.
+        decays: whether it needs the parameters in ``update``.
+    """
+
+    factory: Callable[..., optax.GradientTransformation]
+    arguments: dict[str, Any]
+    decays: bool = True
+
+    def make(self) -> optax.GradientTransformation:
+        return self.factory(**self.arguments)
+
+
+def window_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    return optax.chain(
+        compress(COMPRESSOR), scale_by_window_adam(COMPRESSOR, Window(3), b1, b2, eps)
+    )
+
+
+def feedback(alpha: float | None, seed: int, residual: Any) -> optax.GradientTransformation:
+    return optax.chain(error_feedback(COMPRESSOR, residual, alpha, seed), to_dense())
+
+
+ENTRIES = {
+    "microadam": Entry(microadam, {"learning_rate": 1e-2}),
+    "microadam, all compressed": Entry(
+        microadam, {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL}
+    ),
+    "microadam, alpha and stochastic": Entry(
+        microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
+    ),
+    "error_feedback": Entry(
+        feedback, {"alpha": None, "seed": 0, "residual": "bfloat16"}, decays=False
+    ),
+    "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}, decays=False),
+}
+
+
+def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Matrices, stacked layers, odd rows, a vector, a scalar, a zero-size leaf and a None."""
+    shapes = {
+        "attention": {"kernel": (16, 512), "bias": (64,)},
+        "stacked": (2, 8, 256),
+        "odd": (3, 37),
+        "scalar": (),
+        "empty": (0, 4),
+    }
+    tree = jax.tree.map(
+        lambda shape: jnp.full(shape, 0.5, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return {**tree, "none": None}
+
+
+SPECS = {
+    "attention": {"kernel": P("fsdp", "tp"), "bias": P("tp")},
+    "stacked": P(None, ("fsdp", "tp")),
+    "odd": P(),
+    "scalar": P(),
+    "empty": P(),
+    "none": None,
+}
+
+
+def gradients(params: Any, step: int = 0) -> Any:
+    """Gradients of the parameters' structure and dtypes, other ones for each step."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(step), max(1, len(leaves)))
+    drawn = [
+        jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=False)
+    ]
+    return treedef.unflatten(drawn)

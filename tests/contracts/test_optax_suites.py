@@ -1,0 +1,87 @@
+"""Optax's own generic suites, run against our aliases.
+
+The suites read their lists of optimizers when their classes are made, so the lists are replaced
+while the modules are imported. Nothing of Optax is copied or changed.
+"""
+
+import os
+import warnings
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax.contrib
+import pytest
+from absl.testing import parameterized
+from optax._src import alias
+
+import microadam_jax
+from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
+
+# Optax 0.2.8 compares versions as text and would skip its sharding tests from JAX 0.10 on.
+_VERSION = mock.patch.object(jax, "__version__", "9.9.9")
+
+EVERYTHING = MicroAdamLayout(
+    top_k(count=1, blocks=Blocks(64), min_size=0, min_row=0), affine4(64), Window()
+)
+
+
+def microadam_compressed(
+    learning_rate: optax.ScalarOrSchedule, eps: float = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """MicroAdam with no leaf kept dense: the suites' leaves are all small."""
+    return microadam(learning_rate, eps=eps, layout=EVERYTHING)
+
+
+CASES = tuple(
+    {"opt_name": name, "opt_kwargs": {"learning_rate": rate}}
+    for name, rate in {"microadam": 1e-2, "microadam_compressed": 3e-4}.items()
+)
+UNWRAPPED = {"wrapper_name": None, "wrapper_kwargs": None}
+for module in (optax.contrib, alias):
+    module.microadam = microadam_jax.microadam
+    module.microadam_compressed = microadam_compressed
+
+_product, _named_parameters = parameterized.product, parameterized.named_parameters
+
+
+def _our_product(*sequences: Any, **grid: Any) -> Any:
+    ours = [
+        [case | (UNWRAPPED if "wrapper_name" in theirs[0] else {}) for case in CASES]
+        if "opt_name" in theirs[0]
+        else theirs
+        for theirs in sequences
+    ]
+    if "dtype" in grid:
+        # Real numbers only, as for every optimizer that compares magnitudes.
+        grid["dtype"] = [d for d in grid["dtype"] if jnp.dtype(d).kind != "c"]
+    return _product(*ours, **grid)
+
+
+def _our_instances(*named: Any) -> Any:
+    if len(named) > 1:  # not the list of optimizers
+        return _named_parameters(*named)
+    factories = {case["opt_name"]: getattr(alias, case["opt_name"]) for case in CASES}
+    if isinstance(named[0], list):  # of float64_test: name, factory, arguments
+        return _named_parameters([(n, f, {"learning_rate": 1e-3}) for n, f in factories.items()])
+    return _named_parameters((name, factory(1e-3)) for name, factory in factories.items())
+
+
+# The sharding suite asks for its devices through the environment; ours has them already.
+with _VERSION, mock.patch.dict(os.environ), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    with mock.patch.object(parameterized, "product", _our_product):
+        from optax._src.alias_test import AliasTest
+        from optax.contrib._common_test import ContribTest
+    with mock.patch.object(parameterized, "named_parameters", _our_instances):
+        from optax._src.float64_test import Float64Test
+        from optax._src.sharding_test import ShardingTest
+
+__all__ = ["AliasTest", "ContribTest", "Float64Test", "ShardingTest"]
+
+
+@pytest.fixture(autouse=True)
+def _version() -> Any:
+    with _VERSION:
+        yield

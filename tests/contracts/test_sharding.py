@@ -1,0 +1,141 @@
+"""States shard like their parameters, and the step talks to no other device."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microadam_jax import microadam
+from tests.contracts.catalogue import ENTRIES, SPECS, Entry, gradients, parameters
+
+COLLECTIVE = re.compile(
+    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", re.MULTILINE
+)
+AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+LAYOUTS = {
+    "fsdp and tensor": SPECS,
+    "fsdp": {**SPECS, "attention": {"kernel": P(("fsdp", "tp")), "bias": P()}},
+    "tensor": {**SPECS, "attention": {"kernel": P(None, "tp"), "bias": P("tp")}, "stacked": P()},
+}
+SHARDED = {
+    **ENTRIES,
+    "microadam, paper": Entry(microadam, {"learning_rate": 1e-2, "layout": "paper"}),
+}
+# Blocks as long as the row cannot be cut: the paper's layout shards leading axes only.
+WHOLE_ROWS = {
+    **SPECS,
+    "attention": {"kernel": P(("fsdp", "tp")), "bias": P()},
+    "stacked": P(None, ("tp", "fsdp")),
+}
+
+
+def specs_for(name: str, layout: str) -> Any:
+    return WHOLE_ROWS if "paper" in name else LAYOUTS[layout]
+
+
+def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
+
+
+def mesh_of(mode: str, devices: tuple[int, int] = (4, 2)) -> jax.sharding.Mesh:
+    return jax.make_mesh(
+        devices,
+        ("fsdp", "tp"),
+        axis_types=(AXES[mode],) * 2,
+        devices=jax.devices()[: devices[0] * devices[1]],
+    )
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, specs: Any, mesh: jax.sharding.Mesh
+) -> Any:
+    """The parameter's spec, verbatim, on each of its state leaves."""
+    shapes = jax.eval_shape(lambda p: tx.init(p), params)
+    return optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, spec: NamedSharding(mesh, spec),
+        shapes,
+        specs,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )
+
+
+@pytest.mark.parametrize("mode", AXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SHARDED)
+def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, mode: str) -> None:
+    if "paper" in name and layout != "fsdp":
+        pytest.skip("the paper's blocks are whole rows, which only leading axes can shard")
+    tx = SHARDED[name].make()
+    params = parameters()
+    expected_state = tx.init(params)
+    alone = jax.jit(tx.update)
+    for step in range(4):
+        expected, expected_state = alone(gradients(params, step), expected_state, params)
+
+    specs, mesh = specs_for(name, layout), mesh_of(mode)
+    with jax.set_mesh(mesh):
+        sharded = place(params, specs, mesh)
+        shardings = state_shardings(tx, sharded, specs, mesh)
+        state = jax.jit(tx.init, out_shardings=shardings)(sharded)
+        grads = [place(gradients(params, step), specs, mesh) for step in range(4)]
+        placements = jax.tree.map(lambda leaf: leaf.sharding, (sharded, state))
+        update = (
+            jax.jit(tx.update, out_shardings=placements).lower(grads[0], state, sharded).compile()
+        )
+        assert COLLECTIVE.findall(update.as_text()) == []
+        for gradient in grads:
+            updates, state = update(gradient, state, sharded)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+
+
+@pytest.mark.parametrize("mode", AXES)
+@pytest.mark.parametrize("name", SHARDED)
+def test_state_made_eagerly_lies_where_its_parameter_lies(name: str, mode: str) -> None:
+    tx, specs, mesh = SHARDED[name].make(), specs_for(name, "fsdp and tensor"), mesh_of(mode)
+    with jax.set_mesh(mesh):
+        params = place(parameters(), specs, mesh)
+        pairs: list[tuple[jax.Array, jax.Array]] = []
+        optax.tree_utils.tree_map_params(
+            tx, lambda leaf, param: pairs.append((leaf, param)), tx.init(params), params
+        )
+    for leaf, parameter in pairs:
+        assert leaf.sharding.spec == parameter.sharding.spec
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_explicit_types_of_the_state_do_not_change(name: str) -> None:
+    tx, specs, mesh = SHARDED[name].make(), specs_for(name, "fsdp and tensor"), mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        params = place(parameters(), specs, mesh)
+        state = tx.init(params)
+        types = jax.tree.map(jax.typeof, state)
+        updates, eager = tx.update(place(gradients(params), specs, mesh), state, params)
+        assert jax.tree.map(jax.typeof, eager) == types
+        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+        _, jitted = jax.jit(tx.update)(place(gradients(params), specs, mesh), state, params)
+        assert jax.tree.map(jax.typeof, jitted) == types
+        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == types
+
+
+def test_a_spec_that_does_not_divide_the_blocks_is_refused_with_the_remedy() -> None:
+    mesh = mesh_of("auto")
+    tx = microadam(1e-3)
+    params = jax.device_put(jnp.zeros((64, 512)), NamedSharding(mesh, P(None, ("fsdp", "tp"))))
+    with pytest.raises(ValueError, match=r"\(64, 512\) is sharded.*Blocks\(shards=\.\.\.\)"):
+        tx.init(params)
+
+
+def test_entries_use_blocks_that_divide_over_the_mesh() -> None:
+    entry: Entry = ENTRIES["microadam, all compressed"]
+    layout = entry.arguments["layout"].compressor.blocks.layout(512)
+    assert layout.count % 8 == 0
