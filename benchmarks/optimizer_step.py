@@ -1,0 +1,54 @@
+"""How long an optimizer's step takes beside AdamW's: interleaved runs in one process, medians.
+
+python -m benchmarks.optimizer_step
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_jax import memory_report, microadam
+
+OPTIMIZERS = {
+    "AdamW": optax.adamw(1e-3),
+    "MicroAdam, fast": microadam(1e-3),
+    "MicroAdam, pretrain": microadam(1e-3, layout="pretrain"),
+    "MicroAdam, paper": microadam(1e-3, layout="paper"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+
+    params = jnp.zeros(args.shape)
+    gradient = jax.random.normal(jax.random.key(0), params.shape)
+    states = {name: tx.init(params) for name, tx in OPTIMIZERS.items()}
+    steps = {
+        name: jax.jit(tx.update, donate_argnums=1).lower(gradient, states[name], params).compile()
+        for name, tx in OPTIMIZERS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            _, states[name] = jax.block_until_ready(step(gradient, states[name], params))
+            seconds[name].append(time.perf_counter() - start)
+
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{params.size:,} parameters on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    print("| optimizer | bytes/param | ms | of AdamW's time |\n|---|---|---|---|")
+    for name, median in medians.items():
+        size = memory_report(OPTIMIZERS[name], params).bytes_per_parameter
+        ratio = median / medians["AdamW"]
+        print(f"| {name} | {size:.2f} | {1e3 * median:.1f} | {ratio:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

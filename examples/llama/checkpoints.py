@@ -1,0 +1,111 @@
+"""Checkpoints of one run, with the configuration they belong to."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from .config import PretrainError
+
+
+class Checkpoints:
+    """The checkpoints in a directory; a save that is cut short leaves the earlier ones intact."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+        """Opens a directory of checkpoints.
+
+        Args:
+            directory: The directory; it need not exist.
+            identity: JSON values on which a checkpoint must agree to be restored.
+        """
+        self._identity = identity
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.resolve(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                # The next step donates the arrays that are being saved.
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int:
+        """Number of steps done at the latest checkpoint; 0 without one."""
+        return self._manager.latest_step() or 0
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves the state after `step` steps.
+
+        The batches follow from the seed and the step, so the step is also the position in the
+        data and the state of the random numbers.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_without_empty(state)),
+                config=ocp.args.JsonSave(self._identity),
+            ),
+        )
+
+    def restore(self, like: Any) -> Any:
+        """Reads the latest checkpoint.
+
+        Args:
+            like: Shapes, dtypes and shardings of the state; the mesh may be another one than
+                at the time of saving.
+
+        Returns:
+            The state.
+
+        Raises:
+            PretrainError: If the checkpoint is of another configuration.
+        """
+        step = self._manager.latest_step()
+        stored = self._manager.restore(
+            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )["config"]
+        self._require_same(stored)
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(like)))
+        )["state"]
+        return jax.tree.map(
+            lambda shape, array: _empty(shape) if array is None else array, like, state
+        )
+
+    def _require_same(self, stored: dict[str, Any]) -> None:
+        differences = [
+            f"{name} was {stored.get(name)} and is now {self._identity.get(name)}"
+            for name in stored | self._identity
+            if stored.get(name) != self._identity.get(name)
+        ]
+        if differences:
+            more = len(differences) - 3
+            shown = differences[:3] + [f"{more} more differ"] * (more > 0)
+            raise PretrainError(
+                f"The checkpoint in {self._directory} is of another configuration: "
+                f"{'; '.join(shown)}."
+            )
+
+
+def _without_empty(tree: Any) -> Any:
+    # Orbax refuses arrays without elements, which some optimizers have in their state.
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)

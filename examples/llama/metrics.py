@@ -1,0 +1,66 @@
+"""Losses and times of one run, in memory and in a CSV file that survives a crash."""
+
+import csv
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is known after one optimizer step.
+
+    Attributes:
+        step: Number of steps done.
+        tokens: Number of tokens trained on.
+        seconds: Time spent on these steps; compiling, evaluating and saving do not count.
+        loss: Training loss of the step's batch, nats per token.
+        held_out_loss: Loss on the held-out text, where it was evaluated.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    held_out_loss: float | None = None
+
+
+class MetricsFile:
+    """Rows in a CSV file, one file per run."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Opens a file, and forgets what it says about steps after `last_step`.
+
+        Args:
+            path: The file; it need not exist.
+            last_step: Where training continues: the step of the latest checkpoint, or 0.
+        """
+        self.path = path
+        # Rows after the checkpoint are from steps that a crash undid.
+        self.rows = [row for row in _read(path) if row.step <= last_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(field.name for field in dataclasses.fields(Row))
+            writer.writerows(map(dataclasses.astuple, self.rows))
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Adds rows to the file."""
+        with self.path.open("a", newline="") as stream:
+            csv.writer(stream).writerows(map(dataclasses.astuple, rows))
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return [
+            Row(
+                step=int(row["step"]),
+                tokens=int(row["tokens"]),
+                seconds=float(row["seconds"]),
+                loss=float(row["loss"]),
+                held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
+            )
+            for row in csv.DictReader(stream)
+        ]

@@ -1,0 +1,170 @@
+"""A Llama-style decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, one scan over layers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The dimensions and number formats of one decoder."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    remat: bool = False
+
+
+def _linear(config: ModelConfig, n_in: int, n_out: int, std: float, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(std),
+        dtype=jnp.dtype(config.compute_dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden,
+        dtype=jnp.dtype(config.compute_dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Encodes positions by rotating pairs of channels (RoPE).
+
+    Args:
+        x: Queries or keys, `(batch, position, head, channel)`, with an even number of channels.
+        base: The longest wavelength is about `2 * pi * base` positions.
+
+    Returns:
+        The rotated array; channel `i` is paired with channel `i + channels / 2`.
+    """
+    positions, channels = x.shape[1], x.shape[-1]
+    frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+    angles = jnp.arange(positions, dtype=jnp.float32)[:, None] * frequencies
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws the four projections."""
+        self.heads = config.heads
+        hidden = config.hidden
+        self.query = _linear(config, hidden, hidden, 0.02, rngs)
+        self.key = _linear(config, hidden, hidden, 0.02, rngs)
+        self.value = _linear(config, hidden, hidden, 0.02, rngs)
+        self.out = _linear(config, hidden, hidden, _residual_std(config), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mixes positions of `x`, `(batch, position, hidden)`."""
+        split = (*x.shape[:-1], self.heads, -1)
+        query = rotate(self.query(x).reshape(split))
+        key = rotate(self.key(x).reshape(split))
+        value = self.value(x).reshape(split)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return self.out(mixed.reshape(x.shape))
+
+
+class SwiGLU(nnx.Module):
+    """The gated feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws the three projections."""
+        self.gate = _linear(config, config.hidden, config.intermediate, 0.02, rngs)
+        self.up = _linear(config, config.hidden, config.intermediate, 0.02, rngs)
+        self.down = _linear(config, config.intermediate, config.hidden, _residual_std(config), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Transforms each position of `x` on its own."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def _residual_std(config: ModelConfig) -> float:
+    # Each layer adds two outputs to the residual stream: this keeps its variance independent
+    # of the depth at initialization.
+    return 0.02 / (2 * config.layers) ** 0.5
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Builds both halves of the layer."""
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies attention and feed-forward to `x`, each with its residual."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """Embedding, a scan over stacked layers (layer axis first), final norm and an untied head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws all weights; each layer has random numbers of its own."""
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.embedding = nnx.Embed(
+            config.vocab,
+            config.hidden,
+            embedding_init=nnx.initializers.normal(0.02),
+            dtype=jnp.dtype(config.compute_dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        self.layers = stack(rngs)
+        self.norm = _norm(config, rngs)
+        self.head = _linear(config, config.hidden, config.vocab, 0.02, rngs)
+        self.remat = config.remat
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns float32 logits for the token after each position of `tokens`."""
+
+        def apply(x: jax.Array, block: Block) -> jax.Array:
+            return block(x)
+
+        if self.remat:
+            apply = nnx.remat(apply)
+        scan = nnx.scan(apply, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        x = scan(self.embedding(tokens), self.layers)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`)."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def graph_of(config: ModelConfig) -> nnx.GraphDef[Llama]:
+    """The structure that `nnx.merge` turns, with weights, back into a callable model."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)[0]

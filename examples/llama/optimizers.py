@@ -1,0 +1,178 @@
+"""Optimizers by name: from this library, from Optax and from optax.contrib."""
+
+import ast
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+import microadam_jax
+
+from .config import Config, PretrainError
+
+Factory = Callable[..., optax.GradientTransformation]
+
+DEFAULT_LEARNING_RATE = 1e-3
+DEFAULT_LEARNING_RATES = {"microadam": 2e-3}
+# What this script is for; the library's own default follows the paper, which fine-tunes.
+DEFAULT_OPTIONS = {"microadam": {"layout": "pretrain"}}
+
+
+def factories() -> dict[str, Factory]:
+    """Collects everything that builds an optimizer from a learning rate, by public name."""
+    return {
+        name: member
+        for module in (optax.contrib, optax, microadam_jax)  # of equal names, the last one counts
+        for name, member in vars(module).items()
+        if inspect.isfunction(member)
+        and not name.startswith(("_", "scale_by_"))
+        and "learning_rate" in inspect.signature(member).parameters
+    }
+
+
+def build(config: Config) -> dict[str, optax.GradientTransformation]:
+    """Builds the optimizers a configuration names, with their learning rates and clipping.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The optimizers by label, in the order of the configuration.
+
+    Raises:
+        PretrainError: If a name, an option or a value is not understood.
+    """
+    names = _names_by_label(config.optimizer)
+    options = _options(config.opt, names)
+    peaks = _learning_rates(config.lr, names)
+    built = {}
+    for label, name in names.items():
+        chosen = DEFAULT_OPTIONS.get(name, {}) | options[label]
+        optimizer = _call(label, name, _learning_rate(config, peaks[label]), chosen)
+        if config.clip:
+            optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+        built[label] = optimizer
+    return built
+
+
+def _names_by_label(text: str) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for entry in text.split(","):
+        label, _, name = entry.partition("=")
+        # A label is also the name of a directory and may stand in other flags.
+        if not re.fullmatch(r"[\w-]+", label) or label in names:
+            raise PretrainError(
+                f"--optimizer {text} must be a list such as adamw,microadam or "
+                "fast=microadam,paper=microadam, with a different label for each run."
+            )
+        names[label] = name or label
+    return names
+
+
+def _options(flags: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for flag in flags:
+        target, equals, value = flag.partition("=")
+        label, dot, option = target.partition(".")
+        if not (equals and dot):
+            raise PretrainError(f"--opt {flag} does not have the form LABEL.OPTION=VALUE.")
+        _require_label("--opt", flag, label, options)
+        options[label][option] = _literal(value)
+    return options
+
+
+def _learning_rates(flags: Iterable[str], names: dict[str, str]) -> dict[str, float]:
+    rates = {
+        label: DEFAULT_LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
+        for label, name in names.items()
+    }
+    for flag in flags:
+        label, equals, value = flag.rpartition("=")
+        if equals:
+            _require_label("--lr", flag, label, rates)
+        try:
+            rates |= dict.fromkeys([label] if equals else rates, float(value))
+        except ValueError:
+            raise PretrainError(f"--lr {flag} does not end in a number.") from None
+    return rates
+
+
+def _require_label(option: str, flag: str, label: str, labels: Iterable[str]) -> None:
+    if label not in labels:
+        raise PretrainError(
+            f"{option} {flag} is for {label!r}, but this run trains {', '.join(labels)}."
+        )
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text  # A bare word is a string: layout=paper.
+
+
+def _learning_rate(config: Config, peak: float) -> float | optax.Schedule:
+    warmup = round(config.warmup * config.steps)
+    rest = config.steps - warmup
+    if config.schedule == "constant" and not warmup:
+        return peak  # A few optimizers, such as optax.sm3, take nothing but a number.
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=0.1),
+        "linear": optax.linear_schedule(peak, 0.1 * peak, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    # The first step is not spent on a rate of zero.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def _call(
+    label: str, name: str, learning_rate: float | optax.Schedule, options: dict[str, Any]
+) -> optax.GradientTransformation:
+    known = factories()
+    if name not in known:
+        close = difflib.get_close_matches(name, known)
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else f"there are {', '.join(sorted(known))}."
+        )
+        raise PretrainError(f"There is no optimizer {name!r}; {hint}")
+    allowed = [o for o in inspect.signature(known[name]).parameters if o != "learning_rate"]
+    for option in options:
+        if option not in allowed:
+            raise PretrainError(f"{name} has no option {option!r}; it has {', '.join(allowed)}.")
+    factory = functools.partial(known[name], **options)
+    error = _failure(factory, learning_rate)
+    if error and callable(learning_rate) and not _failure(factory, 1e-3):
+        raise PretrainError(
+            f"{name} takes a number as learning rate and no schedule: add --schedule constant "
+            "--warmup 0."
+        )
+    if error:
+        reason = str(error).partition("\n")[0]
+        raise PretrainError(f"{label} does not work with these options: {reason}") from error
+    return factory(learning_rate)
+
+
+def _failure(factory: Factory, learning_rate: float | optax.Schedule) -> Exception | None:
+    """What a factory, or the first update of its optimizer, objects to."""
+
+    def update_once(params: jax.Array) -> optax.Updates:
+        optimizer = optax.with_extra_args_support(factory(learning_rate))
+        return optimizer.update(params, optimizer.init(params), params, value=jnp.float32(0))
+
+    try:
+        jax.eval_shape(update_once, jnp.zeros((256, 256)))
+    except Exception as error:  # any kind of exception can come out of another's code
+        return error
+    return None

@@ -1,0 +1,217 @@
+"""The training loop: one optimizer, from initial weights or a checkpoint to the last step."""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from .checkpoints import Checkpoints
+from .config import Config
+from .data import Corpus
+from .metrics import Row
+from .model import Llama, Params, graph_of, init_params
+from .partitioning import place
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of training with one optimizer.
+
+    Attributes:
+        rows: One for each step that was done, also before resuming.
+        parameters: Number of parameters.
+        state_bytes: Bytes of the optimizer's state, over all devices but without replicas.
+        finished: Whether the last step was reached.
+    """
+
+    rows: list[Row]
+    parameters: int
+    state_bytes: int
+    finished: bool
+
+    @property
+    def held_out_loss(self) -> float:
+        """The latest loss on the held-out text, nats per token; NaN before there is one."""
+        losses = [row.held_out_loss for row in self.rows if row.held_out_loss is not None]
+        return losses[-1] if losses else math.nan
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a step."""
+        times = [0.0, *(row.seconds for row in self.rows)]
+        return statistics.median([after - before for before, after in pairwise(times)])
+
+
+def train(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    corpus: Corpus,
+    *,
+    checkpoints: Checkpoints | None = None,
+    rows: Sequence[Row] = (),
+    observe: Callable[[list[Row]], None] = lambda rows: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Trains the model of a configuration.
+
+    Args:
+        config: The model, the batches and the number of steps; what it says about optimizers
+            is not read here.
+        optimizer: Any Optax transformation.
+        corpus: The text.
+        checkpoints: Where to continue from and to save to.
+        rows: The rows up to the latest checkpoint.
+        observe: Is shown new rows, every `log_every` steps.
+        stop: Is asked after each step whether to save and return.
+
+    Returns:
+        Losses, times and sizes.
+
+    Raises:
+        PretrainError: If the mesh does not fit or the checkpoint is of another configuration.
+    """
+    rows = list(rows)
+    micro_rows = config.batch // config.accumulation
+    placement = place(config, corpus.vocab)
+    model = config.model(corpus.vocab)
+    graph = graph_of(model)
+
+    param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
+    state_shapes = jax.eval_shape(optimizer.init, param_shapes)
+    shardings = (placement.params, placement.state(optimizer, state_shapes))
+    result = Result(rows, _count(param_shapes), _bytes(state_shapes), finished=True)
+
+    start = checkpoints.latest_step if checkpoints else 0
+    if checkpoints and start:
+        params, state = checkpoints.restore(_placed((param_shapes, state_shapes), shardings))
+    else:
+        init = jax.jit(init_params, static_argnums=(0, 1), out_shardings=shardings[0])
+        params = init(model, config.seed)
+        state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
+    if start == config.steps:
+        return result
+
+    def next_batch(step: int) -> jax.Array:
+        batch = corpus.batch(config.seed, step, config.batch, config.seq_len)
+        return jax.device_put(batch.reshape(config.accumulation, micro_rows, -1), placement.batches)
+
+    held_out = jax.device_put(
+        corpus.held_out_batches(config.eval_batches, micro_rows, config.seq_len), placement.batches
+    )
+    # Compiled ahead, so that no step's time contains it.
+    step_fn = (
+        jax.jit(
+            _step_function(graph, optimizer),
+            donate_argnums=(0, 1),
+            out_shardings=(*shardings, None),
+        )
+        .lower(params, state, next_batch(start))
+        .compile()
+    )
+
+    losses: list[jax.Array] = []
+    clock = time.perf_counter()
+    for step in range(start + 1, config.steps + 1):
+        params, state, loss = step_fn(params, state, next_batch(step - 1))
+        losses.append(loss)
+        done = step == config.steps
+        stopping = stop()
+        evaluating = done or step % config.eval_every == 0
+        saving = done or stopping or step % config.save_every == 0
+        if not (evaluating or saving or step % config.log_every == 0):
+            continue
+        new = _rows(config, rows, step, jax.device_get(losses), clock)
+        if evaluating:
+            held_out_loss = float(_mean_loss(graph, params, held_out))
+            new[-1] = dataclasses.replace(new[-1], held_out_loss=held_out_loss)
+        rows += new
+        observe(new)
+        if saving and checkpoints:
+            checkpoints.save(step, (params, state))
+        if stopping and not done:
+            return dataclasses.replace(result, finished=False)
+        losses, clock = [], time.perf_counter()
+    return result
+
+
+def _rows(
+    config: Config, before: Sequence[Row], step: int, losses: list[float], clock: float
+) -> list[Row]:
+    seconds = before[-1].seconds if before else 0.0
+    each = (time.perf_counter() - clock) / len(losses)
+    first = step - len(losses) + 1
+    return [
+        Row(
+            step=first + i,
+            tokens=(first + i) * config.batch * config.seq_len,
+            seconds=seconds + (i + 1) * each,
+            loss=float(loss),
+        )
+        for i, loss in enumerate(losses)
+    ]
+
+
+def _loss(graph: nnx.GraphDef[Llama], params: Params, tokens: jax.Array) -> jax.Array:
+    logits = nnx.merge(graph, params)(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+# Compiled once for all optimizers: the graph is a part of the key.
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_loss(graph: nnx.GraphDef[Llama], params: Params, batches: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda tokens: _loss(graph, params, tokens), batches).mean()
+
+
+def _step_function(
+    graph: nnx.GraphDef[Llama], optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Params, optax.OptState, jax.Array]]:
+    # Some optimizers want the loss as well.
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(
+        params: Params, state: optax.OptState, micro_batches: jax.Array
+    ) -> tuple[Params, optax.OptState, jax.Array]:
+        loss, gradient = _mean_gradient(graph, params, micro_batches)
+        updates, state = optimizer.update(gradient, state, params, value=loss)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def _mean_gradient(
+    graph: nnx.GraphDef[Llama], params: Params, micro_batches: jax.Array
+) -> tuple[jax.Array, Params]:
+    loss_and_gradient = jax.value_and_grad(lambda params, tokens: _loss(graph, params, tokens))
+    count = len(micro_batches)
+    if count == 1:
+        return loss_and_gradient(params, micro_batches[0])
+
+    def add(total: Any, tokens: jax.Array) -> tuple[Any, None]:
+        new = loss_and_gradient(params, tokens)
+        return jax.tree.map(lambda total, part: total + part / count, total, new), None
+
+    # Sums of bfloat16 gradients would lose small terms; this float32 sum ends with the step.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.float32(0), params))
+    (loss, gradient), _ = jax.lax.scan(add, zeros, micro_batches)
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
+
+
+def _count(shapes: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,183 @@
+"""The pre-training script as a person runs it: flags, files, interruption, mistakes."""
+
+import csv
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from examples.llama.comparison import compare
+from examples.llama.config import PRESETS, PretrainError, from_flags
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).parents[2]
+SMALL = shlex.split(
+    "--hidden 32 --intermediate 64 --layers 2 --heads 2 --seq-len 16 --batch 2 --eval-batches 2 "
+    "--max-bytes 100000"
+)
+
+
+def run(flags: list[str]) -> tuple[bool, str]:
+    """Whether a comparison was finished, and what it printed."""
+    console = Console(file=io.StringIO(), width=200)
+    return compare(from_flags(flags), console), console.file.getvalue()
+
+
+def losses(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file without their times."""
+    with path.open() as stream:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+
+
+def test_default_optimizers_side_by_side(tmp_path: Path) -> None:
+    finished, printed = run([*SMALL, "--steps", "20", "--out", str(tmp_path)])
+    assert finished
+    rows = losses(tmp_path / "metrics.csv")
+    assert [row["optimizer"] for row in rows] == ["adamw"] * 20 + ["microadam"] * 20
+    assert rows[0]["loss"] == rows[20]["loss"]  # the same weights and the same batch
+    assert [row["step"] for row in rows if row["held_out_loss"]] == ["20", "20"]
+
+    with (tmp_path / "summary.csv").open() as stream:
+        adamw, microadam = csv.DictReader(stream)
+    assert float(adamw["state_bytes_per_parameter"]) == pytest.approx(8, abs=0.01)
+    assert microadam["parameters"] == adamw["parameters"]
+    assert microadam["held_out_loss"] == rows[-1]["held_out_loss"]
+    for line in (adamw, microadam):
+        assert f"{float(line['held_out_loss']):.3f}" in printed
+        assert f"{float(line['state_bytes_per_parameter']):.3f}" in printed
+    for plot in ("loss_by_step.png", "loss_by_time.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+
+    # A finished run can be shown again, and may be replaced.
+    for flags in (["--resume", str(tmp_path)], [*SMALL, "--steps", "20", "--out", str(tmp_path)]):
+        assert run(flags)[0]
+        assert losses(tmp_path / "metrics.csv") == rows
+
+
+class Script:
+    """Runs the script in a process of its own."""
+
+    def __init__(self, cache: Path) -> None:
+        self._environment = os.environ | {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        return self.start_command([sys.executable, "examples/pretrain_llama.py", *flags])
+
+    def start_command(self, command: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self._environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
+    return Script(cache=tmp_path_factory.mktemp("compiled"))
+
+
+LONG = [*SMALL, "--steps", "100", "--eval-every", "20", "--save-every", "20"]
+
+
+@pytest.fixture(scope="module")
+def straight(script: Script, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Losses of an undisturbed run."""
+    out = tmp_path_factory.mktemp("straight")
+    process = script.start(*LONG, "--out", str(out))
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    return losses(out / "metrics.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_runs_resume_exactly(
+    number: signal.Signals, script: Script, straight: list[dict[str, str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = script.start(*LONG, "--out", str(out))
+    for line in process.stdout:
+        if "step 40/100" in line:
+            process.send_signal(number)
+            break
+    printed, mistakes = process.communicate()
+    assert mistakes == ""
+    command = [sys.executable, "examples/pretrain_llama.py", "--resume", str(out)]
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "adamw is saved at step" in printed
+        command = shlex.split(printed.splitlines()[-1])
+    assert not (out / "summary.csv").exists()
+    with pytest.raises(PretrainError, match="holds an interrupted run: continue it with --resume"):
+        run([*LONG, "--out", str(out)])
+
+    process = script.start_command(command)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    assert losses(out / "metrics.csv") == straight
+
+
+def test_mistakes_reach_the_terminal_as_one_sentence(script: Script, tmp_path: Path) -> None:
+    process = script.start("--optimizer", "adamw,microadan", "--out", str(tmp_path / "out"))
+    printed, mistakes = process.communicate()
+    assert process.returncode == 2
+    assert printed == ""
+    assert mistakes == (
+        "error: There is no optimizer 'microadan'; did you mean microadam or adan?\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--text {tmp}/nowhere", "no file or directory"),
+        ("--mesh data=1000", "needs 1000 devices, but there are"),
+        ("--resume {tmp}", "no run to resume in"),
+        ("--hidden 36 --heads 4", "--hidden 36 does not split into 4 heads of even width"),
+        ("--batch 3 --accumulation 2", "--batch 3 does not split into 2 equal micro-batches"),
+        ("--warmup 2", "--warmup 2.0 must be a share of the steps"),
+        ("--steps 0", "--steps must be at least 1, not 0"),
+    ],
+)
+def test_mistakes_leave_no_files(flags: str, sentence: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path)] if "--resume" not in flags else []
+    with pytest.raises(PretrainError, match=sentence) as caught:
+        run([*SMALL, *out, *flags.format(tmp=tmp_path).split()])
+    assert "\n" not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_flags_override_presets_and_the_resumed_run(tmp_path: Path) -> None:
+    assert from_flags([]) == PRESETS["tiny"]
+    config = from_flags(["--preset", "60m", "--layers", "2", "--accumulation", "64"])
+    assert (config.hidden, config.layers, config.steps) == (512, 2, 10_000)
+
+    flags = [*SMALL, "--steps", "3", "--out", str(tmp_path), "--optimizer", "a=sgd"]
+    run([*flags, "--lr", "a=0.5", "--opt", "a.momentum=0.9"])
+    resumed = from_flags(["--resume", str(tmp_path), "--mesh", "data=2"])
+    assert resumed.lr == ("a=0.5",)
+    assert resumed.opt == ("a.momentum=0.9",)
+    assert resumed.out == tmp_path
+    assert "steps" in json.loads((tmp_path / "config.json").read_text())
+    assert run(["--resume", str(tmp_path), "--mesh", "data=2"])[0]
+    with pytest.raises(PretrainError, match="steps was 3 and is now 4; seed was 0 and is now 1"):
+        run(["--resume", str(tmp_path), "--steps", "4", "--seed", "1"])
+    with pytest.raises(PretrainError, match="--out other is not the run to resume"):
+        from_flags(["--resume", str(tmp_path), "--out", "other"])
