@@ -44,6 +44,11 @@ class BlockSparse:
         blocks = expand(self.values[..., None, :], self.indices[..., None, :], self.layout.size)
         return merge(blocks, self.layout, self.shape)
 
+    def rest_of(self, update: jax.Array) -> jax.Array:
+        """The float32 ``update`` with zeros where an element was kept."""
+        # Not a difference: infinity less infinity would stay behind as NaN.
+        return jnp.where(self.kept() != 0, 0.0, update)
+
     def to_dense(self) -> jax.Array:
         """The dense update, in its original dtype."""
         return self.with_bypass(self.kept()).astype(self.dtype)

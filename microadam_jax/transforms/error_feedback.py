@@ -113,7 +113,7 @@ def error_feedback(
             owed = codec.decode(codec.Encoded(*stored), gradient.shape)
             accumulated = gradient.astype(jnp.float32) + owed
             sent = compressor.compress(accumulated, target.dtype)
-            left = codec.encode(accumulated - sent.kept(), key)
+            left = codec.encode(sent.rest_of(accumulated), key)
             if alpha is not None:
                 owed = codec.decode(left, gradient.shape)
                 bypass = jnp.asarray(alpha, jnp.float32) * owed
