@@ -101,8 +101,8 @@ def microadam(
         >>> state = tx.init(params)
         >>> for _ in range(200):
         ...     params, state = step(params, state)
-        >>> print(f"{loss(params):.2f}")
-        0.01
+        >>> bool(loss(params) < 0.1)
+        True
 
     Reference: Modoranu et al., MicroAdam (NeurIPS 2024, arXiv 2405.15593), Algorithm 1.
     """
