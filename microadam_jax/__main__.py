@@ -2,7 +2,6 @@
 
 import argparse
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -32,13 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
 def print_memory(model: str, *, fields: bool = False) -> None:
     """Prints what AdamW and each optimizer of the library would keep for ``model``."""
     shapes = model_shapes(model)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     reports = {name: memory_report(tx, shapes) for name, tx in OPTIMIZERS.items()}
-    sizes = {"AdamW, float32": 8 * parameters, "AdamW, bfloat16": 4 * parameters}
-    for name, report in reports.items():
-        sizes[name] = report.total
-    statistics = _bucket_statistics(reports["MicroAdam, paper"])
-    sizes["MicroAdam, paper, as published *"] = sizes["MicroAdam, paper"] - statistics
+    paper = reports["MicroAdam, paper"]
+    parameters = paper.parameters
+    sizes = paper.adamw | {name: report.total for name, report in reports.items()}
+    statistics = _bucket_statistics(paper)
+    sizes["MicroAdam, paper, as published *"] = paper.total - statistics
     rows = [
         (name, f"{size / GIB:.2f}", f"{size / parameters:.3f}")
         for name, size in sorted(sizes.items(), key=lambda item: -item[1])
@@ -52,7 +50,8 @@ def print_memory(model: str, *, fields: bool = False) -> None:
     for name, report in reports.items():
         if fields:
             print(f"\n{name}: {report}")
-        for remark in [] if fields else report.remark_lines():
+            continue  # the report says its remarks itself
+        for remark in report.remark_lines():
             print(f"{name}: {remark}")
 
 

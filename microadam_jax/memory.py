@@ -54,13 +54,17 @@ class MemoryReport:
         """Bytes of state for each parameter."""
         return self.total / max(1, self.parameters)
 
+    @property
+    def adamw(self) -> dict[str, int]:
+        """What AdamW's two moments would take for the same parameters, by their dtype."""
+        return {"AdamW, float32": 8 * self.parameters, "AdamW, bfloat16": 4 * self.parameters}
+
     def __str__(self) -> str:
-        adamw = {"AdamW, float32": 8 * self.parameters, "AdamW, bfloat16": 4 * self.parameters}
         rows = [
             ("state", "bytes", "GiB", "bytes/param"),
             *(_row(name, size, self.parameters) for name, size in self.fields.items()),
             _row("total", self.total, self.parameters),
-            *(_row(name, size, self.parameters) for name, size in adamw.items()),
+            *(_row(name, size, self.parameters) for name, size in self.adamw.items()),
         ]
         lines = [f"{self.parameters:,} parameters", *format_table(rows), *self.remark_lines()]
         return "\n".join(lines)
