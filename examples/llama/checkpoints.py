@@ -27,6 +27,8 @@ class Checkpoints:
             directory.resolve(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=2,
+                # What a killed process left of an unfinished save.
+                cleanup_tmp_directories=True,
                 # The next step donates the arrays that are being saved.
                 enable_async_checkpointing=False,
             ),

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,14 +107,24 @@ def straight(script: Script, tmp_path_factory: pytest.TempPathFactory) -> list[d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    # A save takes some hundredths of a second and begins when the step has been shown.
+    [(signal.SIGINT, 0), (signal.SIGKILL, 0), (signal.SIGKILL, 0.03)],
+    ids=["interrupted", "killed", "killed while saving"],
+)
 def test_interrupted_runs_resume_exactly(
-    number: signal.Signals, script: Script, straight: list[dict[str, str]], tmp_path: Path
+    number: signal.Signals,
+    delay: float,
+    script: Script,
+    straight: list[dict[str, str]],
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
     process = script.start(*LONG, "--out", str(out))
     for line in process.stdout:
         if "step 40/100" in line:
+            time.sleep(delay)
             process.send_signal(number)
             break
     printed, mistakes = process.communicate()
