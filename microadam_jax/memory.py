@@ -121,19 +121,17 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
     )
 
 
-def format_table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a table with a header row: the first column to the left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def format_table(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list[str]:
+    """Lines of a table with a header row; the columns ``left`` are aligned to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]
 
 
 def _row(name: str, size: int, parameters: int) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """State arrays that are placed as their parameter is."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 
@@ -27,6 +29,53 @@ def state_zeros(
     if isinstance(sharding, NamedSharding):
         _check_divides(sharding, parameter.shape, shape)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+
+
+def moment_zeros(
+    parameter: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...], dtype: DTypeLike
+) -> jax.Array:
+    """Zeros for numbers that elements of ``parameter`` share.
+
+    Args:
+        parameter: the array (or its shape, or a tracer of it) that the state belongs to.
+        shape: the state array's shape, of the parameter's rank.
+        dtype: the state array's dtype.
+
+    Returns:
+        Zeros, sharded as the parameter on the axes that its sharding divides, and whole on
+        the others: those that are averaged and have size 1, and heads that are split between
+        devices.
+    """
+    sharding = _known_sharding(parameter)
+    if isinstance(sharding, NamedSharding):
+        sharding = _whole_where_uneven(sharding, shape)
+    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+
+
+def whole_where_uneven(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``x``, whole on the axes whose sharding would not divide an array of ``shape``.
+
+    It matters where mesh axes are Explicit; elsewhere the compiler finds its own way.
+    """
+    return place_like(x, x, shape)
+
+
+def place_like(x: jax.Array, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``x`` placed as :func:`moment_zeros` places a moment of ``shape``, on Explicit axes."""
+    sharding = jax.typeof(parameter).sharding
+    if not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, _whole_where_uneven(sharding, shape))
+
+
+def _whole_where_uneven(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for axis, size in enumerate(shape):
+        names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+        shards = math.prod(sharding.mesh.shape[name] for name in names or () if name)
+        if size % shards or size == 1:
+            spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def unused_state(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,7 +1,11 @@
 """The links of a chain."""
 
+from microadam_jax.transforms.adam_mini import ScaleByAdamMiniState, scale_by_adam_mini
+from microadam_jax.transforms.came import ScaleByCameState, scale_by_came
 from microadam_jax.transforms.compress import compress, to_dense
+from microadam_jax.transforms.decay import DecayUpdatedWeightsState, decay_updated_weights
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState, error_feedback
+from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
 from microadam_jax.transforms.window_adam import (
     ScaleByWindowAdamState,
     Window,
@@ -9,11 +13,19 @@ from microadam_jax.transforms.window_adam import (
 )
 
 __all__ = [
+    "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
+    "ScaleByAdamMiniState",
+    "ScaleByCameState",
+    "ScaleBySubsetNormState",
     "ScaleByWindowAdamState",
     "Window",
     "compress",
+    "decay_updated_weights",
     "error_feedback",
+    "scale_by_adam_mini",
+    "scale_by_came",
+    "scale_by_subset_norm",
     "scale_by_window_adam",
     "to_dense",
 ]

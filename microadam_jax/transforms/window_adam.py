@@ -1,7 +1,6 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax.typing import ArrayLike
 from microadam_jax.blocks import blocked_shape, merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, top_k
 from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 from pallas_kernels.window_update import window_adam
 
@@ -142,8 +142,8 @@ def scale_by_window_adam(
         # Rows that no step has filled yet hold zeros, so their ages do not matter.
         age = (newest - jnp.arange(window.length)) % window.length
         horizon = jnp.minimum(count, window.length) if window.normalized else count
-        mu_weights = jnp.float32(1 - b1) * _power(b1, age) / _one_minus_power(b1, horizon)
-        nu_weights = jnp.float32(1 - b2) * _power(b2, age) / _one_minus_power(b2, horizon)
+        mu_weights = jnp.float32(1 - b1) * _power(b1, age) / one_minus_power(b1, horizon)
+        nu_weights = jnp.float32(1 - b2) * _power(b2, age) / one_minus_power(b2, horizon)
 
         def sparse(
             path: KeyPath, sent: BlockSparse, values: jax.Array, indices: jax.Array
@@ -164,9 +164,9 @@ def scale_by_window_adam(
             gradient: jax.Array, target: jax.Array, moments: jax.Array, unused: jax.Array
         ) -> tuple[jax.Array, ...]:
             gradient = gradient.astype(jnp.float32)
-            mu = jnp.float32(b1) * moments[..., 0] + jnp.float32(1 - b1) * gradient
-            nu = jnp.float32(b2) * moments[..., 1] + jnp.float32(1 - b2) * jnp.square(gradient)
-            mu_hat, nu_hat = mu / _one_minus_power(b1, count), nu / _one_minus_power(b2, count)
+            mu = moving_average(b1, moments[..., 0], gradient)
+            nu = moving_average(b2, moments[..., 1], jnp.square(gradient))
+            mu_hat, nu_hat = mu / one_minus_power(b1, count), nu / one_minus_power(b2, count)
             scaled = mu_hat / (jnp.sqrt(nu_hat) + eps)
             return scaled.astype(target.dtype), jnp.stack([mu, nu], axis=-1), unused
 
@@ -208,12 +208,3 @@ def _write_row(rows: jax.Array, row: jax.Array, position: jax.Array) -> jax.Arra
 
 def _power(decay: ArrayLike, exponent: jax.Array) -> jax.Array:
     return jnp.power(jnp.asarray(decay, jnp.float32), exponent.astype(jnp.float32))
-
-
-def _one_minus_power(decay: ArrayLike, steps: jax.Array) -> jax.Array:
-    r""":math:`1 - \beta^t` with the digits that the subtraction loses in float32."""
-    if isinstance(decay, int | float):
-        log_decay = math.log(decay) if decay > 0 else -math.inf
-    else:
-        log_decay = jnp.log1p(jnp.asarray(decay, jnp.float32) - 1)
-    return -jnp.expm1(log_decay * steps.astype(jnp.float32))

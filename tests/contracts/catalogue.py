@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
@@ -100,10 +101,8 @@ SPECS = {
 
 def gradients(params: Any, step: int = 0) -> Any:
     """Gradients of the parameters' structure and dtypes, other ones for each step."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(step), max(1, len(leaves)))
-    drawn = [
-        jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=False)
-    ]
-    return treedef.unflatten(drawn)
+    # NumPy's, because a compiled generator may differ in the last bit from one mesh to another.
+    random = np.random.default_rng(step)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype), params
+    )

@@ -1,0 +1,203 @@
+"""CAME: factored second moments, and a factored measure of how far to trust an update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from microadam_jax.axes import Shape, Sides
+from microadam_jax.partition import Assignment, Partition, require_shape
+from microadam_jax.sharding import moment_zeros, state_zeros
+from microadam_jax.transforms.moments import moving_average
+from microadam_jax.trees import KeyPath, map_with_path
+
+
+class ScaleByCameState(NamedTuple):
+    """A momentum, and two factors each of two second moments.
+
+    For a parameter that is not factored ``nu_row`` is its whole second moment, and the other
+    three hold one number that is not used.
+
+    Attributes:
+        mu: momenta of the updates, of the parameters' shapes, in ``mu_dtype``.
+        nu_row: float32 squared gradients, averaged over the columns.
+        nu_col: float32 squared gradients, averaged over the rows.
+        instability_row: float32 squared deviations of the updates, averaged over the columns.
+        instability_col: float32 squared deviations of the updates, averaged over the rows.
+    """
+
+    mu: Any
+    nu_row: Any
+    nu_col: Any
+    instability_row: Any
+    instability_col: Any
+
+
+def scale_by_came(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    b3: ArrayLike = 0.9999,
+    eps: ArrayLike = 1e-30,
+    instability_eps: ArrayLike = 1e-16,
+    clip_threshold: ArrayLike = 1.0,
+    *,
+    partition: Partition | None = None,
+    mu_dtype: DTypeLike = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by factored second moments and by their factored instability.
+
+    With :math:`\langle\cdot\rangle_r` the mean over the columns, which leaves one number for
+    each row, and :math:`\langle\cdot\rangle_c` the mean over the rows,
+
+    .. math::
+
+        r_t &= \beta_2 r_{t-1} + (1 - \beta_2) \langle g_t^2 + \epsilon_1 \rangle_r, \quad
+        c_t = \beta_2 c_{t-1} + (1 - \beta_2) \langle g_t^2 + \epsilon_1 \rangle_c \\
+        \hat u_t &= g_t \Big/ \sqrt{r_t c_t / \bar r_t}, \quad
+        u_t = \hat u_t / \max(1, \mathrm{RMS}(\hat u_t) / d) \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, u_t \\
+        R_t &= \beta_3 R_{t-1} + (1 - \beta_3) \langle (u_t - m_t)^2 + \epsilon_2 \rangle_r, \quad
+        C_t = \beta_3 C_{t-1} + (1 - \beta_3) \langle (u_t - m_t)^2 + \epsilon_2 \rangle_c \\
+        \text{update} &= m_t \Big/ \sqrt{R_t C_t / \bar R_t}
+
+    Vectors keep :math:`v_t` for each element and :math:`m_t` is their update. Nothing is
+    corrected for its start at zero: with the default decay rates the first update is 11 per
+    element and falls to 1 over about :math:`1 / (1 - \beta_3)` steps, so warm the learning rate
+    up or choose a smaller :math:`\beta_3`.
+
+    Args:
+        b1: :math:`\beta_1`, of the momentum, in [0, 1).
+        b2: :math:`\beta_2`, of the squared gradients, in [0, 1).
+        b3: :math:`\beta_3`, of the instability, in [0, 1).
+        eps: :math:`\epsilon_1`.
+        instability_eps: :math:`\epsilon_2`.
+        clip_threshold: :math:`d`, the largest root mean square of a parameter's :math:`u`.
+        partition: which parameters are linear maps, and between which axes; None stands for
+            ``Partition()``, the names of :func:`transformer_rules`. Others of two and more axes
+            are factored along the last two, as published.
+        mu_dtype: the dtype in which :math:`m` is kept; all else is float32.
+
+    Returns:
+        The transformation. Its state takes 4 bytes per parameter and 8 for each row and column.
+
+    Raises:
+        ValueError: in ``update``, if the state was made for another partition.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import scale_by_came
+        >>> params = {"mlp": {"kernel": jnp.zeros((3, 2))}}
+        >>> tx = scale_by_came(b3=0.99)
+        >>> state = tx.init(params)
+        >>> state.nu_row["mlp"]["kernel"].shape, state.nu_col["mlp"]["kernel"].shape
+        ((3, 1), (1, 2))
+        >>> grads = {"mlp": {"kernel": jnp.array([[1.0, 2.0], [-2.0, 4.0], [3.0, -6.0]])}}
+        >>> updates, state = tx.update(grads, state)
+        >>> with jnp.printoptions(precision=2):
+        ...     print(updates["mlp"]["kernel"])
+        [[ 1.11  1.11]
+         [-1.11  1.11]
+         [ 1.11 -1.11]]
+
+    Reference: Luo et al., CAME (arXiv 2307.02047), Algorithm 2.
+    """
+    partition = partition or Partition()
+
+    def init(params: optax.Params) -> ScaleByCameState:
+        assign = partition.assign(params)
+
+        def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
+            assignment = assign(path, parameter)
+            return (
+                state_zeros(parameter, parameter.shape, mu_dtype),
+                *(moment_zeros(parameter, s, jnp.float32) for s in _state_shapes(assignment)),
+            )
+
+        return ScaleByCameState(*map_with_path(zeros, 5, params))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByCameState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByCameState]:
+        del extra_args
+        assign = partition.assign(updates)
+
+        def scale(
+            path: KeyPath, g: jax.Array, target: jax.Array, mu: jax.Array, *stored: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            assignment = assign(path, g)
+            for moment, shape in zip(stored, _state_shapes(assignment), strict=True):
+                require_shape(path, moment, shape)
+            nu_row, nu_col, instability_row, instability_col = stored
+            sides, every = _sides(assignment), _axes_of_a_layer(assignment)
+            rows, cols = sides or ((), ())
+            g = g.astype(jnp.float32)
+            squares = jnp.square(g) + eps
+
+            if sides is None:
+                nu_row = moving_average(b2, nu_row, squares)
+                u = g * jax.lax.rsqrt(nu_row)
+            else:
+                nu_row = moving_average(b2, nu_row, _mean(squares, cols))
+                nu_col = moving_average(b2, nu_col, _mean(squares, rows))
+                u = g * _inverse_root(nu_row, nu_col, rows)
+            rms = jnp.sqrt(_mean(jnp.square(u), every))
+            u = u / jnp.maximum(1, rms / clip_threshold)
+            mu = moving_average(b1, mu, u)
+
+            scaled = mu
+            if sides is not None:
+                deviation = jnp.square(u - mu) + instability_eps
+                instability_row = moving_average(b3, instability_row, _mean(deviation, cols))
+                instability_col = moving_average(b3, instability_col, _mean(deviation, rows))
+                scaled = mu * _inverse_root(instability_row, instability_col, rows)
+            return (
+                scaled.astype(target.dtype),
+                mu.astype(mu_dtype),
+                nu_row,
+                nu_col,
+                instability_row,
+                instability_col,
+            )
+
+        targets = updates if params is None else params
+        scaled, *moments = map_with_path(scale, 6, updates, targets, *state)
+        return scaled, ScaleByCameState(*moments)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def _sides(assignment: Assignment) -> Sides | None:
+    """The axes of the rows and of the columns; None for a parameter that is not factored."""
+    if assignment.sharing.matrix is not None:
+        return assignment.sharing.matrix
+    axes = _axes_of_a_layer(assignment)
+    if len(axes) < 2 or 0 in assignment.shape:
+        return None
+    return axes[-2:-1], axes[-1:]
+
+
+def _axes_of_a_layer(assignment: Assignment) -> tuple[int, ...]:
+    return tuple(i for i in range(len(assignment.shape)) if i != assignment.layer_axis)
+
+
+def _state_shapes(assignment: Assignment) -> tuple[Shape, ...]:
+    shape, sides = assignment.shape, _sides(assignment)
+    if sides is None:
+        return shape, *[(1,) * len(shape)] * 3
+    rows, cols = (tuple(1 if i in side else n for i, n in enumerate(shape)) for side in sides[::-1])
+    return rows, cols, rows, cols
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.mean(x, axis=axes, keepdims=True)
+
+
+def _inverse_root(row: jax.Array, col: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    r""":math:`1 / \sqrt{r c / \bar r}`; the product of the factors itself would underflow."""
+    return jax.lax.rsqrt(row / _mean(row, rows)) * jax.lax.rsqrt(col)

@@ -1,0 +1,87 @@
+"""Weight decay of the weights that an update has already been applied to."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+
+class DecayUpdatedWeightsState(NamedTuple):
+    """Where a learning rate schedule is.
+
+    Attributes:
+        count: int32 scalar, steps taken.
+    """
+
+    count: jax.Array
+
+
+def decay_updated_weights(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: ArrayLike,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets weights decay after their update: the last link of a chain.
+
+    With the update :math:`u_t` that comes in, the learning rate :math:`\eta_t` and the decay
+    :math:`\lambda`,
+
+    .. math::
+
+        \theta_{t+1} = (1 - \eta_t \lambda) (\theta_t + u_t)
+
+    ``optax.add_decayed_weights`` decays the weights before their update, which differs by
+    :math:`\eta_t \lambda u_t`.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule; that of the link before this one.
+        weight_decay: :math:`\lambda`.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: in ``update``, without ``params``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import decay_updated_weights
+        >>> tx = decay_updated_weights(learning_rate=0.1, weight_decay=1.0)
+        >>> params = jnp.array([1.0])
+        >>> updates, _ = tx.update(jnp.array([-0.5]), tx.init(params), params)
+        >>> print(params + updates)  # (1 - 0.1) (1 - 0.5)
+        [0.45]
+    """
+
+    def init(params: optax.Params) -> DecayUpdatedWeightsState:
+        del params
+        return DecayUpdatedWeightsState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates,
+        state: DecayUpdatedWeightsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, DecayUpdatedWeightsState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "Weight decay needs the parameters: call tx.update(updates, state, params)."
+            )
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        share = jnp.float32(rate) * weight_decay
+
+        def decay(u: jax.Array, parameter: jax.Array) -> jax.Array:
+            new = parameter.astype(jnp.float32) + u.astype(jnp.float32)
+            return (u.astype(jnp.float32) - share * new).astype(u.dtype)
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return jax.tree.map(decay, updates, params), DecayUpdatedWeightsState(count)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    tx = optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return tx if mask is None else optax.masked(tx, mask)
