@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import memory_report, microadam
+from microadam_jax import adam_mini, adam_sn, came, memory_report, microadam
 
 OPTIMIZERS = {
     "AdamW": optax.adamw(1e-3),
+    "Adam-mini": adam_mini(1e-3),
+    "Adam-mini, first moment bfloat16": adam_mini(1e-3, mu_dtype="bfloat16"),
+    "AdamSN": adam_sn(1e-2),
+    "CAME": came(1e-3),
     "MicroAdam, fast": microadam(1e-3),
     "MicroAdam, pretrain": microadam(1e-3, layout="pretrain"),
     "MicroAdam, paper": microadam(1e-3, layout="paper"),
@@ -27,8 +31,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
 
-    params = jnp.zeros(args.shape)
-    gradient = jax.random.normal(jax.random.key(0), params.shape)
+    params = {"kernel": jnp.zeros(args.shape)}
+    gradient = {"kernel": jax.random.normal(jax.random.key(0), args.shape)}
     states = {name: tx.init(params) for name, tx in OPTIMIZERS.items()}
     steps = {
         name: jax.jit(tx.update, donate_argnums=1).lower(gradient, states[name], params).compile()
@@ -42,12 +46,13 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
 
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"{params.size:,} parameters on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    size = params["kernel"].size
+    print(f"{size:,} parameters on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
     print("| optimizer | bytes/param | ms | of AdamW's time |\n|---|---|---|---|")
     for name, median in medians.items():
-        size = memory_report(OPTIMIZERS[name], params).bytes_per_parameter
+        kept = memory_report(OPTIMIZERS[name], params).bytes_per_parameter
         ratio = median / medians["AdamW"]
-        print(f"| {name} | {size:.2f} | {1e3 * median:.1f} | {ratio:.1f} |")
+        print(f"| {name} | {kept:.2f} | {1e3 * median:.1f} | {ratio:.1f} |")
 
 
 if __name__ == "__main__":

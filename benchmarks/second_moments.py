@@ -5,26 +5,54 @@ python -m benchmarks.second_moments --out runs/second_moments.csv
 
 import optax
 
-from benchmarks.sweep import sweep
+from benchmarks.sweep import Setting, sweep
 from examples.llama.config import Config
-from microadam_jax import Partition, Subsets, adam_mini, adam_sn, came, transformer_rules
+from microadam_jax import Axes, Partition, Subsets, adam_mini, adam_sn, came, transformer_rules
 
-PARTITION = Partition(transformer_rules(heads=Config().heads))
+RULES = transformer_rules(heads=Config().heads)
+EACH = "... -> ..."
 
-SETTINGS = {
-    "AdamW": lambda rate: optax.adamw(rate, weight_decay=0.0),
-    "Adam-mini": lambda rate: adam_mini(rate, partition=PARTITION),
-    "Adam-mini, query and key by output": adam_mini,
-    "AdamSN": adam_sn,
-    "AdamSN, mean": lambda rate: adam_sn(rate, subsets=Subsets(reduction="mean")),
-    "AdamSN, runs": lambda rate: adam_sn(rate, subsets=Subsets("runs")),
-    "CAME, b3 = 0.99": lambda rate: came(rate, b3=0.99),
-}
-ADAM = (1e-3, 2e-3, 4e-3)
-TENFOLD = (1e-2, 2e-2, 4e-2)
-RATES = {name: TENFOLD if name in ("AdamSN", "AdamSN, runs") else ADAM for name in SETTINGS} | {
-    "CAME, b3 = 0.99": (5e-4, 1e-3, 2e-3)
+
+def mini(*own: tuple[str, str | Axes], b2: float = 0.999) -> Setting:
+    """Adam-mini with rules before the published ones."""
+    return lambda rate: adam_mini(rate, b2=b2, partition=Partition((*own, *RULES)))
+
+
+ADAM, TENFOLD = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2, 4e-2)
+# Each setting with its learning rates.
+SETTINGS: dict[str, tuple[Setting, tuple[float, ...]]] = {
+    "AdamW": (lambda rate: optax.adamw(rate, weight_decay=0.0), ADAM),
+    "AdamW, b2 = 0.95": (lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0), ADAM),
+    "Adam-mini": (mini(), ADAM),
+    "Adam-mini, b2 = 0.95": (mini(b2=0.95), ADAM),
+    "Adam-mini, query and key by output": (mini(("(query|key)/kernel", "in | out -> out")), ADAM),
+    "Adam-mini, value by head": (
+        mini(("value/kernel", Axes("in | (heads head_dim) -> heads", heads=Config().heads))),
+        ADAM,
+    ),
+    "Adam-mini, whole value": (mini(("value/kernel", "in out ->")), ADAM),
+    "Adam-mini, down by input": (mini(("down/kernel", "in | out -> in")), ADAM),
+    "Adam-mini, down and attention output by input": (
+        mini(("(down|out)/kernel", "in | out -> in")),
+        ADAM,
+    ),
+    "Adam-mini, attention elementwise": (mini((r"attention/\w+/kernel", EACH)), ADAM),
+    "Adam-mini, feed-forward elementwise": (mini((r"mlp/\w+/kernel", EACH)), ADAM),
+    "Adam-mini, embedding elementwise": (mini(("embedding", EACH)), ADAM),
+    "Adam-mini, head elementwise": (mini(("head/kernel", EACH)), ADAM),
+    "Adam-mini, embedding, head and norms elementwise": (
+        mini(("embedding|head/kernel|scale", EACH)),
+        ADAM,
+    ),
+    "AdamSN": (adam_sn, TENFOLD),
+    "AdamSN, mean": (lambda rate: adam_sn(rate, subsets=Subsets(reduction="mean")), ADAM),
+    "AdamSN, runs": (lambda rate: adam_sn(rate, subsets=Subsets("runs")), TENFOLD),
+    "CAME, b3 = 0.99": (lambda rate: came(rate, b3=0.99), (5e-4, 1e-3, 2e-3)),
 }
 
 if __name__ == "__main__":
-    sweep(__doc__.splitlines()[0], SETTINGS, RATES)
+    sweep(
+        __doc__.splitlines()[0],
+        {name: setting for name, (setting, _) in SETTINGS.items()},
+        {name: rates for name, (_, rates) in SETTINGS.items()},
+    )

@@ -5,13 +5,18 @@ import argparse
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.aliases import microadam
+from microadam_jax.aliases import adam_mini, adam_sn, came, microadam
 from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
 from microadam_jax.models import MODELS, model_shapes
 
 OPTIMIZERS = {
     "MicroAdam, fast": microadam(1e-3),
+    "MicroAdam, pretrain": microadam(1e-3, layout="pretrain"),
     "MicroAdam, paper": microadam(1e-3, layout="paper"),
+    "Adam-mini": adam_mini(1e-3),
+    "Adam-mini, first moment bfloat16": adam_mini(1e-3, mu_dtype="bfloat16"),
+    "AdamSN": adam_sn(1e-2),
+    "CAME": came(1e-3),
     "AdamW, first moment bfloat16": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
 }
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
@@ -141,7 +140,7 @@ def adam_mini(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini: AdamW with one second moment for each block of parameters.
 
@@ -198,7 +197,7 @@ def adam_sn(
     *,
     subsets: Subsets = Subsets(),
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
     r"""Adam with subset norms: each gradient element over the norm of its subset.
 
@@ -256,7 +255,7 @@ def adagrad_sn(
     *,
     subsets: Subsets = Subsets(),
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
     r"""AdaGrad with subset norms and momentum.
 
@@ -317,7 +316,7 @@ def came(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
     r"""CAME: a momentum divided by factored second moments of gradient and instability.
 

@@ -133,8 +133,12 @@ class FusedBlocks:
 
     @property
     def moment_shape(self) -> Shape:
-        """Full along the fused axis; elsewhere what the finest part keeps."""
-        shape = [max(sizes) for sizes in zip(*(p.moment_shape for p in self.parts), strict=True)]
+        """Full along the fused axis and along those of which a part keeps numbers."""
+        shapes = zip(*(part.moment_shape for part in self.parts), strict=True)
+        shape = [
+            1 if set(kept) == {1} else math.prod(n for n, _ in names)
+            for kept, names in zip(shapes, self.parts[0].axes, strict=True)
+        ]
         shape[self.axis] = sum(self._sizes)
         return tuple(shape)
 
@@ -185,8 +189,10 @@ class Axes:
     ``"in | out -> out"`` reads: a matrix from ``in`` to ``out`` that keeps one number for each
     output, the mean over the inputs. Parentheses name the parts of one axis, the outermost
     first. ``|`` stands between the two sides of a linear map, of which the side that keeps names
-    is the output; what is no linear map has none. A parameter of another rank, or of other sizes
-    than given, does not fit. ``"... -> ..."`` fits all and keeps a number for each element.
+    is the output, the right one if both do; what is no linear map has none. Some names that the
+    input keeps are a batch of maps: ``"expert in | out -> expert out"``. A parameter of another
+    rank, or of other sizes than given, does not fit. ``"... -> ..."`` fits all and keeps a number
+    for each element.
 
     Args:
         notation: the names, an arrow, and the names that are kept.
@@ -223,7 +229,7 @@ class Axes:
         object.__setattr__(self, "sizes", tuple(sorted(sizes.items())))
         names = ["..."] if self._elementwise else [name for axis in self._axes for name in axis]
         unknown = [name for name in (*self._kept, *sizes) if name not in names]
-        if "->" not in notation or len(set(names)) < len(names) or unknown:
+        if not self._readable or len(set(names)) < len(names) or unknown:
             raise AxesError(
                 f"{notation!r} with sizes {sizes} does not describe axes. Write different names "
                 "for all axes, an arrow, and the names that keep numbers of their own, such as "
@@ -266,6 +272,12 @@ class Axes:
         return self.notation == "... -> ..."
 
     @property
+    def _readable(self) -> bool:
+        left, arrow, _ = self.notation.partition("->")
+        names = re.sub(r"\([\w\s]*\)", " ", left)
+        return self._elementwise or bool(arrow and re.fullmatch(r"[\w\s]*\|?[\w\s]*", names))
+
+    @property
     def _matrix(self) -> Sides | None:
         left, bar, _ = self.notation.partition("->")[0].partition("|")
         if not bar:
@@ -273,7 +285,9 @@ class Axes:
         cut = len(re.findall(r"\([^()]*\)|[^\s()]+", left))
         sides = tuple(range(cut)), tuple(range(cut, len(self._axes)))
         kept = {i for i, names in enumerate(self._axes) if set(names) & set(self._kept)}
-        return sides if kept & set(sides[1]) else sides[::-1]
+        inputs, outputs = sides[::-1] if kept and kept <= set(sides[0]) else sides
+        batch = {i for i in inputs if set(self._axes[i]) <= set(self._kept)}
+        return tuple(i for i in inputs if i not in batch) or inputs, outputs
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={size}" for name, size in self.sizes)

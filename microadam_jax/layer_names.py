@@ -12,17 +12,20 @@ from microadam_jax.axes import ELEMENTWISE, Axes, Fused
 Rule = tuple[str, Axes | Fused]
 
 # Containers of layers that nn.scan, nnx.vmap and MaxText stack: no number follows them.
-STACKED = r"(^|/)(\w*_)?(layers|blocks|stack|h)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
+STACKED = r"(^|/)(\w*_)?(layers|blocks|stack|h|encoderblock)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
 
-QUERY = r"(query|q_proj|wq|q|to_q|c_q)"
-KEY = r"(key|k_proj|wk|k|to_k|c_k)"
-VALUE = r"(value|v_proj|wv|v|to_v|c_v)"
-FUSED = r"(qkv|qkv_proj|c_attn|Wqkv|to_qkv|query_key_value)"
-OUTPUT = r"(out|o_proj|out_proj|wo|to_out|proj)"
-NORM = r"([^/]*[Nn]orm(_?\d+)?|ln(_?\w+)?)"
+QUERY = r"(query|query_proj|q_proj|wq|q|to_q|c_q)"
+KEY = r"(key|key_proj|k_proj|wk|k|to_k|c_k)"
+VALUE = r"(value|value_proj|v_proj|wv|v|to_v|c_v)"
+# All queries, then all keys, then all values. `query_key_value` has them head by head in some
+# models, so it is cut only where it has an axis for them.
+CONCATENATED = r"(qkv|qkv_proj|c_attn|Wqkv|to_qkv)"
+FUSED = rf"({CONCATENATED}|query_key_value)"
+OUTPUT = r"(out|o_proj|out_proj|wo|to_out)"
+NORM = r"([^/]*[Nn]orm(_?(\d+|f|final|out|pre|post))?|ln(_?\w+)?)"
 LORA = r"lora_?(a|b|A|B|down|up)"
 EXPERTS = r"[^/]*([Ee]xperts?|[Mm][Oo][Ee]|MoeBlock)(_\d+)?"
-CONVOLUTION = r"[^/]*[Cc]onv[^/]*"
+CONVOLUTION = r"([^/]*[Cc]onv[^/]*|[^/]*patch_embed[^/]*/proj(ection)?)"
 EMBEDDINGS = (
     r"(embed_tokens|embed_positions|(word|token|tok|position|token_type)_embeddings?|"
     r"embedding|shared|wte|wpe)"
@@ -41,7 +44,8 @@ def transformer_rules(
     One second moment for each head of a query or key, for each output of any other linear map
     or convolution, for each token of an embedding, for each position of a position embedding,
     and for a whole norm scale; biases share nothing. Convolutions and positions are cut finer
-    than in the paper, which has one number for the whole tensor.
+    than in the paper, which has one number for the whole tensor. A kernel that may as well be a
+    stack of layers, such as a convolution of uneven sides, follows no rule.
 
     Args:
         heads: how many query heads the kernels ``(embed, heads * head_dim)`` have. Kernels
@@ -71,10 +75,11 @@ def transformer_rules(
         (POSITIONS, Axes("position embed -> position")),
         (rf"{POSITIONS}|{TOKENS}", Axes("one position embed -> position", one=1)),
         (rf"{EXPERTS}/(.*/)?[^/]+", Axes("expert in | out -> expert out")),
+        (rf"{EXPERTS}/(.*/)?[^/]+", Axes("layer expert in | out -> layer expert out")),
         *_gemma(),
-        *_linear_maps("(kernel|w)", heads, kv_heads),
         *(_linear_maps("weight", heads, kv_heads) if weight == "in out" else ()),
         *(_torch_linear_maps(heads, kv_heads) if weight == "out in" else ()),
+        *_linear_maps("(kernel|w)", heads, kv_heads),
     )
 
 
@@ -89,10 +94,13 @@ def _linear_maps(leaf: str, heads: int | None, kv_heads: int | None) -> Iterator
             )
         yield rf"{name}/{leaf}", Axes("embed | heads head_dim -> heads", where=_few_heads)
     yield rf"{VALUE}/{leaf}", Axes("embed | heads head_dim -> heads head_dim", where=_few_heads)
-    yield rf"{OUTPUT}/{leaf}", Axes("heads head_dim | embed -> embed", where=_small_heads)
+    yield (
+        rf"({OUTPUT}|[^/]*[Aa]tt[^/]*/proj)/{leaf}",
+        Axes("heads head_dim | embed -> embed", where=_small_heads),
+    )
     if heads is not None and kv_heads is not None:
         yield (
-            rf"{FUSED}/{leaf}",
+            rf"{CONCATENATED}/{leaf}",
             Fused(
                 (
                     Axes("embed | (heads head_dim) -> heads", heads=heads),
@@ -107,9 +115,12 @@ def _linear_maps(leaf: str, heads: int | None, kv_heads: int | None) -> Iterator
     yield rf"{FUSED}/{leaf}", Fused((head, head, each), axis=1)
     yield rf"{FUSED}/{leaf}", Axes("embed | slot out -> slot out", slot=3)
     yield rf"{CONVOLUTION}/{leaf}", Axes("width in | out -> out")
-    yield rf"{CONVOLUTION}/{leaf}", Axes("depth height width in | out -> out")
-    yield leaf, Axes("height width in | out -> out")
-    yield leaf, Axes("in | out -> out")
+    for space in ("height width", "depth height width"):
+        image = Axes(f"{space} in | out -> out", where=_even_sides_or_one)
+        yield rf"{CONVOLUTION}/{leaf}", image
+    attention = rf"({QUERY}|{KEY}|{VALUE}|{FUSED}|{OUTPUT}|proj|\w*einsum)"
+    yield _unless(attention, leaf), Axes("height width in | out -> out", where=_even_sides)
+    yield _unless(NORM, leaf), Axes("in | out -> out")
 
 
 def _torch_linear_maps(heads: int | None, kv_heads: int | None) -> Iterator[Rule]:
@@ -120,7 +131,7 @@ def _torch_linear_maps(heads: int | None, kv_heads: int | None) -> Iterator[Rule
         yield rf"{QUERY}/weight", query
         yield rf"{KEY}/weight", key
         yield (
-            rf"{FUSED}/weight|in_proj_weight",
+            rf"{CONCATENATED}/weight|in_proj_weight",
             Fused(
                 (query, key, Axes("out | embed -> out")),
                 axis=0,
@@ -128,8 +139,11 @@ def _torch_linear_maps(heads: int | None, kv_heads: int | None) -> Iterator[Rule
             ),
         )
     yield "in_proj_weight", Axes("out | in -> out")
-    for space in ("", "width", "height width", "depth height width"):
-        yield "weight", Axes(f"out | in {space} -> out")
+    yield rf"{CONVOLUTION}/weight", Axes("out | in width -> out")
+    volume = Axes("out | in depth height width -> out", where=_even_sides)
+    yield rf"{CONVOLUTION}/weight", volume
+    yield "weight", Axes("out | in height width -> out", where=_even_sides)
+    yield _unless(NORM, "weight"), Axes("out | in -> out")
 
 
 def _gemma() -> Iterator[Rule]:
@@ -146,11 +160,26 @@ def _gemma() -> Iterator[Rule]:
     yield "mlp/linear", Axes("in | out -> out")
 
 
-# What tells (embed, heads, head_dim) and (heads, head_dim, embed) from a stack of matrices that
-# nothing has marked as one: a model has fewer heads, and fewer elements in each, than features.
+def _unless(layer: str, leaf: str) -> str:
+    """A pattern for ``leaf`` in anything but ``layer``."""
+    return rf"^{leaf}|(?!{layer}/)[^/]+/{leaf}"
+
+
+# What tells (embed, heads, head_dim), (heads, head_dim, embed) and (height, width, in, out) from a
+# stack of matrices that nothing has marked as one: a model has fewer heads, and fewer elements in
+# each, than features, about as many in all, and its convolutions are mostly square.
 def _few_heads(sizes: Mapping[str, int]) -> bool:
-    return sizes["heads"] <= sizes["embed"]
+    return sizes["heads"] < sizes["embed"]
 
 
 def _small_heads(sizes: Mapping[str, int]) -> bool:
-    return sizes["head_dim"] < sizes["embed"] or sizes["heads"] == 1
+    heads, head_dim, embed = sizes["heads"], sizes["head_dim"], sizes["embed"]
+    return heads == 1 or (max(heads, head_dim) < embed and heads * head_dim <= 4 * embed)
+
+
+def _even_sides(sizes: Mapping[str, int]) -> bool:
+    return len({sizes[name] for name in ("depth", "height", "width") if name in sizes}) == 1
+
+
+def _even_sides_or_one(sizes: Mapping[str, int]) -> bool:
+    return _even_sides(sizes) or sizes.get("depth", sizes["height"]) == 1

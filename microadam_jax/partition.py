@@ -56,8 +56,8 @@ class Partition:
         rules: pairs of a pattern and the axes, :class:`Axes` or its notation, or
             :class:`Fused`. Put your own before those of :func:`transformer_rules`.
         stacked: a regular expression for paths of parameters of layers that are stacked for a
-            scan. Each layer has blocks of its own, unless no rule fits
-            what remains. A parameter in a Flax box that names its layer axis needs no pattern.
+            scan. Each layer has blocks of its own. A parameter in a Flax box that names its layer
+            axis needs no pattern.
         layer_axis: the layer axis of those, 0 or, as in MaxText, 1.
 
     Raises:
@@ -82,15 +82,14 @@ class Partition:
     layer_axis: int = 0
 
     def __post_init__(self) -> None:
-        rules = []
-        for pattern, axes in self.rules:
+        if self.layer_axis < 0:
+            raise ValueError(f"layer_axis must not be negative; got {self.layer_axis}.")
+        for pattern in (*(pattern for pattern, _ in self.rules), self.stacked):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"The partition rule {pattern!r} has a bad pattern: {error}."
-                ) from error
-            rules.append((pattern, Axes(axes) if isinstance(axes, str) else axes))
+                raise ValueError(f"The partition's pattern {pattern!r} is bad: {error}.") from error
+        rules = [(p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in self.rules]
         object.__setattr__(self, "rules", tuple(rules))
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], Assignment]:
@@ -108,28 +107,28 @@ class Partition:
         return assignment
 
     def _assignment(self, path: str, shape: Shape, names: tuple[Any, ...] | None) -> Assignment:
-        for layer_axis in self._layer_axes(path, shape, names):
-            rest = shape if layer_axis is None else _without(shape, layer_axis)
-            found = self._rule(path, rest)
-            if found is None:
-                continue
+        layer_axis = self._layer_axis(path, shape, names)
+        if layer_axis is not None:
+            found = self._rule(path, _without(shape, layer_axis))
+            if found is not None:
+                rule, sharing = found
+                stacked = sharing.with_axis(layer_axis, shape[layer_axis])
+                return Assignment(path, shape, rule, stacked, layer_axis)
+        found = self._rule(path, shape)
+        if found is not None:
             rule, sharing = found
-            if layer_axis is not None:
-                sharing = sharing.with_axis(layer_axis, shape[layer_axis])
-            return Assignment(path, shape, rule, sharing, layer_axis)
-        return Assignment(path, shape, None, elementwise(shape))
+            # A rule for the whole shape tells that there is no stack, if it leaves the axis alone.
+            if layer_axis is None or sharing.moment_shape[layer_axis] == shape[layer_axis]:
+                return Assignment(path, shape, rule, sharing)
+        return Assignment(path, shape, None, elementwise(shape), layer_axis)
 
-    def _layer_axes(
-        self, path: str, shape: Shape, names: tuple[Any, ...] | None
-    ) -> list[int | None]:
-        """The axes that may be the layer axis, in the order in which to try them."""
+    def _layer_axis(self, path: str, shape: Shape, names: tuple[Any, ...] | None) -> int | None:
         if names is not None and len(names) == len(shape):
             named = [i for i, name in enumerate(names) if name in LAYER_AXIS_NAMES]
             if named:
-                return [named[0]]
-        if len(shape) > self.layer_axis and re.search(self.stacked, path):
-            return [self.layer_axis, None]
-        return [None]
+                return named[0]
+        stacked = len(shape) > self.layer_axis and re.search(self.stacked, path)
+        return self.layer_axis if stacked else None
 
     def _rule(self, path: str, shape: Shape) -> tuple[Axes | Fused, Sharing] | None:
         if 0 in shape:

@@ -21,8 +21,9 @@ class Subsets:
             its larger side, for each output if it is square; what is no linear map shares
             nothing. Or ``"runs"``: consecutive elements of any parameter.
         size: of a run; if negative, :math:`\sqrt d / |\mathrm{size}|` in a parameter of
-            :math:`d` elements. It is reduced to the next divisor of :math:`d`. Where the shards
-            of a parameter are no whole runs, the step gathers its gradient.
+            :math:`d` elements. It is reduced to the next divisor of :math:`d`. Runs are
+            cut from the parameter as it lies: a kernel ``(in, out)`` has others than torch's
+            ``(out, in)``. Where its shards are no whole runs, the step gathers its gradient.
         reduction: ``"sum"`` of the squares in a subset, as published, or their ``"mean"``. The
             sum makes steps smaller by the root of the subset's size, and the best learning
             rate about ten times Adam's.
@@ -129,7 +130,7 @@ def _runs(shape: Shape, layer_axis: int | None, size: int) -> Sharing:
     layer = tuple(n for i, n in enumerate(shape) if i != layer_axis)
     elements = math.prod(layer)
     limit = size if size > 0 else int(math.sqrt(elements) / -size)
-    size = max(d for d in range(1, max(1, min(limit, elements)) + 1) if elements % d == 0)
+    size = next(d for d in range(max(1, min(limit, elements)), 0, -1) if elements % d == 0)
     if layer and layer[-1] % size == 0:
         leading = tuple(((n, True),) for n in layer[:-1])
         runs: Sharing = AxisBlocks((*leading, ((layer[-1] // size, True), (size, False))))

@@ -1,8 +1,9 @@
-"""Draws chain.svg and blocks.svg beside this file: python docs/pictures/draw.py.
+"""Draws the pictures beside this file: python docs/pictures/draw.py.
 
 The pictures bring their own light background, so they read the same on light and dark pages.
 """
 
+import colorsys
 import math
 import pathlib
 
@@ -199,6 +200,95 @@ def draw_blocks() -> None:
     p.write("blocks.svg")
 
 
+def shades(count: int) -> list[str]:
+    """Colours that differ from their neighbours, also in lightness."""
+    return [
+        "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(i / count, light, 0.62))
+        for i, light in zip(range(count), (0.72, 0.84) * count, strict=False)
+    ]
+
+
+def draw_second_moments() -> None:
+    """The blocks of one transformer layer, a colour for each, and what is kept of them."""
+    p = Picture(1080, 600, "The parameters of a transformer layer that share a second moment")
+    cell, edge = 13, "#475569"
+
+    def grid(x, y, colours, gap_after=()):
+        """Rows of coloured cells, a thicker line below the given rows."""
+        for r, row in enumerate(colours):
+            for c, colour in enumerate(row):
+                p.box(x + cell * c, y + cell * r, cell, cell, colour, "#ffffff", 0, 0.6)
+        w, h = cell * len(colours[0]), cell * len(colours)
+        p.box(x, y, w, h, "none", edge, radius=0, width=1.2)
+        for r in gap_after:
+            p.line(x, y + cell * r, x + w, y + cell * r, stroke=edge, width=1.2)
+        return x + w, y + h
+
+    def kept(x, y, colours, widths, vertical=False):
+        for i, colour in enumerate(colours):
+            offset = cell * sum(widths[:i])
+            if vertical:
+                p.box(x, y + offset, cell, cell * widths[i], colour, edge, radius=0, width=1.2)
+            else:
+                p.box(x + offset, y, cell * widths[i], cell, colour, edge, radius=0, width=1.2)
+
+    def panel(x, y, name, notation, colours, blocks, widths, words, vertical=False, splits=()):
+        p.text(x, y, name, anchor="start", bold=True, size=13.5)
+        p.text(x, y + 18, notation, anchor="start", mono=True, size=10.5, fill=SOFT)
+        right, bottom = grid(x, y + 30, colours)
+        for column in splits:
+            p.line(x + cell * column, y + 30, x + cell * column, bottom, stroke=edge, width=1.2)
+        if vertical:
+            kept(right + 10, y + 30, blocks, widths, vertical=True)
+            at = (right + 10 + cell + 10, y + 41)
+        else:
+            kept(x, bottom + 8, blocks, widths)
+            at = (x, bottom + 40)
+        for i, line in enumerate(words):
+            p.text(at[0], at[1] + 16 * i, line, anchor="start", size=12, bold=not i)
+
+    embed, heads, kv_heads, head_dim, hidden, tokens = 8, 4, 2, 3, 16, 8
+
+    def by_head(count):
+        return [colour for colour in shades(count) for _ in range(head_dim)]
+
+    columns = (24, 290, 530, 810)
+    top, low = 76, 362
+    panel(columns[0], top, "query", "embed | heads head_dim -> heads", [by_head(heads)] * embed,
+          shades(heads), [head_dim] * heads, ("4 numbers", "one for each head"),
+          splits=(3, 6, 9))  # fmt: skip
+    panel(columns[1], top, "key", "embed | heads head_dim -> heads", [by_head(kv_heads)] * embed,
+          shades(kv_heads), [head_dim] * kv_heads,
+          ("2 numbers", "one for each head,", "of which there may be fewer"),
+          splits=(3,))  # fmt: skip
+    outputs = kv_heads * head_dim
+    panel(columns[2], top, "value", "embed | heads head_dim -> heads head_dim",
+          [shades(outputs)] * embed, shades(outputs), [1] * outputs,
+          ("6 numbers", "one for each output"), splits=(3,))  # fmt: skip
+    panel(columns[3], top, "out", "heads head_dim | embed -> embed",
+          [shades(embed)] * (heads * head_dim), shades(embed), [1] * embed,
+          ("8 numbers", "one for each output"))  # fmt: skip
+    panel(columns[0], low, "MLP", "in | out -> out", [shades(hidden)] * embed, shades(hidden),
+          [1] * hidden, ("16 numbers", "one for each output"))  # fmt: skip
+    panel(columns[1], low, "embedding", "token embed -> token",
+          [[colour] * embed for colour in shades(tokens)], shades(tokens), [1] * tokens,
+          ("8 numbers", "one for", "each token"), vertical=True)  # fmt: skip
+    panel(columns[2], low, "norm", "feature ->", [shades(1) * embed], shades(1), [1],
+          ("1 number", "for the whole scale"))  # fmt: skip
+    panel(columns[3], low, "bias", "... -> ...", [shades(hidden)], shades(hidden), [1] * hidden,
+          ("16 numbers", "nothing is shared"))  # fmt: skip
+
+    p.text(
+        24, 34, "One colour within a tensor: one shared second moment.", anchor="start", bold=True
+    )
+    p.text(1056, 34, "rows are inputs, columns are outputs; what is kept lies below or beside",
+           anchor="end", size=12, fill=SOFT)  # fmt: skip
+    p.text(540, 582, "Adam keeps a number for each of these 504 elements, Adam-mini one for each "
+           "of 61 blocks.", size=12.5)  # fmt: skip
+    p.write("second_moments.svg")
+
+
 if __name__ == "__main__":
     draw_chain()
     draw_blocks()
+    draw_second_moments()

@@ -14,15 +14,14 @@ import optax
 import optax.contrib
 
 import microadam_jax
+from microadam_jax import Partition, transformer_rules
 
 from .config import Config, PretrainError
 
 Factory = Callable[..., optax.GradientTransformation]
 
 DEFAULT_LEARNING_RATE = 1e-3
-DEFAULT_LEARNING_RATES = {"microadam": 2e-3}
-# What this script is for; the library's own default follows the paper, which fine-tunes.
-DEFAULT_OPTIONS = {"microadam": {"layout": "pretrain"}}
+DEFAULT_LEARNING_RATES = {"microadam": 2e-3, "adam_mini": 2e-3, "adam_sn": 1e-2, "adagrad_sn": 1.0}
 
 
 def factories() -> dict[str, Factory]:
@@ -54,12 +53,22 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
     peaks = _learning_rates(config.lr, names)
     built = {}
     for label, name in names.items():
-        chosen = DEFAULT_OPTIONS.get(name, {}) | options[label]
+        chosen = _default_options(name, config) | options[label]
         optimizer = _call(label, name, _learning_rate(config, peaks[label]), chosen)
         if config.clip:
             optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
         built[label] = optimizer
     return built
+
+
+def _default_options(name: str, config: Config) -> dict[str, Any]:
+    if name == "microadam":
+        # What this script is for; the library's own default follows the paper, which fine-tunes.
+        return {"layout": "pretrain"}
+    if name == "adam_mini":
+        # The kernels of queries and keys do not tell how many heads they have.
+        return {"partition": Partition(transformer_rules(heads=config.heads))}
+    return {}
 
 
 def _names_by_label(text: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.partition import Partition, remark_assignment, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -34,7 +34,7 @@ def scale_by_adam_mini(
     eps: ArrayLike = 1e-8,
     *,
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, with one second moment for each block of parameters.
 
@@ -61,7 +61,8 @@ def scale_by_adam_mini(
         The transformation. Its state takes 4 bytes per parameter, 2 with bfloat16.
 
     Raises:
-        ValueError: in ``update``, if the state was made for another partition.
+        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+            for another partition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -82,6 +83,7 @@ def scale_by_adam_mini(
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 1.
     """
     partition = partition or Partition()
+    mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamMiniState:
         assign = partition.assign(params)

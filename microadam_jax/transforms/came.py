@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from microadam_jax.axes import Shape, Sides
 from microadam_jax.partition import Assignment, Partition, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
-from microadam_jax.transforms.moments import moving_average
+from microadam_jax.transforms.moments import moment_dtype, moving_average
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -44,7 +44,7 @@ def scale_by_came(
     clip_threshold: ArrayLike = 1.0,
     *,
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by factored second moments and by their factored instability.
 
@@ -83,7 +83,8 @@ def scale_by_came(
         The transformation. Its state takes 4 bytes per parameter and 8 for each row and column.
 
     Raises:
-        ValueError: in ``update``, if the state was made for another partition.
+        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+            for another partition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -104,6 +105,7 @@ def scale_by_came(
     Reference: Luo et al., CAME (arXiv 2307.02047), Algorithm 2.
     """
     partition = partition or Partition()
+    mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByCameState:
         assign = partition.assign(params)

@@ -4,7 +4,21 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
+
+
+def moment_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which a moment is kept.
+
+    Raises:
+        ValueError: if it is no floating dtype.
+    """
+    if not isinstance(dtype, jax.Array) and jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(dtype)
+    raise ValueError(
+        f"mu_dtype must be a floating dtype such as 'float32' or 'bfloat16'; got {dtype!r}. Under "
+        "optax.inject_hyperparams give its name, because a type is taken for a schedule there."
+    )
 
 
 def moving_average(decay: ArrayLike, average: jax.Array, new: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from microadam_jax.partition import Partition, remark_assignment, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.subsets import Subsets
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -36,7 +36,7 @@ def scale_by_subset_norm(
     *,
     subsets: Subsets = Subsets(),
     partition: Partition | None = None,
-    mu_dtype: DTypeLike = jnp.float32,
+    mu_dtype: DTypeLike = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides a momentum by the norm that a subset of the gradient has had.
 
@@ -67,7 +67,8 @@ def scale_by_subset_norm(
         each other one; 4 for all with runs as subsets.
 
     Raises:
-        ValueError: in ``update``, if the state was made for other subsets.
+        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+            for other subsets.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -83,6 +84,7 @@ def scale_by_subset_norm(
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (arXiv 2411.07120).
     """
     partition = partition or Partition()
+    mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleBySubsetNormState:
         assign = partition.assign(params)

@@ -14,10 +14,17 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
+    Axes,
     Blocks,
     MicroAdamLayout,
+    Partition,
+    Subsets,
     Window,
+    adagrad_sn,
+    adam_mini,
+    adam_sn,
     affine4,
+    came,
     compress,
     error_feedback,
     microadam,
@@ -28,6 +35,13 @@ from microadam_jax import (
 
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)
 SMALL = MicroAdamLayout(COMPRESSOR, affine4(Blocks(64)), Window(3))
+PARTITION = Partition(
+    (
+        ("attention/kernel", Axes("in | (heads head_dim) -> heads", heads=8)),
+        ("stacked", "layer in | out -> layer out"),
+        ("odd", "token embed -> token"),
+    )
+)
 STOCHASTIC = dataclasses.replace(SMALL, residual=affine4(Blocks(64), rounding="stochastic"))
 
 
@@ -39,11 +53,14 @@ class Entry:
         factory: makes it from keyword arguments.
         arguments: with which it is made; the numbers among them may be injected.
         decays: whether it needs the parameters in ``update``.
+        shares: whether elements share a moment: its state is smaller than the parameter along
+            the axes of a block, and the mean over a block may cross devices.
     """
 
     factory: Callable[..., optax.GradientTransformation]
     arguments: dict[str, Any]
     decays: bool = True
+    shares: bool = False
 
     def make(self) -> optax.GradientTransformation:
         return self.factory(**self.arguments)
@@ -64,13 +81,31 @@ ENTRIES = {
     "microadam, all compressed": Entry(
         microadam, {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL}
     ),
-    "microadam, alpha and stochastic": Entry(
-        microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
-    ),
     "error_feedback": Entry(
         feedback, {"alpha": None, "seed": 0, "residual": "bfloat16"}, decays=False
     ),
+    "adam_mini": Entry(
+        adam_mini, {"learning_rate": 1e-2, "weight_decay": 0.1, "partition": PARTITION}, shares=True
+    ),
+    "adam_sn": Entry(
+        adam_sn, {"learning_rate": 1e-1, "weight_decay": 0.1, "partition": PARTITION}, shares=True
+    ),
+    "adagrad_sn": Entry(
+        adagrad_sn,
+        {"learning_rate": 1.0, "subsets": Subsets("runs", reduction="mean")},
+        shares=True,
+    ),
+    "came": Entry(
+        came, {"learning_rate": 1e-3, "weight_decay": 0.1, "partition": PARTITION}, shares=True
+    ),
     "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}, decays=False),
+}
+
+# Settings whose numbers need a look of their own, and whose composition does not.
+VARIANTS = {
+    "microadam, alpha and stochastic": Entry(
+        microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import microadam
-from tests.contracts.catalogue import ENTRIES, SPECS, gradients, parameters
+from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, parameters
 from tests.contracts.test_sharding import mesh_of, place, state_shardings
 
 pytestmark = pytest.mark.filterwarnings(
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning",
     "ignore::pytest.PytestUnraisableExceptionWarning",
 )
+
+RESUMED = ENTRIES | VARIANTS
 
 
 def saveable() -> tuple[Any, Any]:
@@ -36,9 +38,9 @@ def run(tx: optax.GradientTransformation, params: Any, state: Any, steps: range)
     return state
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name != "microadam"])
+@pytest.mark.parametrize("name", [name for name in RESUMED if name != "microadam"])
 def test_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
-    tx, (params, _) = ENTRIES[name].make(), saveable()
+    tx, (params, _) = RESUMED[name].make(), saveable()
     halfway = run(tx, params, tx.init(params), range(5))  # the window of 3 has wrapped
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", halfway)

@@ -97,7 +97,8 @@ def test_each_state_field_is_a_tree_of_arrays_like_the_parameters(entry: Entry) 
     )
     assert_equal(placed, state)
     for leaf, parameter in _with_parameters(tx, state, params):
-        assert leaf.shape[: max(0, parameter.ndim - 1)] == parameter.shape[:-1]
+        leading = zip(leaf.shape, parameter.shape[:-1], strict=False)
+        assert all(n == size or (entry.shares and n == 1) for n, size in leading)
         assert leaf.ndim >= parameter.ndim
         assert leaf.size or not parameter.size
         assert leaf.dtype in (jnp.uint8, jnp.int16, jnp.bfloat16, jnp.float32)
@@ -193,14 +194,12 @@ def test_inject_hyperparams(entry: Entry, dtype: str) -> None:
     inject = optax.inject_hyperparams(entry.factory, hyperparam_dtype=jnp.float32)
     updates, state = run(inject(**entry.arguments), params)
     expected, _ = run(entry.make(), params)
-    rounding = 1e-5 if dtype == "float32" else 1e-2
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(
-            one.astype(jnp.float32), other.astype(jnp.float32), rtol=rounding, atol=1e-6
-        ),
-        updates,
-        expected,
-    )
+    # A traced 0.9999 has rounded to float32, where 1 - 0.9999 is off by 2e-5.
+    rounding = 1e-4 if dtype == "float32" else 1e-2
+    for one, other in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        atol = rounding * np.abs(other).max(initial=0)
+        np.testing.assert_allclose(one, other, rtol=rounding, atol=atol)
     assert avals(state) == avals(inject(**entry.arguments).init(params))
 
 

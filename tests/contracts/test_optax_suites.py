@@ -34,14 +34,21 @@ def microadam_compressed(
     return microadam(learning_rate, eps=eps, layout=EVERYTHING)
 
 
+RATES = {
+    "microadam": 1e-2,
+    "microadam_compressed": 3e-4,
+    "adam_mini": 1e-1,
+    "adam_sn": 1e-1,
+    "adagrad_sn": 1.0,
+    "came": 1e-2,
+}
 CASES = tuple(
-    {"opt_name": name, "opt_kwargs": {"learning_rate": rate}}
-    for name, rate in {"microadam": 1e-2, "microadam_compressed": 3e-4}.items()
+    {"opt_name": name, "opt_kwargs": {"learning_rate": rate}} for name, rate in RATES.items()
 )
 UNWRAPPED = {"wrapper_name": None, "wrapper_kwargs": None}
 for module in (optax.contrib, alias):
-    module.microadam = microadam_jax.microadam
-    module.microadam_compressed = microadam_compressed
+    for name in RATES:
+        setattr(module, name, getattr(microadam_jax, name, microadam_compressed))
 
 _product, _named_parameters = parameterized.product, parameterized.named_parameters
 

@@ -1,6 +1,7 @@
 """States shard like their parameters, and the step talks to no other device."""
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import microadam
-from tests.contracts.catalogue import ENTRIES, SPECS, Entry, gradients, parameters
+from microadam_jax import Axes, Fused, Partition, microadam, scale_by_adam_mini
+from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
 
 COLLECTIVE = re.compile(
-    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", re.MULTILINE
+    r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 LAYOUTS = {
@@ -26,6 +27,7 @@ LAYOUTS = {
 }
 SHARDED = {
     **ENTRIES,
+    **VARIANTS,
     "microadam, paper": Entry(microadam, {"learning_rate": 1e-2, "layout": "paper"}),
 }
 # Blocks as long as the row cannot be cut: the paper's layout shards leading axes only.
@@ -36,6 +38,15 @@ WHOLE_ROWS = {
 }
 
 
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Each collective of a compiled program, and the size of the largest array it yields."""
+    return [
+        (kind, max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes))
+        for operands, kind in COLLECTIVE.findall(program)
+        for shapes in [re.findall(r"\[([\d,]*)\]", operands)]
+    ]
+
+
 def specs_for(name: str, layout: str) -> Any:
     return WHOLE_ROWS if "paper" in name else LAYOUTS[layout]
 
@@ -44,6 +55,11 @@ def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
     )
+
+
+def whole_where_one(leaf: Any, spec: P) -> P:
+    padded = [*spec, *[None] * (leaf.ndim - len(spec))]
+    return P(*(None if n == 1 else names for n, names in zip(leaf.shape, padded, strict=False)))
 
 
 def mesh_of(mode: str, devices: tuple[int, int] = (4, 2)) -> jax.sharding.Mesh:
@@ -58,11 +74,11 @@ def mesh_of(mode: str, devices: tuple[int, int] = (4, 2)) -> jax.sharding.Mesh:
 def state_shardings(
     tx: optax.GradientTransformation, params: Any, specs: Any, mesh: jax.sharding.Mesh
 ) -> Any:
-    """The parameter's spec, verbatim, on each of its state leaves."""
+    """The parameter's spec, verbatim, on each of its state leaves but those that are shared."""
     shapes = jax.eval_shape(lambda p: tx.init(p), params)
     return optax.tree_utils.tree_map_params(
         tx,
-        lambda _, spec: NamedSharding(mesh, spec),
+        lambda leaf, spec: NamedSharding(mesh, whole_where_one(leaf, spec)),
         shapes,
         specs,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
@@ -78,7 +94,8 @@ CASES = [(name, "fsdp and tensor") for name in SHARDED] + [
 @pytest.mark.parametrize("mode", AXES)
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, mode: str) -> None:
-    tx = SHARDED[name].make()
+    entry = SHARDED[name]
+    tx = entry.make()
     params = parameters()
     expected_state = tx.init(params)
     alone = jax.jit(tx.update)
@@ -91,13 +108,23 @@ def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, m
         shardings = state_shardings(tx, sharded, specs, mesh)
         state = jax.jit(tx.init, out_shardings=shardings)(sharded)
         grads = [place(gradients(params, step), specs, mesh) for step in range(4)]
+        # Explicit axes carry the placement themselves.
         placements = jax.tree.map(lambda leaf: leaf.sharding, (sharded, state))
-        update = (
-            jax.jit(tx.update, out_shardings=placements).lower(grads[0], state, sharded).compile()
-        )
-        assert COLLECTIVE.findall(update.as_text()) == []
+        jitted = jax.jit(tx.update, out_shardings=placements if mode == "auto" else None)
+        update = jitted.lower(grads[0], state, sharded).compile()
+        found = collectives(update.as_text())
+        types = jax.tree.map(jax.typeof, (sharded, state))
         for gradient in grads:
             updates, state = update(gradient, state, sharded)
+        assert jax.tree.map(jax.typeof, (updates, state)) == types
+    if entry.shares:
+        # Sums over the devices of one number for each output, or row: here 512 at most.
+        assert {kind for kind, _ in found} <= {"all-reduce"}
+        assert all(size <= 512 for _, size in found)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+        jax.tree.map(close, (updates, state), (expected, expected_state))
+        return
+    assert found == []
     jax.tree.map(np.testing.assert_array_equal, state, expected_state)
     # XLA contracts a * b + c in the vectorized part of a loop and not in its remainder, so the
     # last bit of an update can depend on how many elements a device has.
@@ -115,22 +142,11 @@ def test_state_made_eagerly_lies_where_its_parameter_lies(name: str, mode: str) 
             tx, lambda leaf, param: pairs.append((leaf, param)), tx.init(params), params
         )
     for leaf, parameter in pairs:
-        assert leaf.sharding.spec == parameter.sharding.spec
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_explicit_types_of_the_state_do_not_change(name: str) -> None:
-    tx, specs, mesh = SHARDED[name].make(), specs_for(name, "fsdp and tensor"), mesh_of("explicit")
-    with jax.set_mesh(mesh):
-        params = place(parameters(), specs, mesh)
-        state = tx.init(params)
-        types = jax.tree.map(jax.typeof, state)
-        updates, eager = tx.update(place(gradients(params), specs, mesh), state, params)
-        assert jax.tree.map(jax.typeof, eager) == types
-        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
-        _, jitted = jax.jit(tx.update)(place(gradients(params), specs, mesh), state, params)
-        assert jax.tree.map(jax.typeof, jitted) == types
-        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == types
+        if SHARDED[name].shares:
+            shared = NamedSharding(mesh, whole_where_one(leaf, parameter.sharding.spec))
+            assert leaf.sharding.is_equivalent_to(shared, leaf.ndim)
+        else:
+            assert leaf.sharding.spec == parameter.sharding.spec
 
 
 def test_a_spec_that_does_not_divide_the_blocks_is_refused_with_the_remedy() -> None:
@@ -145,3 +161,47 @@ def test_entries_use_blocks_that_divide_over_the_mesh() -> None:
     entry: Entry = ENTRIES["microadam, all compressed"]
     layout = entry.arguments["layout"].compressor.blocks.layout(512)
     assert layout.count % 8 == 0
+
+
+HEADS = {
+    "whole heads": (Axes("in | (heads head_dim) -> heads", heads=8), (16, 96)),
+    "split heads": (Axes("in | (heads head_dim) -> heads", heads=3), (16, 96)),
+    "three axes": ("in | heads head_dim -> heads", (16, 8, 12)),
+    "fused": (
+        Fused(
+            (Axes("in | (heads head_dim) -> heads", heads=2), Axes("in | out -> out")),
+            shares=(1, 1),
+        ),
+        (16, 96),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", AXES)
+@pytest.mark.parametrize(
+    "spec", [P("fsdp", "tp"), P(None, ("fsdp", "tp")), P(("fsdp", "tp"))], ids=str
+)
+@pytest.mark.parametrize("axes", HEADS)
+def test_a_block_may_lie_on_any_devices(axes: str, spec: P, mode: str) -> None:
+    """The mean is the global one; nothing of the gradient's size moves."""
+    rule, shape = HEADS[axes]
+    tx, mesh = scale_by_adam_mini(partition=Partition((("", rule),))), mesh_of(mode)
+    gradient = gradients(jnp.zeros(shape))
+    expected, expected_state = jax.jit(tx.update)(gradient, tx.init(gradient))
+    with jax.set_mesh(mesh):
+        gradient = jax.device_put(gradient, NamedSharding(mesh, spec))
+        state = tx.init(gradient)
+        update = jax.jit(tx.update).lower(gradient, state).compile()
+        updates, after = update(gradient, state)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    found = collectives(update.as_text())
+    outputs = math.prod(shape[1:])
+    blocks = after.nu.size
+    if axes in ("whole heads", "three axes") and spec == P(None, ("fsdp", "tp")):
+        assert found == []
+    if axes == "three axes":
+        assert {kind for kind, _ in found} <= {"all-reduce"}
+        assert all(size <= blocks for _, size in found)
+    assert all(size <= outputs for _, size in found)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, (updates, after), (expected, expected_state))
