@@ -33,11 +33,14 @@ def sweep(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--settings", nargs="*", default=list(settings), choices=list(settings))
     parser.add_argument("--rates", nargs="*", type=float, help="for each of the settings")
     args = parser.parse_args()
 
-    config = dataclasses.replace(Config(), steps=args.steps, eval_every=args.steps, log_every=100)
+    config = dataclasses.replace(
+        Config(), steps=args.steps, eval_every=args.steps, log_every=100, seed=args.seed
+    )
     corpus = load_corpus(config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = read(args.out)

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from microadam_jax.axes import Axes, Fused, Shape, Sharing, elementwise
+from microadam_jax.boxes import axis_names, box_path
 from microadam_jax.layer_names import STACKED, transformer_rules
 from microadam_jax.memory import format_table, remark
 from microadam_jax.trees import KeyPath, path_name
@@ -56,7 +57,7 @@ class Partition:
         rules: pairs of a pattern and the axes, :class:`Axes` or its notation, or
             :class:`Fused`. Put your own before those of :func:`transformer_rules`.
         stacked: a regular expression for paths of parameters of layers that are stacked for a
-            scan. Each layer has blocks of its own. A parameter in a Flax box that names its layer
+            scan. Each layer has blocks of its own. A parameter in a Linen box that names its layer
             axis needs no pattern.
         layer_axis: the layer axis of those, 0 or, as in MaxText, 1.
 
@@ -98,10 +99,10 @@ class Partition:
         Args:
             params: the tree of the leaves: its Flax boxes may name the axes.
         """
-        names = dict(_axis_names(params))
+        names = dict(axis_names(params))
 
         def assignment(path: KeyPath, leaf: Any) -> Assignment:
-            boxed = _unboxed(path)
+            boxed = box_path(path)
             return self._assignment(path_name(boxed), tuple(leaf.shape), names.get(boxed))
 
         return assignment
@@ -222,29 +223,6 @@ def require_shape(path: KeyPath, moment: jax.Array, shape: Shape) -> None:
 
 def _without(shape: Shape, axis: int) -> Shape:
     return (*shape[:axis], *shape[axis + 1 :])
-
-
-def _unboxed(path: KeyPath) -> KeyPath:
-    """The path of the Flax box around a leaf, or of the leaf."""
-    if path and getattr(path[-1], "name", None) in ("value", "raw_value"):
-        return path[:-1]
-    return path
-
-
-def _axis_names(params: Any) -> Iterator[tuple[KeyPath, tuple[Any, ...]]]:
-    """The axis names that Flax's boxes give: Linen's ``names``, NNX's ``out_sharding``."""
-    boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_box)[0]
-    for path, box in boxes:
-        if not _is_box(box):
-            continue
-        metadata = box.get_metadata() if hasattr(box, "get_metadata") else {}
-        names = getattr(box, "names", None) or metadata.get("out_sharding")
-        if names:
-            yield path, tuple(names)
-
-
-def _is_box(node: Any) -> bool:
-    return hasattr(node, "unbox") or hasattr(node, "get_metadata")
 
 
 def _rule_text(assignment: Assignment) -> str:

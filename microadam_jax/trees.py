@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from microadam_jax.boxes import without_boxes
+
 PyTree = Any
 KeyPath = tuple[Any, ...]
 
@@ -24,14 +26,15 @@ def map_with_path(
         results: how many values that is; a tree without leaves cannot tell.
         tree: its structure is the structure of every resulting tree; ``None`` and
             ``MaskedNode`` entries hold no leaf and stay as they are.
-        *rest: trees with the structure of ``tree``.
+        *rest: trees with the structure of ``tree``; Flax boxes in them may have other metadata.
         is_leaf: what to treat as a leaf of ``tree`` although it is a pytree node.
 
     Returns:
         One tree for each result.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    columns = [treedef.flatten_up_to(other) for other in rest]
+    plain = jax.tree.structure(without_boxes(tree), is_leaf=is_leaf)
+    columns = [plain.flatten_up_to(without_boxes(other)) for other in rest]
     rows = [
         function(path, leaf, *others)
         for (path, leaf), *others in zip(leaves, *columns, strict=True)

@@ -1,7 +1,6 @@
 """Which rule each parameter of well-known models follows, and what it makes of them."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from examples.llama.model import ModelConfig, init_params
 from microadam_jax import (
@@ -644,64 +642,6 @@ def test_boxes_of_single_layers_change_nothing() -> None:
         path: a.sharing for path, a in plain.items()
     }
     assert all(a.rule is not None and a.layer_axis is None for a in boxed.values())
-
-
-class NnxLayer(nnx.Module):
-    """A layer whose variables name their axes."""
-
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        ones, zeros, normal = (
-            nnx.initializers.ones,
-            nnx.initializers.zeros,
-            nnx.initializers.lecun_normal(),
-        )
-        self.norm = nnx.RMSNorm(16, scale_init=nnx.with_partitioning(ones, ("embed",)), rngs=rngs)
-        self.up = nnx.Linear(
-            16,
-            24,
-            kernel_init=nnx.with_partitioning(normal, ("embed", "mlp")),
-            bias_init=nnx.with_partitioning(zeros, ("mlp",)),
-            rngs=rngs,
-        )
-
-
-def nnx_stack(axis: int) -> Any:
-    @nnx.split_rngs(splits=7)
-    @nnx.vmap(
-        out_axes=nnx.StateAxes({nnx.Param: axis, ...: 0}),
-        transform_metadata={nnx.PARTITION_NAME: "layers"},
-    )
-    def layers(rngs: nnx.Rngs) -> NnxLayer:
-        return NnxLayer(rngs=rngs)
-
-    return nnx.state(nnx.eval_shape(lambda: {"trunk": layers(nnx.Rngs(0))}), nnx.Param)
-
-
-@pytest.fixture
-def logical_mesh() -> Iterator[None]:
-    """A mesh whose axes are called as those of the layers, which NNX wants to see."""
-    names = ("embed", "mlp", "layers")
-    mesh = jax.make_mesh((1, 1, 1), names, axis_types=(AxisType.Auto,) * len(names))
-    with jax.set_mesh(mesh):
-        yield
-
-
-@pytest.mark.usefixtures("logical_mesh")
-@pytest.mark.parametrize("axis", [0, 1])
-def test_nnx_variables_tell_the_layer_axis(axis: int) -> None:
-    found = by_path(nnx_stack(axis))
-    expected = {"trunk/norm/scale": (1,), "trunk/up/kernel": (1, 24), "trunk/up/bias": (24,)}
-    for path, moment_shape in expected.items():
-        assert found[path].sharing.moment_shape == stack(moment_shape, axis), path
-        assert found[path].layer_axis == axis
-        assert found[path].rule is not None
-
-
-@pytest.mark.usefixtures("logical_mesh")
-def test_adam_mini_of_boxed_layers_keeps_a_number_for_each() -> None:
-    state = jax.eval_shape(scale_by_adam_mini().init, nnx_stack(1))
-    shapes = [leaf.shape for leaf in jax.tree.leaves(state.nu)]
-    assert shapes == [(1, 7), (24, 7), (1, 7, 24)]
 
 
 # --- Modules --------------------------------------------------------------------------------------

@@ -14,14 +14,15 @@ import optax
 import optax.contrib
 
 import microadam_jax
-from microadam_jax import Partition, transformer_rules
 
 from .config import Config, PretrainError
 
 Factory = Callable[..., optax.GradientTransformation]
 
 DEFAULT_LEARNING_RATE = 1e-3
-DEFAULT_LEARNING_RATES = {"microadam": 2e-3, "adam_mini": 2e-3, "adam_sn": 1e-2, "adagrad_sn": 1.0}
+DEFAULT_LEARNING_RATES = {"microadam": 2e-3, "adam_sn": 1e-2, "adagrad_sn": 1.0}
+# What this script is for; the library's own default follows the paper, which fine-tunes.
+DEFAULT_OPTIONS = {"microadam": {"layout": "pretrain"}}
 
 
 def factories() -> dict[str, Factory]:
@@ -31,7 +32,7 @@ def factories() -> dict[str, Factory]:
         for module in (optax.contrib, optax, microadam_jax)  # of equal names, the last one counts
         for name, member in vars(module).items()
         if inspect.isfunction(member)
-        and not name.startswith(("_", "scale_by_"))
+        and not name.startswith(("_", "scale_by_", "decay_"))
         and "learning_rate" in inspect.signature(member).parameters
     }
 
@@ -53,22 +54,12 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
     peaks = _learning_rates(config.lr, names)
     built = {}
     for label, name in names.items():
-        chosen = _default_options(name, config) | options[label]
+        chosen = DEFAULT_OPTIONS.get(name, {}) | options[label]
         optimizer = _call(label, name, _learning_rate(config, peaks[label]), chosen)
         if config.clip:
             optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
         built[label] = optimizer
     return built
-
-
-def _default_options(name: str, config: Config) -> dict[str, Any]:
-    if name == "microadam":
-        # What this script is for; the library's own default follows the paper, which fine-tunes.
-        return {"layout": "pretrain"}
-    if name == "adam_mini":
-        # The kernels of queries and keys do not tell how many heads they have.
-        return {"partition": Partition(transformer_rules(heads=config.heads))}
-    return {}
 
 
 def _names_by_label(text: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.partition import Partition, remark_assignment, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
@@ -96,7 +97,8 @@ def scale_by_adam_mini(
                 moment_zeros(parameter, assignment.sharing.moment_shape, jnp.float32),
             )
 
-        return ScaleByAdamMiniState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
+        mu, nu = map_with_path(zeros, 2, params)
+        return ScaleByAdamMiniState(jnp.zeros([], jnp.int32), mu, boxed_moments(nu, params))
 
     def update(
         updates: optax.Updates,
@@ -123,7 +125,7 @@ def scale_by_adam_mini(
 
         targets = updates if params is None else params
         scaled, mu, nu = map_with_path(scale, 3, updates, targets, state.mu, state.nu)
-        return scaled, ScaleByAdamMiniState(count, mu, nu)
+        return scaled, ScaleByAdamMiniState(count, mu, boxed_like(nu, state.nu))
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore

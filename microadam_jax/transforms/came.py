@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.axes import Shape, Sides
+from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.partition import Assignment, Partition, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.moments import moment_dtype, moving_average
@@ -117,7 +118,8 @@ def scale_by_came(
                 *(moment_zeros(parameter, s, jnp.float32) for s in _state_shapes(assignment)),
             )
 
-        return ScaleByCameState(*map_with_path(zeros, 5, params))
+        mu, *factors = map_with_path(zeros, 5, params)
+        return ScaleByCameState(mu, *(boxed_moments(factor, params) for factor in factors))
 
     def update(
         updates: optax.Updates,
@@ -168,7 +170,7 @@ def scale_by_came(
 
         targets = updates if params is None else params
         scaled, *moments = map_with_path(scale, 6, updates, targets, *state)
-        return scaled, ScaleByCameState(*moments)
+        return scaled, ScaleByCameState(*map(boxed_like, moments, state))
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
