@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from microadam_jax import adam_mini, adam_sn, came
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 OPTIMIZERS = {
     "adam_mini": adam_mini(1e-2, weight_decay=0.1),
     "adam_sn": adam_sn(1e-2),

@@ -15,11 +15,14 @@ from microadam_jax import microadam
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, parameters
 from tests.contracts.test_sharding import mesh_of, place, state_shardings
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::UserWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("fewer_optimizations"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore::UserWarning",
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+    ),
+]
 
 RESUMED = ENTRIES | VARIANTS
 

@@ -1,7 +1,6 @@
 """What every transformation of the library promises to whoever composes it."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,15 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.contracts.catalogue import ENTRIES, SPECS, Entry, gradients, parameters
 
-
-@pytest.fixture(autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These promises do not depend on how well the step is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 each_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 
 

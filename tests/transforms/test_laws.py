@@ -22,6 +22,8 @@ from microadam_jax import (
 )
 from microadam_jax.codecs import as_codec
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 EVERYTHING = {"min_size": 0, "min_row": 0}
 COMPRESSOR = top_k(count=3, blocks=Blocks(64, shards=1), **EVERYTHING)
 RESIDUAL = affine4(Blocks(64, shards=1))

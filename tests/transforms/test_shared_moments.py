@@ -30,6 +30,8 @@ from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Indices
 from tests.oracles.subset_norm import SubsetNormOracle, larger_side, run_size, runs
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 STEPS = 32
 DECAY = 0.1
 IN_OUT = Partition(transformer_rules(heads=4, kv_heads=2))
