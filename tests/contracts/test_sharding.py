@@ -58,8 +58,11 @@ def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def whole_where_one(leaf: Any, spec: P) -> P:
-    padded = [*spec, *[None] * (leaf.ndim - len(spec))]
-    return P(*(None if n == 1 else names for n, names in zip(leaf.shape, padded, strict=False)))
+    """The spec, verbatim where no axis that it shards has size 1."""
+    axes = list(zip(leaf.shape, spec, strict=False))
+    if not any(n == 1 and names for n, names in axes):
+        return spec
+    return P(*(None if n == 1 else names for n, names in axes))
 
 
 def mesh_of(mode: str, devices: tuple[int, int] = (4, 2)) -> jax.sharding.Mesh:
