@@ -13,7 +13,7 @@ hypothesis.settings.load_profile("jax")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fewer_optimizations() -> Iterator[None]:
     """For promises that do not depend on how well the step is compiled."""
     jax.config.update("jax_disable_most_optimizations", True)

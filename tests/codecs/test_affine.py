@@ -12,6 +12,8 @@ from microadam_jax.codecs import Affine4, Plain, as_codec
 from microadam_jax.codecs.affine import pack_nibbles, unpack_nibbles
 from tests.oracles.microadam import encode, runs
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 SHAPES = [(), (1,), (7,), (257,), (3, 64), (2, 5, 300), (4, 0), (0, 4)]
 
 

@@ -9,6 +9,8 @@ from microadam_jax import Blocks, BlockSparse, top_k
 from pallas_kernels.topk_compress import reference
 from tests.oracles.microadam import largest_magnitudes
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 EVERYTHING = {"min_size": 0, "min_row": 0}
 
 

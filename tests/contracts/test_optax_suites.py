@@ -19,6 +19,8 @@ from optax._src import alias
 import microadam_jax
 from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 # Optax 0.2.8 compares versions as text and would skip its sharding tests from JAX 0.10 on.
 _VERSION = mock.patch.object(jax, "__version__", "9.9.9")
 
@@ -42,6 +44,8 @@ RATES = {
     "adagrad_sn": 1.0,
     "came": 1e-2,
 }
+# A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
+OPTIONS = {"came": {"b3": 0.99}}
 CASES = tuple(
     {"opt_name": name, "opt_kwargs": {"learning_rate": rate}} for name, rate in RATES.items()
 )

@@ -88,14 +88,17 @@ def state_shardings(
     )
 
 
-# Every layout for one of them; for the others the one that shards every axis.
-CASES = [(name, "fsdp and tensor") for name in SHARDED] + [
-    ("microadam, all compressed", layout) for layout in ("fsdp", "tensor")
+# Every layout and mode for some of them; for the others what shards every axis, types checked.
+BOTH_MODES = ("microadam, all compressed", "microadam", "adam_mini", "came")
+CASES = [
+    *((name, "fsdp and tensor", "explicit") for name in SHARDED),
+    *((name, "fsdp and tensor", "auto") for name in BOTH_MODES),
+    ("microadam, all compressed", "fsdp", "auto"),
+    ("microadam, all compressed", "tensor", "auto"),
 ]
 
 
-@pytest.mark.parametrize("mode", AXES)
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout", "mode"), CASES)
 def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, mode: str) -> None:
     entry = SHARDED[name]
     tx = entry.make()

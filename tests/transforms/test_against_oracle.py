@@ -12,6 +12,8 @@ import pytest
 from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
 from tests.oracles.microadam import AdamOracle, MicroAdamOracle
 
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+
 STEPS = 32  # the window of 10 turns over three times
 EVERYTHING = {"min_size": 0, "min_row": 0}
 
