@@ -47,7 +47,8 @@ RATES = {
 # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
 OPTIONS = {"came": {"b3": 0.99}}
 CASES = tuple(
-    {"opt_name": name, "opt_kwargs": {"learning_rate": rate}} for name, rate in RATES.items()
+    {"opt_name": name, "opt_kwargs": {"learning_rate": rate} | OPTIONS.get(name, {})}
+    for name, rate in RATES.items()
 )
 UNWRAPPED = {"wrapper_name": None, "wrapper_kwargs": None}
 for module in (optax.contrib, alias):
