@@ -3,6 +3,7 @@
 python -m benchmarks.second_moments --out runs/second_moments.csv
 """
 
+import jax
 import optax
 
 from benchmarks.sweep import Setting, sweep
@@ -18,10 +19,23 @@ def mini(*own: tuple[str, str | Axes], b2: float = 0.999) -> Setting:
     return lambda rate: adam_mini(rate, b2=b2, partition=Partition((*own, *RULES)))
 
 
+def tenfold(rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with AdamSN's learning rates: ten times as much for what is no linear map."""
+
+    def labels(params: optax.Params) -> optax.Params:
+        return jax.tree.map_with_path(
+            lambda path, _: "map" if path[-1].key == "kernel" else "other", params
+        )
+
+    other = optax.adamw(lambda count: 10 * rate(count), weight_decay=0.0)
+    return optax.partition({"map": optax.adamw(rate, weight_decay=0.0), "other": other}, labels)
+
+
 ADAM, TENFOLD = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2, 4e-2)
 # Each setting with its learning rates.
 SETTINGS: dict[str, tuple[Setting, tuple[float, ...]]] = {
     "AdamW": (lambda rate: optax.adamw(rate, weight_decay=0.0), ADAM),
+    "AdamW, embeddings and norms tenfold": (tenfold, ADAM),
     "AdamW, b2 = 0.95": (lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0), ADAM),
     "Adam-mini": (mini(), ADAM),
     "Adam-mini, b2 = 0.95": (mini(b2=0.95), ADAM),
