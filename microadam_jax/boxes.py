@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.tree_util import KeyPath
 
 AxisNames = tuple[Any, ...]
-KeyPath = tuple[Any, ...]
 NNX_NAMES = ("out_sharding", "sharding_names", "sharding")
 
 

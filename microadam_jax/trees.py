@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.tree_util import KeyPath
 
 from microadam_jax.boxes import without_boxes
 
 PyTree = Any
-KeyPath = tuple[Any, ...]
 
 
 def map_with_path(

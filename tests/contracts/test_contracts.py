@@ -185,11 +185,14 @@ def test_inject_hyperparams(entry: Entry, dtype: str) -> None:
     inject = optax.inject_hyperparams(entry.factory, hyperparam_dtype=jnp.float32)
     updates, state = run(inject(**entry.arguments), params)
     expected, _ = run(entry.make(), params)
-    # A traced 0.9999 has rounded to float32, where 1 - 0.9999 is off by 2e-5.
-    rounding = 1e-4 if dtype == "float32" else 1e-2
+    rounding, atol = (1e-5, 1e-6) if dtype == "float32" else (1e-2, 1e-6)
     for one, other in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-        atol = rounding * np.abs(other).max(initial=0)
+        if entry.shares:
+            # CAME's traced 0.9999 has rounded to float32, where 1 - 0.9999 is off by 2e-5; a decay
+            # after the update is the difference of two roundings.
+            rounding = max(rounding, 1e-4)
+            atol = rounding * np.abs(other).max(initial=0)
         np.testing.assert_allclose(one, other, rtol=rounding, atol=atol)
     assert avals(state) == avals(inject(**entry.arguments).init(params))
 

@@ -7,13 +7,14 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def quick_compilation(
+    fewer_optimizations: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Compiles with few optimizations, and each program once per module.
 
     The models here are so small that compiling them takes nearly all of the time.
     """
     settings = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }

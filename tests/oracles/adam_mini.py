@@ -11,7 +11,7 @@ from dataclasses import InitVar, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tests.oracles.microadam import Floats, Indices, LearningRate
+from tests.oracles.microadam import Floats, Indices, LearningRate, rate_at
 
 
 @dataclass
@@ -51,9 +51,7 @@ class AdamMiniOracle:
     def step(self, grads: npt.ArrayLike) -> Floats:
         """Takes one step and returns what it added to ``theta``."""
         gradient, before = np.asarray(grads, np.float64), self.theta
-        rate = (
-            self.learning_rate(self.count) if callable(self.learning_rate) else self.learning_rate
-        )
+        rate = rate_at(self.learning_rate, self.count + 1)
         for block in range(len(self.nu)):
             mean = np.mean(gradient[self.blocks == block] ** 2)
             self.nu[block] = self.b2 * self.nu[block] + (1 - self.b2) * mean

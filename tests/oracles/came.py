@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tests.oracles.microadam import Floats, LearningRate
+from tests.oracles.microadam import Floats, LearningRate, rate_at
 
 
 @dataclass
@@ -62,9 +62,7 @@ class CameOracle:
     def step(self, grads: npt.ArrayLike) -> Floats:
         """Takes one step and returns what it added to ``theta``."""
         gradient, before = np.asarray(grads, np.float64), self.theta
-        rate = (
-            self.learning_rate(self.count) if callable(self.learning_rate) else self.learning_rate
-        )
+        rate = rate_at(self.learning_rate, self.count + 1)
         self.count += 1
         a = gradient**2 + self.eps
         if self.factored:

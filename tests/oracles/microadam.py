@@ -91,7 +91,7 @@ def adam_stats(beta: float, window: list[Floats], step: int, *, normalized: bool
     return (1 - beta) * total / (1 - beta**step)
 
 
-def _rate(learning_rate: LearningRate, step: int) -> float:
+def rate_at(learning_rate: LearningRate, step: int) -> float:
     """The rate of the 1-based ``step``; a schedule counts from 0, as Optax's do."""
     return learning_rate(step - 1) if callable(learning_rate) else learning_rate
 
@@ -126,7 +126,7 @@ class AdamOracle:
         mean = self.mu / (1 - self.b1**self.count)
         variance = self.nu / (1 - self.b2**self.count)
         direction = mean / (np.sqrt(variance) + self.eps) + self.weight_decay * self.theta
-        update = -_rate(self.learning_rate, self.count) * direction
+        update = -rate_at(self.learning_rate, self.count) * direction
         self.theta = self.theta + update
         return update
 
@@ -201,7 +201,7 @@ class MicroAdamOracle:
         if self.alpha:
             direction = direction + self.alpha * self.error
             self.error = self._stored((1 - self.alpha) * self.error)
-        update = -_rate(self.learning_rate, step) * direction
+        update = -rate_at(self.learning_rate, step) * direction
         self.theta = self.theta + update
         return update
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tests.oracles.microadam import Floats, Indices, LearningRate
+from tests.oracles.microadam import Floats, Indices, LearningRate, rate_at
 
 
 def larger_side(rows: int, columns: int) -> Indices:
@@ -79,9 +79,7 @@ class SubsetNormOracle:
     def step(self, grads: npt.ArrayLike) -> Floats:
         """Takes one step and returns what it added to ``theta``."""
         gradient, before = np.asarray(grads, np.float64), self.theta
-        rate = (
-            self.learning_rate(self.count) if callable(self.learning_rate) else self.learning_rate
-        )
+        rate = rate_at(self.learning_rate, self.count + 1)
         self.count += 1
         self.mu = self.b1 * self.mu + (1 - self.b1) * gradient
         for subset in range(len(self.nu)):
