@@ -7,6 +7,8 @@ as they come, and a second call goes on where the first stopped.
 import argparse
 import csv
 import dataclasses
+import itertools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from examples.llama.data import load_corpus
 from examples.llama.training import train
 
 Setting = Callable[[optax.Schedule], optax.GradientTransformation]
-Results = dict[tuple[str, float], tuple[float, float]]  # bytes per parameter, held-out loss
+# From setting, learning rate and seed to bytes per parameter and held-out loss.
+Results = dict[tuple[str, float, int], tuple[float, float]]
 
 
 def sweep(
@@ -33,30 +36,31 @@ def sweep(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, default=[0], help="of the weights and the batches"
+    )
     parser.add_argument("--settings", nargs="*", default=list(settings), choices=list(settings))
     parser.add_argument("--rates", nargs="*", type=float, help="for each of the settings")
     args = parser.parse_args()
 
-    config = dataclasses.replace(
-        Config(), steps=args.steps, eval_every=args.steps, log_every=100, seed=args.seed
-    )
+    config = dataclasses.replace(Config(), steps=args.steps, eval_every=args.steps, log_every=100)
     corpus = load_corpus(config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = read(args.out)
-    for name in args.settings:
+    for seed, name in itertools.product(args.seeds, args.settings):
         for rate in args.rates or rates[name]:
-            if (name, rate) in done:
+            if (name, rate, seed) in done:
                 continue
             schedule = optax.warmup_cosine_decay_schedule(
                 0.0, rate, args.steps // 20, args.steps, 0.1 * rate
             )
             tx = optax.chain(optax.clip_by_global_norm(1.0), settings[name](schedule))
-            result = train(config, tx, corpus)
-            done[name, rate] = (result.state_bytes / result.parameters, result.held_out_loss)
+            result = train(dataclasses.replace(config, seed=seed), tx, corpus)
+            numbers = (result.state_bytes / result.parameters, result.held_out_loss)
+            done[name, rate, seed] = numbers
             with args.out.open("a", newline="") as file:
-                csv.writer(file).writerow([name, rate, *done[name, rate]])
-            print(name, rate, *done[name, rate], flush=True)
+                csv.writer(file).writerow([name, rate, seed, *numbers])
+            print(name, rate, seed, *numbers, flush=True)
     print_table(done)
 
 
@@ -66,17 +70,26 @@ def read(path: Path) -> Results:
         return {}
     with path.open(newline="") as file:
         return {
-            (name, float(rate)): (float(size), float(loss))
-            for name, rate, size, loss in csv.reader(file)
+            (name, float(rate), int(seed)): (float(size), float(loss))
+            for name, rate, seed, size, loss in csv.reader(file)
         }
 
 
 def print_table(results: Results) -> None:
-    """One row for each setting, as Markdown: every learning rate with its loss, and the best."""
-    print("| setting | bytes/param | learning rate: held-out loss | best |")
+    """One row for each setting, as Markdown: the losses of each learning rate, and the best mean."""
+    print("| setting | bytes/param | learning rate: held-out loss of each seed | best mean |")
     print("|---|---|---|---|")
-    for name in dict.fromkeys(name for name, _ in results):
-        losses = {rate: loss for (other, rate), (_, loss) in results.items() if other == name}
-        size = next(size for (other, _), (size, _) in results.items() if other == name)
-        cells = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(losses.items()))
-        print(f"| {name} | {size:.2f} | {cells} | {min(losses.values()):.3f} |")
+    for name in dict.fromkeys(name for name, _, _ in results):
+        runs = {(rate, seed): run for (n, rate, seed), run in results.items() if n == name}
+        by_rate: dict[float, list[float]] = {}
+        for (rate, _), (_, loss) in sorted(runs.items()):
+            by_rate.setdefault(rate, []).append(loss)
+        size = next(size for size, _ in runs.values())
+        cells = [
+            f"{rate:g}: {' '.join(f'{loss:.3f}' for loss in losses)}"
+            for rate, losses in by_rate.items()
+        ]
+        # Rates that were tried with fewer seeds are no match for a mean.
+        most = max(map(len, by_rate.values()))
+        best = min(statistics.mean(x) for x in by_rate.values() if len(x) == most)
+        print(f"| {name} | {size:.2f} | {', '.join(cells)} | {best:.3f} |")

@@ -4,7 +4,7 @@ Flax itself is not needed: Linen's boxes are known by ``unbox`` and ``names``, N
 ``get_metadata``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -47,7 +47,18 @@ def boxed_moments(moments: Any, params: Any) -> Any:
 
     A trainer that turns names into shardings would otherwise cut axes of size 1.
     """
+    return _renamed(moments, params, lambda size, whole: size == whole)
 
+
+def boxed_blocks(arrays: Any, params: Any) -> Any:
+    """``arrays`` of blocks in the boxes of ``params``, less the names of axes that have size 1.
+
+    Other axes count the blocks of a named axis and are cut as it is.
+    """
+    return _renamed(arrays, params, lambda size, whole: size != 1 or whole == 1)
+
+
+def _renamed(moments: Any, params: Any, keeps_name: Callable[[int, int], bool]) -> Any:
     def rename(moment: Any, parameter: Any) -> Any:
         if not is_box(parameter):
             return moment
@@ -55,7 +66,7 @@ def boxed_moments(moments: Any, params: Any) -> Any:
 
         def kept(names: AxisNames) -> AxisNames:
             sizes = zip(names, content.shape, shape, strict=False)
-            return tuple(name if n == size else None for name, n, size in sizes)
+            return tuple(name if keeps_name(n, size) else None for name, n, size in sizes)
 
         if hasattr(parameter, "names"):
             return moment.replace(names=kept(parameter.names))

@@ -4,8 +4,9 @@ The names are those of Flax Linen and NNX, Hugging Face, MaxText, Gemma, timm an
 originals.
 """
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from microadam_jax.axes import ELEMENTWISE, Axes, Fused
 
@@ -13,6 +14,8 @@ Rule = tuple[str, Axes | Fused]
 
 # Containers of layers that nn.scan, nnx.vmap and MaxText stack: no number follows them.
 STACKED = r"(^|/)(\w*_)?(layers|blocks|stack|h|encoderblock)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
+
+LAYER_AXIS_NAMES = ("layers", "layer", "blocks", "stack", "scan")
 
 QUERY = r"(query|query_proj|q_proj|wq|q|to_q|c_q)"
 KEY = r"(key|key_proj|k_proj|wk|k|to_k|c_k)"
@@ -32,6 +35,29 @@ EMBEDDINGS = (
 )
 POSITIONS = r"(pos(ition)?_?embed(ding)?s?|posemb\w*|wpe)"
 TOKENS = r"((cls|dist|mask|reg|register|class)(_tokens?)?)"
+
+
+def layer_axis_of(
+    path: str,
+    shape: tuple[int, ...],
+    names: tuple[Any, ...] | None,
+    stacked: str,
+    layer_axis: int,
+) -> int | None:
+    """The axis along which layers are stacked; None if none is.
+
+    Args:
+        path: the parameter's path.
+        shape: its shape.
+        names: the names of its axes, where they have some; they count first.
+        stacked: a regular expression for the paths of stacked parameters.
+        layer_axis: the layer axis of those.
+    """
+    if names is not None and len(names) == len(shape):
+        named = [i for i, name in enumerate(names) if name in LAYER_AXIS_NAMES]
+        if named:
+            return named[0]
+    return layer_axis if len(shape) > layer_axis and re.search(stacked, path) else None
 
 
 def transformer_rules(

@@ -10,13 +10,11 @@ import jax
 
 from microadam_jax.axes import Axes, Fused, Shape, Sharing, elementwise
 from microadam_jax.boxes import axis_names, box_path
-from microadam_jax.layer_names import STACKED, transformer_rules
+from microadam_jax.layer_names import STACKED, layer_axis_of, transformer_rules
 from microadam_jax.memory import format_table, remark
 from microadam_jax.trees import KeyPath, path_name
 
 Rules = Sequence[tuple[str, str | Axes | Fused]]
-
-LAYER_AXIS_NAMES = ("layers", "layer", "blocks", "stack", "scan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Partition:
         return assignment
 
     def _assignment(self, path: str, shape: Shape, names: tuple[Any, ...] | None) -> Assignment:
-        layer_axis = self._layer_axis(path, shape, names)
+        layer_axis = layer_axis_of(path, shape, names, self.stacked, self.layer_axis)
         if layer_axis is not None:
             found = self._rule(path, _without(shape, layer_axis))
             if found is not None:
@@ -122,14 +120,6 @@ class Partition:
             if layer_axis is None or sharing.moment_shape[layer_axis] == shape[layer_axis]:
                 return Assignment(path, shape, rule, sharing)
         return Assignment(path, shape, None, elementwise(shape), layer_axis)
-
-    def _layer_axis(self, path: str, shape: Shape, names: tuple[Any, ...] | None) -> int | None:
-        if names is not None and len(names) == len(shape):
-            named = [i for i, name in enumerate(names) if name in LAYER_AXIS_NAMES]
-            if named:
-                return named[0]
-        stacked = len(shape) > self.layer_axis and re.search(self.stacked, path)
-        return self.layer_axis if stacked else None
 
     def _rule(self, path: str, shape: Shape) -> tuple[Axes | Fused, Sharing] | None:
         if 0 in shape:

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
+from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
+from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.scaled import codec_name
 from microadam_jax.sharding import state_zeros
 
 LEVELS = 15  # steps between the sixteen levels of four bits
@@ -62,6 +65,8 @@ class Affine4:
     statistics: str = "float32"
 
     Encoded: ClassVar[type[AffineCodes]] = AffineCodes
+    chunkable: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
@@ -74,9 +79,20 @@ class Affine4:
             )
 
     @property
+    def name(self) -> str:
+        """The codec in a word, as it stands in a checkpoint."""
+        statistics = "" if self.statistics == "float32" else f"_{self.statistics}"
+        return codec_name(f"affine4{statistics}", self.buckets)
+
+    @property
     def needs_key(self) -> bool:
         """Whether ``encode`` must be given a key."""
         return self.rounding == "stochastic"
+
+    def for_layers(self, axis: int | None) -> "Affine4":
+        """Buckets lie within a row, so layers share nothing."""
+        del axis
+        return self
 
     def zeros(self, parameter: jax.Array) -> AffineCodes:
         """The encoding of zeros: every level 0, every bucket from 0 to 0."""
@@ -97,7 +113,7 @@ class Affine4:
         if self.statistics == "bfloat16":
             low, high = _bfloat16_below(low), -_bfloat16_below(-high)
         step = _step(low, high)[..., None]
-        xi = jax.random.uniform(key, bucket.shape) if key is not None else 0.5
+        xi = 0.5 if key is None else dither(key, bucket.shape)
         level = jnp.floor((bucket - low[..., None]) / jnp.where(step > 0, step, 1) + xi)
         level = jnp.where(step > 0, jnp.clip(level, 0, LEVELS), 0)
         return AffineCodes(
@@ -134,17 +150,6 @@ def affine4(
         The codec.
     """
     return Affine4(Blocks(bucket) if isinstance(bucket, int) else bucket, rounding, statistics)
-
-
-def pack_nibbles(levels: jax.Array) -> jax.Array:
-    """Packs levels ``(..., size)`` below 16 into bytes ``(..., size / 2)``, first half low."""
-    low, high = jnp.split(levels, 2, axis=-1)
-    return low | (high << 4)
-
-
-def unpack_nibbles(codes: jax.Array) -> jax.Array:
-    """The inverse of :func:`pack_nibbles`."""
-    return jnp.concatenate([codes & 0xF, codes >> 4], axis=-1)
 
 
 def _step(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -1,11 +1,16 @@
 """What a state codec is: float32 in, stored arrays out, and back."""
 
-from typing import Any, ClassVar, Protocol
+import math
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from microadam_jax.codecs.affine import Affine4
+from microadam_jax.codecs.float8 import float8
 from microadam_jax.codecs.plain import Plain
+from microadam_jax.codecs.rank1 import rank1_dynamic4, rank1_linear4
+from microadam_jax.codecs.scaled import dynamic4, dynamic8, linear4
 
 
 class Codec(Protocol):
@@ -15,11 +20,33 @@ class Codec(Protocol):
     parameter's ``PartitionSpec`` is valid on each; ``zeros`` returns the encoding of zero.
     """
 
-    Encoded: ClassVar[Any]
+    @property
+    def Encoded(self) -> Any:
+        """The NamedTuple of the stored arrays."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The codec in a word; two codecs of one name read each other's arrays."""
+        ...
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers."""
+        ...
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether the encoding of some rows does not depend on the others."""
+        ...
 
     @property
     def needs_key(self) -> bool:
         """Whether ``encode`` rounds stochastically and must be given a key."""
+        ...
+
+    def for_layers(self, axis: int | None) -> "Codec":
+        """The codec for a tensor whose layers are stacked along ``axis``."""
         ...
 
     def zeros(self, parameter: jax.Array) -> tuple[jax.Array, ...]:
@@ -35,6 +62,27 @@ class Codec(Protocol):
         ...
 
 
+def named_codecs() -> dict[str, Codec]:
+    """The codecs that have a name, as published."""
+    return {
+        "float32": Plain("float32"),
+        "bfloat16": Plain("bfloat16"),
+        "affine4": Affine4(),
+        "dynamic8": dynamic8(),
+        "dynamic8_unsigned": dynamic8(signed=False),
+        "dynamic4": dynamic4(),
+        "dynamic4_unsigned": dynamic4(signed=False),
+        "linear4": linear4(signed=True),
+        "linear4_unsigned": linear4(),
+        "rank1_linear4": rank1_linear4(),
+        "rank1_dynamic4": rank1_dynamic4(),
+        "e4m3": float8("e4m3", expansion=False),
+        "e5m2": float8("e5m2", expansion=False),
+        "e4m3_expanded": float8("e4m3"),
+        "e5m2_expanded": float8("e5m2"),
+    }
+
+
 def as_codec(codec: Codec | str) -> Codec:
     """The codec that ``codec`` names, or ``codec`` itself.
 
@@ -43,11 +91,27 @@ def as_codec(codec: Codec | str) -> Codec:
     """
     if not isinstance(codec, str):
         return codec
-    named: dict[str, Codec] = {
-        "float32": Plain("float32"),
-        "bfloat16": Plain("bfloat16"),
-        "affine4": Affine4(),
-    }
+    named = named_codecs()
     if codec not in named:
         raise ValueError(f"Unknown codec {codec!r}; choose one of {sorted(named)} or a codec.")
     return named[codec]
+
+
+def encoded_bytes(codec: Codec | str, shape: tuple[int, ...]) -> int:
+    """Bytes in which a codec stores a tensor.
+
+    Args:
+        codec: the codec or its name.
+        shape: the tensor's shape.
+
+    Returns:
+        The bytes of all its arrays, exactly.
+
+    Examples:
+        >>> from microadam_jax import encoded_bytes
+        >>> encoded_bytes("dynamic4", (1024, 1024)) / 1024**2
+        0.53125
+    """
+    parameter = jax.ShapeDtypeStruct(shape, jnp.float32)
+    arrays = jax.eval_shape(as_codec(codec).zeros, parameter)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

@@ -10,9 +10,9 @@ from microadam_jax.sharding import state_zeros
 
 
 class PlainValues(NamedTuple):
-    """``values``: the parameter's shape, in the codec's dtype."""
+    """``codes``: the parameter's shape, in the codec's dtype."""
 
-    values: jax.Array
+    codes: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,22 @@ class Plain:
     dtype: str = "float32"
 
     Encoded: ClassVar[type[PlainValues]] = PlainValues
+    chunkable: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"Plain.dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+
+    @property
+    def name(self) -> str:
+        """The dtype."""
+        return self.dtype
+
+    def for_layers(self, axis: int | None) -> "Plain":
+        """Elements share nothing."""
+        del axis
+        return self
 
     @property
     def needs_key(self) -> bool:
@@ -47,4 +59,4 @@ class Plain:
 
     def decode(self, encoded: PlainValues, shape: tuple[int, ...]) -> jax.Array:
         """The stored tensor in float32."""
-        return encoded.values.reshape(shape).astype(jnp.float32)
+        return encoded.codes.reshape(shape).astype(jnp.float32)

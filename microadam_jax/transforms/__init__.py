@@ -5,6 +5,11 @@ from microadam_jax.transforms.came import ScaleByCameState, scale_by_came
 from microadam_jax.transforms.compress import compress, to_dense
 from microadam_jax.transforms.decay import DecayUpdatedWeightsState, decay_updated_weights
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState, error_feedback
+from microadam_jax.transforms.factored_adam import (
+    ScaleByFactoredAdamState,
+    scale_by_factored_adam,
+)
+from microadam_jax.transforms.quantize import QuantizedState, quantize_state
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
 from microadam_jax.transforms.window_adam import (
     ScaleByWindowAdamState,
@@ -15,16 +20,20 @@ from microadam_jax.transforms.window_adam import (
 __all__ = [
     "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
+    "QuantizedState",
     "ScaleByAdamMiniState",
     "ScaleByCameState",
+    "ScaleByFactoredAdamState",
     "ScaleBySubsetNormState",
     "ScaleByWindowAdamState",
     "Window",
     "compress",
     "decay_updated_weights",
     "error_feedback",
+    "quantize_state",
     "scale_by_adam_mini",
     "scale_by_came",
+    "scale_by_factored_adam",
     "scale_by_subset_norm",
     "scale_by_window_adam",
     "to_dense",

@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.axes import Shape, Sides
+from microadam_jax.axes import Shape
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.partition import Assignment, Partition, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
+from microadam_jax.transforms.factors import (
+    axes_of_a_layer,
+    factor_shapes,
+    inverse_root,
+    mean,
+    sides,
+)
 from microadam_jax.transforms.moments import moment_dtype, moving_average
 from microadam_jax.trees import KeyPath, map_with_path
 
@@ -137,28 +144,28 @@ def scale_by_came(
             for moment, shape in zip(stored, _state_shapes(assignment), strict=True):
                 require_shape(path, moment, shape)
             nu_row, nu_col, instability_row, instability_col = stored
-            sides, every = _sides(assignment), _axes_of_a_layer(assignment)
-            rows, cols = sides or ((), ())
+            matrix, every = sides(assignment), axes_of_a_layer(assignment)
+            rows, cols = matrix or ((), ())
             g = g.astype(jnp.float32)
             squares = jnp.square(g) + eps
 
-            if sides is None:
+            if matrix is None:
                 nu_row = moving_average(b2, nu_row, squares)
                 u = g * jax.lax.rsqrt(nu_row)
             else:
-                nu_row = moving_average(b2, nu_row, _mean(squares, cols))
-                nu_col = moving_average(b2, nu_col, _mean(squares, rows))
-                u = g * _inverse_root(nu_row, nu_col, rows)
-            rms = jnp.sqrt(_mean(jnp.square(u), every))
+                nu_row = moving_average(b2, nu_row, mean(squares, cols))
+                nu_col = moving_average(b2, nu_col, mean(squares, rows))
+                u = g * inverse_root(nu_row, nu_col, rows)
+            rms = jnp.sqrt(mean(jnp.square(u), every))
             u = u / jnp.maximum(1, rms / clip_threshold)
             mu = moving_average(b1, mu, u)
 
             scaled = mu
-            if sides is not None:
+            if matrix is not None:
                 deviation = jnp.square(u - mu) + instability_eps
-                instability_row = moving_average(b3, instability_row, _mean(deviation, cols))
-                instability_col = moving_average(b3, instability_col, _mean(deviation, rows))
-                scaled = mu * _inverse_root(instability_row, instability_col, rows)
+                instability_row = moving_average(b3, instability_row, mean(deviation, cols))
+                instability_col = moving_average(b3, instability_col, mean(deviation, rows))
+                scaled = mu * inverse_root(instability_row, instability_col, rows)
             return (
                 scaled.astype(target.dtype),
                 mu.astype(mu_dtype),
@@ -176,32 +183,8 @@ def scale_by_came(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
 
 
-def _sides(assignment: Assignment) -> Sides | None:
-    """The axes of the rows and of the columns; None for a parameter that is not factored."""
-    if assignment.sharing.matrix is not None:
-        return assignment.sharing.matrix
-    axes = _axes_of_a_layer(assignment)
-    if len(axes) < 2 or 0 in assignment.shape:
-        return None
-    return axes[-2:-1], axes[-1:]
-
-
-def _axes_of_a_layer(assignment: Assignment) -> tuple[int, ...]:
-    return tuple(i for i in range(len(assignment.shape)) if i != assignment.layer_axis)
-
-
 def _state_shapes(assignment: Assignment) -> tuple[Shape, ...]:
-    shape, sides = assignment.shape, _sides(assignment)
-    if sides is None:
-        return shape, *[(1,) * len(shape)] * 3
-    rows, cols = (tuple(1 if i in side else n for i, n in enumerate(shape)) for side in sides[::-1])
+    rows, cols = factor_shapes(assignment)
+    if sides(assignment) is None:
+        return rows, cols, cols, cols
     return rows, cols, rows, cols
-
-
-def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.mean(x, axis=axes, keepdims=True)
-
-
-def _inverse_root(row: jax.Array, col: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    r""":math:`1 / \sqrt{r c / \bar r}`; the product of the factors itself would underflow."""
-    return jax.lax.rsqrt(row / _mean(row, rows)) * jax.lax.rsqrt(col)

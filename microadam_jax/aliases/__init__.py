@@ -1,0 +1,27 @@
+"""The published methods, one chain each."""
+
+from microadam_jax.aliases.low_bit import (
+    adam_mini4bit,
+    adam_mini8bit,
+    adamw4bit,
+    adamw4bit_factored,
+    adamw8bit,
+    adamw_fp8,
+)
+from microadam_jax.aliases.shared_moments import adagrad_sn, adam_mini, adam_sn, came
+from microadam_jax.aliases.windowed import MicroAdamLayout, microadam
+
+__all__ = [
+    "MicroAdamLayout",
+    "adagrad_sn",
+    "adam_mini",
+    "adam_mini4bit",
+    "adam_mini8bit",
+    "adam_sn",
+    "adamw4bit",
+    "adamw4bit_factored",
+    "adamw8bit",
+    "adamw_fp8",
+    "came",
+    "microadam",
+]

@@ -1,0 +1,365 @@
+"""Optimizers whose state takes few bits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.typing import ArrayLike
+from optax import GradientTransformationExtraArgs, ScalarOrSchedule
+
+from microadam_jax.aliases.shared_moments import adam_mini
+from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
+from microadam_jax.partition import Partition
+from microadam_jax.transforms import quantize_state, scale_by_factored_adam
+
+
+def adamw8bit(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 1e-2,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
+    nu_codec: Storage | Codec | str = "dynamic8_unsigned",
+    seed: ArrayLike = 0,
+) -> GradientTransformationExtraArgs:
+    r"""AdamW with both moments in 8 bits on the dynamic exponent map.
+
+    With the codecs :math:`Q_m` and :math:`Q_v`,
+
+    .. math::
+
+        m_t &= \beta_1 Q_m^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \quad
+        v_t = \beta_2 Q_v^{-1}(\tilde v_{t-1}) + (1 - \beta_2)\, g_t^2 \\
+        \theta_{t+1} &= \theta_t - \eta_t \left( \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda \theta_t \right), \quad
+        \tilde m_t = Q_m(m_t), \quad \tilde v_t = Q_v(v_t)
+
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
+        nu_codec: how :math:`v` is stored.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The optimizer.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import adamw8bit, memory_report
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> round(memory_report(adamw8bit(1e-3), params).bytes_per_parameter, 3)
+        2.031
+
+    Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
+    """
+    return _adamw(
+        learning_rate, b1, b2, eps, weight_decay, mask, {"mu": mu_codec, "nu": nu_codec}, seed
+    )
+
+
+def adamw4bit(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 1e-2,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    mu_codec: Storage | Codec | str = "dynamic4",
+    nu_codec: Storage | Codec | str = "rank1_linear4",
+    seed: ArrayLike = 0,
+) -> GradientTransformationExtraArgs:
+    r"""AdamW with both moments in 4 bits, the second scaled by rows and columns.
+
+    With the codecs :math:`Q_m` and :math:`Q_v`,
+
+    .. math::
+
+        m_t &= \beta_1 Q_m^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \quad
+        v_t = \beta_2 Q_v^{-1}(\tilde v_{t-1}) + (1 - \beta_2)\, g_t^2 \\
+        \theta_{t+1} &= \theta_t - \eta_t \left( \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda \theta_t \right), \quad
+        \tilde m_t = Q_m(m_t), \quad \tilde v_t = Q_v(v_t)
+
+    The second moment of a sharded parameter needs its rows' and columns' maxima over devices;
+    ``nu_codec="linear4_unsigned"``, the published variant with blocks, does not.
+
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
+        nu_codec: how :math:`v` is stored.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The optimizer.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import adamw4bit, memory_report
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> round(memory_report(adamw4bit(1e-3), params).bytes_per_parameter, 3)
+        1.033
+
+    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507).
+    """
+    return _adamw(
+        learning_rate, b1, b2, eps, weight_decay, mask, {"mu": mu_codec, "nu": nu_codec}, seed
+    )
+
+
+def adamw_fp8(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 1e-2,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    mu_codec: Storage | Codec | str = "e4m3_expanded",
+    nu_codec: Storage | Codec | str = "e4m3_expanded",
+    seed: ArrayLike = 0,
+) -> GradientTransformationExtraArgs:
+    r"""AdamW with both moments in 8-bit floating point, each block's range expanded.
+
+    With the codecs :math:`Q_m` and :math:`Q_v`,
+
+    .. math::
+
+        m_t &= \beta_1 Q_m^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \quad
+        v_t = \beta_2 Q_v^{-1}(\tilde v_{t-1}) + (1 - \beta_2)\, g_t^2 \\
+        \theta_{t+1} &= \theta_t - \eta_t \left( \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda \theta_t \right), \quad
+        \tilde m_t = Q_m(m_t), \quad \tilde v_t = Q_v(v_t)
+
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
+        nu_codec: how :math:`v` is stored.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The optimizer.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import adamw_fp8, memory_report
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> round(memory_report(adamw_fp8(1e-3), params).bytes_per_parameter, 3)
+        2.188
+
+    Reference: Xi et al., COAT (arXiv 2410.19313), Section 4.
+    """
+    return _adamw(
+        learning_rate, b1, b2, eps, weight_decay, mask, {"mu": mu_codec, "nu": nu_codec}, seed
+    )
+
+
+def adamw4bit_factored(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 1e-2,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    partition: Partition | None = None,
+    mu_codec: Storage | Codec | str = "dynamic4",
+    seed: ArrayLike = 0,
+) -> GradientTransformationExtraArgs:
+    r"""AdamW with a first moment in 4 bits and a factored second one.
+
+    With the factors of :func:`scale_by_factored_adam`,
+
+    .. math::
+
+        \theta_{t+1} = \theta_t - \eta_t \left( \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{r_t c_t / (\bar r_t (1 - \beta_2^t))} + \epsilon} + \lambda \theta_t \right)
+
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        partition: which parameters are linear maps, and between which axes.
+        mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The optimizer.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import adamw4bit_factored, memory_report
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> round(memory_report(adamw4bit_factored(1e-3), params).bytes_per_parameter, 3)
+        0.533
+
+    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
+    """
+    return optax.chain(
+        scale_by_factored_adam(b1, b2, eps, partition=partition, mu_codec=mu_codec, seed=seed),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adam_mini8bit(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    partition: Partition | None = None,
+    mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
+    seed: ArrayLike = 0,
+) -> GradientTransformationExtraArgs:
+    r"""Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
+
+    It is :func:`adam_mini` with its first moment stored through a codec :math:`Q`:
+
+    .. math::
+
+        m_t = \beta_1 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
+        \tilde m_t = Q(m_t)
+
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        partition: what the blocks of the second moment are; see :func:`adam_mini`.
+        mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The optimizer.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import adam_mini8bit, memory_report
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> round(memory_report(adam_mini8bit(1e-3), params).bytes_per_parameter, 3)
+        1.017
+
+    Reference: Zhang et al., Adam-mini (arXiv 2406.16793); Dettmers et al. (arXiv 2110.02861).
+    """
+    return adam_mini(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        partition=partition,
+        mu_codec=mu_codec,
+        seed=seed,
+    )
+
+
+def adam_mini4bit(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    partition: Partition | None = None,
+    mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
+    seed: ArrayLike = 0,
+) -> GradientTransformationExtraArgs:
+    r"""Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
+
+    It is :func:`adam_mini` with its first moment stored through a codec :math:`Q`:
+
+    .. math::
+
+        m_t = \beta_1 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
+        \tilde m_t = Q(m_t)
+
+    Rounding is stochastic: rounded to nearest, changes smaller than half a step are lost.
+
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root and after the bias correction.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        partition: what the blocks of the second moment are; see :func:`adam_mini`.
+        mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The optimizer.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import adam_mini4bit, memory_report
+        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+        >>> round(memory_report(adam_mini4bit(1e-3), params).bytes_per_parameter, 3)
+        0.532
+
+    Reference: Zhang et al., Adam-mini (arXiv 2406.16793); Li et al. (arXiv 2309.01507).
+    """
+    return adam_mini(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        partition=partition,
+        mu_codec=mu_codec,
+        seed=seed,
+    )
+
+
+def _adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    weight_decay: float | jax.Array,
+    mask: Any | Callable[[optax.Params], Any] | None,
+    codecs: dict[str, Storage | Codec | str],
+    seed: ArrayLike,
+) -> GradientTransformationExtraArgs:
+    """AdamW with its moments stored through codecs."""
+    adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
+    return optax.chain(
+        quantize_state(adam, codecs, elementwise=True, seed=seed),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

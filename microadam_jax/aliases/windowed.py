@@ -1,0 +1,121 @@
+"""MicroAdam, the chain of error feedback and a window."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.typing import ArrayLike
+from optax import GradientTransformationExtraArgs, ScalarOrSchedule
+
+from microadam_jax.blocks import Blocks
+from microadam_jax.codecs import Affine4, Codec
+from microadam_jax.compressors import TopK, top_k
+from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroAdamLayout:
+    """What MicroAdam keeps of a gradient, and in which form.
+
+    Attributes:
+        compressor: what is sent to the window in each step.
+        residual: the format of what is not; a codec or its name.
+        window: how much of what was sent is kept.
+    """
+
+    compressor: TopK = top_k()
+    residual: Codec | str = Affine4()
+    window: Window = Window()
+
+
+MICROADAM_LAYOUTS = {
+    "fast": MicroAdamLayout(),
+    "pretrain": MicroAdamLayout(compressor=top_k(density=30 / 256), window=Window(1)),
+    "paper": MicroAdamLayout(
+        compressor=top_k(density=0.01, blocks=Blocks(size=32768, shards=1), min_size=0, min_row=0),
+        residual=Affine4(Blocks(size=64, shards=1), statistics="bfloat16"),
+    ),
+}
+
+
+def microadam(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    alpha: ArrayLike | None = None,
+    layout: MicroAdamLayout | str = "fast",
+) -> GradientTransformationExtraArgs:
+    r"""MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
+
+    .. math::
+
+        a_t &= g_t + Q^{-1}(e_t) \\
+        c_t &= \mathrm{TopK}(a_t) \\
+        e_{t+1} &= Q(a_t - c_t) \\
+        \hat m_t &= \frac{1 - \beta_1}{1 - \beta_1^t} \sum_{r < \min(t, m)} \beta_1^r c_{t-r} \\
+        \hat v_t &= \frac{1 - \beta_2}{1 - \beta_2^t} \sum_{r < \min(t, m)} \beta_2^r c_{t-r}^2 \\
+        \theta_{t+1} &= \theta_t - \eta_t \left( \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
+            + \alpha\,Q^{-1}(e_{t+1}) + \lambda \theta_t \right)
+
+    It is the chain of :func:`error_feedback` and :func:`scale_by_window_adam` with decoupled
+    weight decay. The published settings are meant for fine-tuning; in pre-training from scratch
+    they trail AdamW.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, outside the root.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        alpha: the share :math:`\alpha` of the residual that is applied directly, in gradient
+            units, and leaves it; None switches it off.
+        layout: ``"fast"``: 3 of each 256 elements, a window of 10, 4-bit buckets of 256; any
+            mesh shards it. ``"pretrain"``: the same 0.88 bytes per parameter spent on ten
+            times the elements and a window of one, which pre-trains far better and makes each
+            step a sign. ``"paper"``: 1 % of blocks of up to 32768, a window of 10, buckets of
+            64: 0.96 bytes. Or a :class:`MicroAdamLayout`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: if ``layout`` names no layout.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from microadam_jax import microadam
+        >>> loss = lambda w: jnp.mean((w - 1.0) ** 2)
+        >>> tx = microadam(learning_rate=0.1)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     return optax.apply_updates(params, updates), state
+        >>> params = jnp.zeros((64, 256))
+        >>> state = tx.init(params)
+        >>> for _ in range(200):
+        ...     params, state = step(params, state)
+        >>> bool(loss(params) < 0.1)
+        True
+
+    Reference: Modoranu et al., MicroAdam (NeurIPS 2024, arXiv 2405.15593), Algorithm 1.
+    """
+    if isinstance(layout, str):
+        if layout not in MICROADAM_LAYOUTS:
+            raise ValueError(
+                f"Unknown layout {layout!r}; choose one of {sorted(MICROADAM_LAYOUTS)} or pass a "
+                "MicroAdamLayout."
+            )
+        layout = MICROADAM_LAYOUTS[layout]
+    return optax.chain(
+        error_feedback(layout.compressor, layout.residual, alpha),
+        scale_by_window_adam(layout.compressor, layout.window, b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,232 @@
+"""The numbers that the codes of a few bits stand for, between -1 or 0 and 1."""
+
+import dataclasses
+import functools
+from typing import ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Rounding = jax.Array | float  # where between two neighbours the upper one begins: 1/2 is nearest
+
+
+class Map(Protocol):
+    """An increasing list of numbers, the largest of them 1."""
+
+    @property
+    def name(self) -> str:
+        """What the map is called in a state."""
+        ...
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        ...
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative numbers have codes."""
+        ...
+
+    @property
+    def values(self) -> np.ndarray:
+        """The float32 number of each code, in order."""
+        ...
+
+    def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
+        r"""The uint8 codes of float32 numbers in [-1, 1].
+
+        Between neighbours :math:`v_c \le y < v_{c+1}` the code is :math:`c + 1` where
+        :math:`y > v_c + \xi (v_{c+1} - v_c)`: halves go to the lower code.
+        """
+        ...
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The float32 numbers of uint8 codes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TableMap:
+    """At most 16 numbers, by comparing with all of them.
+
+    Attributes:
+        name: what the map is called in a state.
+        numbers: the numbers, in order.
+    """
+
+    name: str
+    numbers: tuple[float, ...]
+
+    bits: ClassVar[int] = 4
+
+    @property
+    def signed(self) -> bool:
+        """Whether there are negative numbers."""
+        return self.numbers[0] < 0
+
+    @property
+    def values(self) -> np.ndarray:
+        """The numbers as float32."""
+        return np.asarray(self.numbers, np.float32)
+
+    def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
+        """Counts the thresholds below ``y``."""
+        code = jnp.zeros(y.shape, jnp.uint8)
+        for below, above in zip(self.values[:-1], self.values[1:], strict=True):
+            code = code + (y > below + xi * (above - below)).astype(jnp.uint8)
+        return code
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Selects among the numbers: no gather, which accelerators are slow at."""
+        number = jnp.full(codes.shape, self.values[0], jnp.float32)
+        for code, value in enumerate(self.values[1:], 1):
+            number = jnp.where(codes >= code, value, number)
+        return number
+
+
+def dynamic_numbers(bits: int, signed: bool) -> list[float]:
+    r"""The dynamic exponent map: decades with twice as many numbers in each than in the last.
+
+    With :math:`E` the bits less one, decade :math:`i = 0, \dots, E - 1` divides
+    :math:`10^{i-E+1} [0.1, 1]` into :math:`2^i` equal cells (:math:`2^{i+1}` if unsigned) and has
+    their centres, with both signs if signed; 0 and 1 complete it.
+    """
+    decades = bits - 1
+    numbers = [0.0, 1.0]
+    for i in range(decades):
+        cells = 2 ** (i if signed else i + 1)
+        centres = [
+            10.0 ** (i - decades + 1) * (0.1 + 0.9 * (j + 0.5) / cells) for j in range(cells)
+        ]
+        numbers += centres
+        if signed:
+            numbers += [-centre for centre in centres]
+    return sorted(numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic8:
+    r"""The 8-bit dynamic exponent map, in closed form.
+
+    The magnitudes are numbered so that number :math:`a \ge 1`, or :math:`a + 1` if unsigned,
+    lies in decade :math:`\lfloor \log_2 a \rfloor` of :func:`dynamic_numbers`. Codes are these
+    numbers around the code of zero.
+
+    Attributes:
+        signed: whether negative numbers have codes.
+        symmetric: whether -1 has a code, in place of 0.
+    """
+
+    signed: bool = True
+    symmetric: bool = False
+
+    bits: ClassVar[int] = 8
+
+    @property
+    def name(self) -> str:
+        """What the map is called in a state."""
+        return "dynamic8" + ("" if self.signed else "_unsigned") + "_symmetric" * self.symmetric
+
+    @property
+    def values(self) -> np.ndarray:
+        """All 256 numbers, as they are decoded."""
+        return _table(self)
+
+    @property
+    def _offset(self) -> int:
+        return 0 if self.signed else 1
+
+    @property
+    def _top(self) -> int:
+        return 128 if self.signed else 255
+
+    def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
+        """The magnitude below ``|y|``, the one above it, and a comparison."""
+        negative = y < 0
+        y = jnp.abs(y)
+        below = self._magnitude_below(y)
+        if self.symmetric:
+            return self._encode_symmetric(negative, y, below, xi)
+        low, high = self._decode_magnitude(below), self._decode_magnitude(below + 1)
+        if not self.signed:
+            return (below + (y > low + xi * (high - low))).astype(jnp.uint8)
+        # Down from -low to -high, the upper neighbour is -low.
+        up = jnp.where(negative, y >= high + xi * (low - high), y > low + xi * (high - low))
+        magnitude = below + up
+        return jnp.where(negative, 127 - jnp.minimum(magnitude, 127), 127 + magnitude).astype(
+            jnp.uint8
+        )
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The magnitude of a code, with its sign."""
+        codes = codes.astype(jnp.int32)
+        if not self.signed:
+            return self._decode_magnitude(codes)
+        zero = jnp.where(codes > 127, 127, 128) if self.symmetric else 127
+        magnitude = self._decode_magnitude(jnp.abs(codes - zero))
+        return jnp.where(codes < 127 + self.symmetric, -magnitude, magnitude)
+
+    def _encode_symmetric(
+        self, negative: jax.Array, y: jax.Array, below: jax.Array, xi: Rounding
+    ) -> jax.Array:
+        # Below the smallest magnitude the neighbours are its two signs.
+        near = below == 0
+        high = self._decode_magnitude(below + 1)
+        low = jnp.where(near, -high, self._decode_magnitude(below))
+        up = jnp.where(negative, y >= high + xi * (low - high), y > low + xi * (high - low))
+        magnitude = jnp.where(near, 1, jnp.minimum(below + up, 128))
+        negative = jnp.where(near, negative == up, negative)
+        return jnp.where(negative, 128 - magnitude, 127 + magnitude).astype(jnp.uint8)
+
+    def _magnitude_below(self, y: jax.Array) -> jax.Array:
+        """The number of the largest magnitude that is not above ``y``, give or take a rounding."""
+        decade = jnp.zeros(y.shape, jnp.int32)
+        scale = jnp.full(y.shape, 1e6, jnp.float32)
+        for power in range(6):
+            above = y > 10.0 ** (power - 6)
+            decade = decade + above
+            scale = jnp.where(above, 10.0 ** (5 - power), scale)
+        cells = _power_of_two(decade + self._offset)
+        cell = jnp.clip(jnp.floor((y * scale - 0.1) / 0.9 * cells - 0.5), -1, cells - 1)
+        return jnp.clip((cells + cell).astype(jnp.int32) - self._offset, 0, self._top - 1)
+
+    def _decode_magnitude(self, number: jax.Array) -> jax.Array:
+        a = (number + self._offset).astype(jnp.float32)
+        bits = jax.lax.bitcast_convert_type(a, jnp.int32)
+        exponent = (bits >> 23) - 127
+        mantissa = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        decade = exponent - self._offset
+        scale = jnp.full(number.shape, 1e-6, jnp.float32)
+        for i in range(1, 7):
+            scale = jnp.where(decade >= i, 10.0 ** (i - 6), scale)
+        value = scale * (0.1 + 0.9 * (mantissa - 1 + 0.5 / _power_of_two(exponent)))
+        return jnp.where(number == 0, 0.0, jnp.where(number == self._top, 1.0, value))
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+@functools.cache
+def _table(map: Dynamic8) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(map.decode(jnp.arange(256, dtype=jnp.uint8)))
+
+
+def _symmetric(numbers: list[float]) -> list[float]:
+    """Without 0 and with -1."""
+    return sorted(-x for x in numbers if x > 0) + [x for x in numbers if x > 0]
+
+
+DYNAMIC4 = TableMap("dynamic4", tuple(dynamic_numbers(4, signed=True)))
+DYNAMIC4_SYMMETRIC = TableMap(
+    "dynamic4_symmetric", tuple(_symmetric(dynamic_numbers(4, signed=True)))
+)
+# "DE-0": the zero of the unsigned map has been replaced by its neighbour, which has two codes now.
+DYNAMIC4_UNSIGNED = TableMap(
+    "dynamic4_unsigned", tuple(dynamic_numbers(4, signed=False)[i or 1] for i in range(16))
+)
+LINEAR4_UNSIGNED = TableMap("linear4_unsigned", tuple((k + 1) / 16 for k in range(16)))
+LINEAR4 = TableMap("linear4", tuple((2 * k - 15) / 15 for k in range(16)))

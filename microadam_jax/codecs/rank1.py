@@ -1,0 +1,185 @@
+"""Codes scaled by the largest magnitude of each row and of each column."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.blocks import Blocks, merge, split
+from microadam_jax.codecs.maps import DYNAMIC4_UNSIGNED, LINEAR4_UNSIGNED, Map
+from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.scaled import (
+    Scaled,
+    as_blocks,
+    code_zeros,
+    codec_name,
+    decode_numbers,
+    encode_scaled,
+    require_rounding,
+)
+from microadam_jax.sharding import moment_zeros
+
+
+class RankOneCodes(NamedTuple):
+    """A tensor ``(*lead, n)`` as a matrix whose columns are its last axis.
+
+    Attributes:
+        codes: ``(*lead, blocks, size / 2)`` uint8, two codes in a byte.
+        rows: ``(*lead, 1)`` float32, the largest magnitude of each row; of a vector, that of each
+            of its blocks.
+        columns: ``(1, ..., n)`` float32, the largest magnitude of each column; of stacked layers,
+            in each layer. A vector has none: one zero.
+    """
+
+    codes: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RankOne:
+    r"""Codes for elements over the smaller of their row's and their column's largest magnitude.
+
+    With the numbers :math:`v_c` of a map,
+
+    .. math::
+
+        M_{ij} = \min\bigl(\max_l |x_{il}|, \max_l |x_{lj}|\bigr), \qquad
+        Q(x_{ij}) = \arg\min_c |x_{ij} / M_{ij} - v_c|, \qquad Q^{-1}(c) = M_{ij}\,v_c .
+
+    A tensor of more than two axes is a matrix whose columns are its last axis; layers that are
+    stacked keep columns of their own. Vectors are scaled by blocks. Rows and columns hold the
+    whole tensor's maxima, so a step over a sharded tensor reduces them over devices.
+
+    Args:
+        map: the numbers.
+        blocks: the rule that cuts rows into blocks whose codes are packed together, and vectors
+            into blocks with a scale.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        layer_axis: the axis of stacked layers; :func:`quantize_state` finds it.
+
+    Raises:
+        ValueError: if ``rounding`` is neither.
+
+    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.2.
+    """
+
+    map: Map
+    blocks: Blocks
+    rounding: str = "nearest"
+    layer_axis: int | None = None
+
+    Encoded: ClassVar[type[RankOneCodes]] = RankOneCodes
+    chunkable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_rounding(self.rounding)
+
+    @property
+    def name(self) -> str:
+        """The codec in a word, as it stands in a checkpoint."""
+        return codec_name(f"rank1_{self.map.name}", self.blocks)
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers."""
+        return self.map.signed
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether ``encode`` must be given a key."""
+        return self.rounding == "stochastic"
+
+    def for_layers(self, axis: int | None) -> "RankOne":
+        """The codec for layers that are stacked along ``axis``."""
+        return dataclasses.replace(self, layer_axis=axis)
+
+    def zeros(self, parameter: jax.Array) -> RankOneCodes:
+        """The encoding of zeros: all bytes zero."""
+        codes = code_zeros(parameter, self.map, self.blocks)
+        if self._is_vector(parameter.shape):
+            scales = self._by_block.zeros(parameter).scales
+            return RankOneCodes(
+                codes, scales, moment_zeros(parameter, (1,) * parameter.ndim, jnp.float32)
+            )
+        shape = parameter.shape
+        columns = tuple(n if self._keeps_column(i, len(shape)) else 1 for i, n in enumerate(shape))
+        return RankOneCodes(
+            codes,
+            moment_zeros(parameter, (*shape[:-1], 1), jnp.float32),
+            moment_zeros(parameter, columns, jnp.float32),
+        )
+
+    def encode(self, x: jax.Array, key: jax.Array | None = None) -> RankOneCodes:
+        """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
+        xi = 0.5 if key is None else dither(key, x.shape)
+        if self._is_vector(x.shape):
+            codes, scales = self._by_block.encode_rounding(x, xi)
+            return RankOneCodes(codes, scales, jnp.zeros((1,) * x.ndim, jnp.float32))
+        magnitude = jnp.abs(x)
+        others = [i for i in range(x.ndim) if not self._keeps_column(i, x.ndim)]
+        rows = jnp.max(magnitude, axis=-1, keepdims=True, initial=0)
+        columns = jnp.max(magnitude, axis=others, keepdims=True, initial=0)
+        layout = self.blocks.layout_of(x)
+        codes = encode_scaled(
+            self.map,
+            split(x, layout),
+            split(jnp.minimum(rows, columns), layout),
+            xi if isinstance(xi, float) else split(xi, layout),
+        )
+        return RankOneCodes(codes, rows, columns)
+
+    def decode(self, encoded: RankOneCodes, shape: tuple[int, ...]) -> jax.Array:
+        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        codes, rows, columns = encoded
+        if self._is_vector(shape):
+            return self._by_block.decode(self._by_block.Encoded(codes, rows), shape)
+        layout = self.blocks.layout(shape[-1])
+        numbers = merge(decode_numbers(self.map, codes), layout, shape)
+        scale = jnp.minimum(rows, columns)
+        return numbers * jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+    @property
+    def _by_block(self) -> Scaled:
+        return Scaled(self.map, self.blocks, self.rounding)
+
+    def _is_vector(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) - (self.layer_axis is not None) < 2
+
+    def _keeps_column(self, axis: int, ndim: int) -> bool:
+        return axis in (self.layer_axis, ndim - 1)
+
+
+def rank1_linear4(block: int | Blocks = 128, *, rounding: str = "nearest") -> RankOne:
+    """4 bits from 1/16 to 1 without zero, scaled by rows and columns; see :class:`RankOne`.
+
+    Args:
+        block: the largest number of elements of a vector that share a scale, or the rule that
+            cuts rows.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+
+    Returns:
+        The codec, for second moments.
+
+    Raises:
+        ValueError: if ``rounding`` is neither.
+    """
+    return RankOne(LINEAR4_UNSIGNED, as_blocks(block), rounding)
+
+
+def rank1_dynamic4(block: int | Blocks = 128, *, rounding: str = "nearest") -> RankOne:
+    """4 bits on the unsigned dynamic map without zero, scaled by rows and columns.
+
+    Args:
+        block: the largest number of elements of a vector that share a scale, or the rule that
+            cuts rows.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+
+    Returns:
+        The codec, for second moments.
+
+    Raises:
+        ValueError: if ``rounding`` is neither.
+    """
+    return RankOne(DYNAMIC4_UNSIGNED, as_blocks(block), rounding)

@@ -1,0 +1,284 @@
+"""Codes of a few bits, scaled by the largest magnitude of each block."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from microadam_jax.blocks import Blocks, blocked_shape, merge, split
+from microadam_jax.codecs.maps import (
+    DYNAMIC4,
+    DYNAMIC4_SYMMETRIC,
+    DYNAMIC4_UNSIGNED,
+    LINEAR4,
+    LINEAR4_UNSIGNED,
+    Dynamic8,
+    Map,
+)
+from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
+from microadam_jax.codecs.rounding import dither
+from microadam_jax.sharding import state_zeros
+
+ROUNDINGS = ("nearest", "stochastic")
+
+
+class ScaledCodes(NamedTuple):
+    """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements.
+
+    Attributes:
+        codes: ``(*lead, blocks, size)`` uint8 for 8 bits, ``(*lead, blocks, size / 2)`` for 4:
+            element ``j`` of a block in the low half of byte ``j``, element ``j + size / 2`` in
+            the high half.
+        scales: ``(*lead, blocks)`` float32, the largest magnitude of each block.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    r"""Codes for the elements of a block over the block's largest magnitude.
+
+    With the numbers :math:`v_c` of a map and :math:`s = \max_i |x_i|` over a block,
+
+    .. math::
+
+        Q(x_i) = \arg\min_c |x_i / s - v_c|, \qquad Q^{-1}(c) = s\,v_c ,
+
+    where halves go to the lower code. Stochastic rounding takes the neighbour above with the
+    probability that makes the expectation exact. A block of zeros is all zero bytes and stays
+    exactly zero, whatever the map. A block that holds an infinity or a NaN becomes NaN.
+
+    Args:
+        map: the numbers.
+        blocks: the rule that cuts rows into blocks.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        keep_sign: whether a negative number that would be rounded to zero takes the code below
+            zero, as in bitsandbytes.
+
+    Raises:
+        ValueError: if ``rounding`` is neither, or ``keep_sign`` does not fit the map.
+
+    Reference: Dettmers et al. (arXiv 2110.02861), Li et al. (arXiv 2309.01507).
+    """
+
+    map: Map
+    blocks: Blocks
+    rounding: str = "nearest"
+    keep_sign: bool = False
+
+    Encoded: ClassVar[type[ScaledCodes]] = ScaledCodes
+    chunkable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_rounding(self.rounding)
+        if self.keep_sign and not (self.signed and 0 in self.map.values):
+            raise ValueError(
+                f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
+                "no negative numbers or no zero."
+            )
+
+    @property
+    def name(self) -> str:
+        """The codec in a word, as it stands in a checkpoint."""
+        return codec_name(self.map.name, self.blocks)
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers."""
+        return self.map.signed
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether ``encode`` must be given a key."""
+        return self.rounding == "stochastic"
+
+    def for_layers(self, axis: int | None) -> "Scaled":
+        """Blocks lie within a row, so layers share nothing."""
+        del axis
+        return self
+
+    def zeros(self, parameter: jax.Array) -> ScaledCodes:
+        """The encoding of zeros: all bytes zero."""
+        return ScaledCodes(
+            codes=code_zeros(parameter, self.map, self.blocks),
+            scales=state_zeros(
+                parameter,
+                blocked_shape(parameter.shape, self.blocks.layout_of(parameter)),
+                jnp.float32,
+            ),
+        )
+
+    def encode(self, x: jax.Array, key: jax.Array | None = None) -> ScaledCodes:
+        """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
+        xi = 0.5 if key is None else dither(key, x.shape)
+        return self.encode_rounding(x, xi)
+
+    def encode_rounding(self, x: jax.Array, xi: jax.Array | float) -> ScaledCodes:
+        """Encodes ``x`` with the given numbers between 0 and 1, of its shape, for rounding."""
+        layout = self.blocks.layout_of(x)
+        block = split(x, layout)
+        scales = jnp.max(jnp.abs(block), axis=-1)
+        codes = encode_scaled(
+            self.map,
+            block,
+            scales[..., None],
+            xi if isinstance(xi, float) else split(xi, layout),
+            self.keep_sign,
+        )
+        return ScaledCodes(codes, jnp.where(jnp.isfinite(scales), scales, jnp.nan))
+
+    def decode(self, encoded: ScaledCodes, shape: tuple[int, ...]) -> jax.Array:
+        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        numbers = decode_numbers(self.map, encoded.codes)
+        layout = self.blocks.layout(shape[-1] if shape else 1)
+        return merge(numbers * encoded.scales[..., None], layout, shape)
+
+
+def dynamic8(
+    block: int | Blocks = 256,
+    *,
+    signed: bool = True,
+    rounding: str = "nearest",
+    keep_sign: bool = False,
+    symmetric: bool = False,
+) -> Scaled:
+    """8 bits on the dynamic exponent map: seven decades, finest at the top.
+
+    Args:
+        block: the largest number of elements that share a scale, or the rule that cuts rows.
+        signed: False spends the sign's bit on a finer map, for second moments.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        keep_sign: whether a negative number never becomes zero.
+        symmetric: whether -1 has a code, in place of 0. As published, a block whose largest
+            element is negative loses 0.7 % of it each time.
+
+    Returns:
+        The codec.
+
+    Raises:
+        ValueError: if the options contradict each other.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import dynamic8
+        >>> codec = dynamic8()
+        >>> x = jnp.array([0.9, -0.9, 0.05, 1e-4])
+        >>> print(codec.decode(codec.encode(x), x.shape))
+        [ 9.000e-01 -8.937e-01  5.077e-02  7.987e-05]
+
+    Reference: Dettmers et al. (arXiv 2110.02861), Section 2.2.
+    """
+    if symmetric and not signed:
+        raise ValueError("symmetric=True asks for a code of -1, which signed=False rules out.")
+    return Scaled(Dynamic8(signed, symmetric), as_blocks(block), rounding, keep_sign)
+
+
+def dynamic4(
+    block: int | Blocks = 128,
+    *,
+    signed: bool = True,
+    rounding: str = "nearest",
+    keep_sign: bool = False,
+    symmetric: bool = False,
+) -> Scaled:
+    """4 bits on the dynamic exponent map: three decades, finest at the top.
+
+    Args:
+        block: the largest number of elements that share a scale, or the rule that cuts rows.
+        signed: False takes the unsigned map without zero ("DE-0"), for second moments.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        keep_sign: whether a negative number never becomes zero.
+        symmetric: whether -1 has a code, in place of 0. As published, a block whose largest
+            element is negative loses 11 % of it each time.
+
+    Returns:
+        The codec.
+
+    Raises:
+        ValueError: if the options contradict each other.
+
+    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 3 and Appendix E.
+    """
+    if symmetric and not signed:
+        raise ValueError("symmetric=True asks for a code of -1, which signed=False rules out.")
+    signed_map = DYNAMIC4_SYMMETRIC if symmetric else DYNAMIC4
+    return Scaled(
+        signed_map if signed else DYNAMIC4_UNSIGNED, as_blocks(block), rounding, keep_sign
+    )
+
+
+def linear4(
+    block: int | Blocks = 128, *, signed: bool = False, rounding: str = "nearest"
+) -> Scaled:
+    """4 bits on evenly spaced numbers.
+
+    Args:
+        block: the largest number of elements that share a scale, or the rule that cuts rows.
+        signed: sixteen numbers from -1 to 1; False: from 1/16 to 1, without zero, so that no
+            second moment vanishes.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+
+    Returns:
+        The codec.
+
+    Raises:
+        ValueError: if ``rounding`` is neither.
+
+    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.1.
+    """
+    return Scaled(LINEAR4 if signed else LINEAR4_UNSIGNED, as_blocks(block), rounding)
+
+
+def as_blocks(block: int | Blocks) -> Blocks:
+    """The rule for blocks of at most ``block`` elements, or ``block`` itself."""
+    return Blocks(block) if isinstance(block, int) else block
+
+
+def require_rounding(rounding: str) -> None:
+    """Refuses a rounding that does not exist.
+
+    Raises:
+        ValueError: if it is neither ``"nearest"`` nor ``"stochastic"``.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic'; got {rounding!r}.")
+
+
+def codec_name(base: str, blocks: Blocks) -> str:
+    """What the meaning of stored arrays depends on; how they were rounded does not change it."""
+    shards = "" if blocks.shards == Blocks().shards else f"x{blocks.shards}"
+    return f"{base}_b{blocks.size}{shards}"
+
+
+def code_zeros(parameter: jax.Array, map: Map, blocks: Blocks) -> jax.Array:
+    """Zero bytes for the codes of ``parameter``."""
+    layout = blocks.layout_of(parameter)
+    size = layout.size * map.bits // 8
+    return state_zeros(parameter, blocked_shape(parameter.shape, layout, size), jnp.uint8)
+
+
+def encode_scaled(
+    map: Map,
+    block: jax.Array,
+    scale: jax.Array,
+    xi: jax.Array | float,
+    keep_sign: bool = False,
+) -> jax.Array:
+    """The packed codes of blocks over a scale that broadcasts against them."""
+    usable = scale > np.finfo(np.float32).tiny
+    y = block / jnp.where(usable, scale, 1)
+    codes = map.encode(y, xi)
+    if keep_sign:
+        zero = int(np.flatnonzero(map.values == 0)[0])
+        codes = jnp.where((y < 0) & (codes == zero), zero - 1, codes).astype(jnp.uint8)
+    codes = jnp.where(usable, codes, 0).astype(jnp.uint8)
+    return pack_nibbles(codes) if map.bits == 4 else codes
+
+
+def decode_numbers(map: Map, codes: jax.Array) -> jax.Array:
+    """The numbers of packed codes."""
+    return map.decode(unpack_nibbles(codes) if map.bits == 4 else codes)

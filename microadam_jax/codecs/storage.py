@@ -1,0 +1,282 @@
+"""How one field of a state is stored: which codec for which leaf."""
+
+import dataclasses
+import math
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from microadam_jax.boxes import axis_names, box_path, boxed_blocks
+from microadam_jax.codecs.codec import Codec, as_codec
+from microadam_jax.codecs.plain import Plain
+from microadam_jax.layer_names import STACKED, layer_axis_of
+from microadam_jax.memory import remark
+from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
+from microadam_jax.trees import KeyPath, map_with_path, path_name
+
+FLOAT32 = Plain("float32")
+Field = dict[str, dict[str, Any]]
+Slots = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    r"""How a state field is stored: a codec, exceptions by path, and what stays in float32.
+
+    In the state the field is a dictionary with one key, the storage's :attr:`label`, so that a
+    checkpoint can only be restored by the storage that saved it. Below it stands a tree of the
+    parameters' structure for each array of the codecs.
+
+    Args:
+        codec: a codec or its name.
+        rules: pairs of a pattern and a codec for the leaves whose path it matches; the first
+            match counts. A pattern is a regular expression, found anywhere in a path such as
+            ``"layers/0/query/kernel"``.
+        min_size: leaves with fewer elements stay in float32. The size is that of the whole
+            leaf, never of a device's shard of it, and of one layer where layers are stacked.
+        min_row: leaves whose last axis is shorter stay in float32, because the scales of short
+            blocks would take more than they save.
+        stacked: a regular expression for paths of parameters of layers that are stacked for a
+            scan. A leaf in a Linen box that names its layer axis needs none.
+        layer_axis: the layer axis of those.
+
+    Raises:
+        ValueError: if a name is none of a codec, or a pattern no regular expression.
+
+    Examples:
+        >>> from microadam_jax import Storage
+        >>> Storage("dynamic8", rules=(("embedding", "float32"),)).label
+        'dynamic8_b256+float32_...'
+    """
+
+    codec: Codec | str
+    rules: Sequence[tuple[str, Codec | str]] = ()
+    min_size: int = 4096
+    min_row: int = 16
+    stacked: str = STACKED
+    layer_axis: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "codec", as_codec(self.codec))
+        rules = tuple((pattern, as_codec(codec)) for pattern, codec in self.rules)
+        object.__setattr__(self, "rules", rules)
+        for pattern in (*(pattern for pattern, _ in rules), self.stacked):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"The storage's pattern {pattern!r} is bad: {error}.") from error
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """All codecs, that of small leaves last."""
+        named = {codec.name: codec for codec in (self.codec, *(codec for _, codec in self.rules))}
+        return (*named.values(), FLOAT32)
+
+    @property
+    def label(self) -> str:
+        """The names of the codecs; with rules or other limits, also a digest of those."""
+        names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
+        rules = tuple((pattern, codec.name) for pattern, codec in self.rules)
+        limits = (rules, self.min_size, self.min_row, self.stacked, self.layer_axis)
+        if limits == ((), 4096, 16, STACKED, 0):
+            return names
+        return f"{names}_{zlib.crc32(repr(limits).encode()):08x}"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of all arrays of all codecs."""
+        return tuple(dict.fromkeys(slot for c in self.codecs for slot in c.Encoded._fields))
+
+    def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
+        """A function from a leaf's path and the leaf to its codec.
+
+        Args:
+            tree: the tree of the leaves: its Flax boxes may name the layer axis.
+        """
+        names = dict(axis_names(tree))
+
+        def codec_of(path: KeyPath, leaf: Any) -> Codec:
+            boxed = box_path(path)
+            shape, name = tuple(leaf.shape), path_name(boxed)
+            axis = layer_axis_of(name, shape, names.get(boxed), self.stacked, self.layer_axis)
+            size, row = math.prod(shape), shape[-1] if shape else 1
+            size //= shape[axis] if axis is not None and size else 1
+            if size < self.min_size or row < self.min_row or not size:
+                return FLOAT32
+            matches = (codec for pattern, codec in self.rules if re.search(pattern, name))
+            return as_codec(next(matches, self.codec)).for_layers(axis)
+
+        return codec_of
+
+    def zeros(self, tree: Any) -> Field:
+        """The field for a tree of zeros, placed as the tree is."""
+        codec_of = self.assign(tree)
+
+        def zeros_of(path: KeyPath, leaf: jax.Array) -> Slots:
+            codec = codec_of(path, leaf)
+            if codec is FLOAT32 and codec != self.codec:
+                remark(path, "too small for its codec, or excepted: kept in float32")
+            return self._slots_of(codec, codec.zeros(leaf), leaf)
+
+        return self._field(map_with_path(zeros_of, len(self.slots), tree), tree)
+
+    def encode_tree(self, tree: Any) -> Field:
+        """The field for a tree of values, rounded to nearest."""
+        codec_of = self.assign(tree)
+
+        def encode(path: KeyPath, leaf: jax.Array) -> Slots:
+            codec = codec_of(path, leaf)
+            return self._slots_of(codec, codec.encode(leaf.astype(jnp.float32), None), leaf)
+
+        return self._field(map_with_path(encode, len(self.slots), tree), tree)
+
+    def columns(self, field: Field, path: str = "") -> tuple[Any, ...]:
+        """The trees of a field's arrays.
+
+        Raises:
+            ValueError: if the field was stored otherwise.
+        """
+        if not isinstance(field, dict) or tuple(field) != (self.label,):
+            found = ", ".join(map(str, field)) if isinstance(field, dict) else "no codec"
+            raise ValueError(
+                f"The state's field {path!r} was stored with {found}, and this optimizer stores it "
+                f"with {self.label}. Restore it with the codecs that it was saved with."
+            )
+        return tuple(field[self.label][slot] for slot in self.slots)
+
+    def field(self, columns: Sequence[Any]) -> Field:
+        """The field that has these trees of arrays."""
+        return {self.label: dict(zip(self.slots, columns, strict=True))}
+
+    def decode(self, codec: Codec, slots: Slots, shape: tuple[int, ...]) -> jax.Array:
+        """The float32 leaf of ``shape`` that is stored in ``slots``."""
+        return codec.decode(codec.Encoded(*self._used(codec, slots)), shape)
+
+    def encode(self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | None) -> Slots:
+        """``x`` in those of ``slots`` that its codec uses."""
+        encoded = codec.encode(x, key if codec.needs_key else None)
+        by_name = dict(zip(encoded._fields, encoded, strict=True))
+        return tuple(
+            by_name.get(slot, before) for slot, before in zip(self.slots, slots, strict=True)
+        )
+
+    def require(self, path: KeyPath, codec: Codec, slots: Slots, leaf: Any) -> None:
+        """Refuses slots that do not hold a leaf of the shape of ``leaf``.
+
+        Raises:
+            ValueError: if shapes or dtypes differ.
+        """
+        expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+        stored = [(x.shape, str(x.dtype)) for x in self._used(codec, slots)]
+        wanted = [(x.shape, str(x.dtype)) for x in expected]
+        if stored != wanted:
+            raise ValueError(
+                f"The state of {path_name(path)!r} holds arrays {stored}; {codec.name} stores a "
+                f"leaf of shape {leaf.shape} in {wanted}. Use the codecs it was made with."
+            )
+
+    def _used(self, codec: Codec, slots: Slots) -> list[jax.Array]:
+        by_name = dict(zip(self.slots, slots, strict=True))
+        return [by_name[slot] for slot in codec.Encoded._fields]
+
+    def _slots_of(self, codec: Codec, encoded: Any, leaf: jax.Array) -> Slots:
+        """The arrays of ``encoded``, and next to nothing in the slots of other codecs."""
+        by_name = dict(zip(encoded._fields, encoded, strict=True))
+
+        def unused() -> jax.Array:
+            if math.prod(leaf.shape) < self.min_size:
+                return unused_state(leaf)
+            return moment_zeros(leaf, (1,) * leaf.ndim, jnp.uint8)
+
+        return tuple(by_name[slot] if slot in by_name else unused() for slot in self.slots)
+
+    def _field(self, columns: Sequence[Any], tree: Any) -> Field:
+        return self.field([boxed_blocks(column, tree) for column in columns])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstored:
+    """A field that is kept as it is, a tree of arrays, with the methods of :class:`Storage`.
+
+    Args:
+        dtype: of the arrays; None leaves them theirs.
+    """
+
+    dtype: DTypeLike | None = None
+
+    def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
+        """The codec of every leaf, which is asked for its properties only."""
+        del tree
+        return lambda path, leaf: FLOAT32
+
+    def zeros(self, tree: Any) -> Any:
+        """Zeros placed as the tree is."""
+        return jax.tree.map(lambda leaf: state_zeros(leaf, leaf.shape, self.dtype), tree)
+
+    def columns(self, field: Any, path: str = "") -> tuple[Any, ...]:
+        """The one tree there is.
+
+        Raises:
+            ValueError: if the field was stored through a codec.
+        """
+        if isinstance(field, dict) and len(field) == 1:
+            (label, arrays) = next(iter(field.items()))
+            if isinstance(arrays, dict) and "codes" in arrays:
+                raise ValueError(
+                    f"The state's field {path!r} was stored with {label}, and this optimizer "
+                    "stores it without codec. Restore it with the codec it was saved with."
+                )
+        return (field,)
+
+    def field(self, columns: Sequence[Any]) -> Any:
+        """The field that has this tree."""
+        return columns[0]
+
+    def decode(self, codec: Codec, slots: Slots, shape: tuple[int, ...]) -> jax.Array:
+        """The float32 leaf."""
+        del codec
+        return slots[0].reshape(shape).astype(jnp.float32)
+
+    def encode(self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | None) -> Slots:
+        """The leaf in its dtype."""
+        del codec, key
+        return (x.astype(slots[0].dtype),)
+
+    def require(self, path: KeyPath, codec: Codec, slots: Slots, leaf: Any) -> None:
+        """Refuses an array of another shape than ``leaf``.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        del codec
+        if slots[0].shape != leaf.shape:
+            raise ValueError(
+                f"The state of {path_name(path)!r} has shape {slots[0].shape} where its parameter "
+                f"has {leaf.shape}."
+            )
+
+
+def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:
+    """The storage that a codec, its name or a list of rules stands for.
+
+    A list of rules ends with a pattern that matches all paths, ``""``.
+
+    Raises:
+        ValueError: if a list of rules has no such end.
+    """
+    if isinstance(storage, Storage):
+        return storage
+    if isinstance(storage, Sequence) and not isinstance(storage, str):
+        *rules, (last, codec) = storage
+        if last != "":
+            raise ValueError(
+                "A list of rules ends with a codec for all other leaves, ('', codec); "
+                f"this one ends with {last!r}."
+            )
+        return Storage(codec, tuple(rules))
+    return Storage(storage)

@@ -1,0 +1,337 @@
+"""Any optimizer with its state in few bits."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import GetAttrKey
+from jax.typing import ArrayLike
+
+from microadam_jax.boxes import without_boxes
+from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.transforms.chunks import Arrays, chunk_key, in_chunks, in_one
+from microadam_jax.transforms.elementwise import require_elementwise
+from microadam_jax.trees import KeyPath, map_with_path
+
+SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
+
+
+class QuantizedState(NamedTuple):
+    """The state of another transformation, some fields of which are stored through codecs.
+
+    Attributes:
+        count: int32 scalar, steps taken.
+        inner_state: the other transformation's state. A stored field is a dictionary with one
+            key, the names of its codecs, and below it a tree of the parameters' structure for each
+            of their arrays.
+    """
+
+    count: jax.Array
+    inner_state: Any
+
+
+def quantize_state(
+    inner: optax.GradientTransformation,
+    codecs: Mapping[str, Storage | Codec | str | Sequence[tuple[str, Codec | str]]],
+    *,
+    elementwise: bool = False,
+    seed: ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps named fields of a transformation's state in few bits.
+
+    With the transformation :math:`(u_t, s_t) = f(g_t, s_{t-1})` and a codec :math:`Q` for each
+    stored field,
+
+    .. math::
+
+        (u_t, s_t) = f\bigl(g_t, Q^{-1}(q_{t-1})\bigr), \qquad q_t = Q(s_t) .
+
+    The update :math:`u_t` comes from the new state before it is rounded. Arithmetic is float32.
+
+    Args:
+        inner: any transformation, such as ``optax.adamw(1e-3)`` or ``scale_by_adam_mini()``.
+        codecs: for each field name, such as ``"mu"``, ``"nu"`` or ``"trace"``, a codec, its name,
+            a list of (path pattern, codec) whose last pattern is ``""``, or a :class:`Storage`.
+        elementwise: whether ``inner`` treats every element alone and all leaves alike, as
+            ``optax.scale_by_adam``, ``scale_by_lion`` and ``trace`` do. Large leaves are then
+            updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy
+            of the state exists during the step. Otherwise it can exist.
+        seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
+
+    Returns:
+        The transformation. ``init`` makes the inner state in full before it is stored, unless it
+        is compiled, as ``jax.jit(tx.init)(params)``.
+
+    Raises:
+        ValueError: if a codec does not exist or cannot hold a field, if ``elementwise`` is not true
+            of ``inner``; in ``init``, if there is no field of a name; in ``update``, if the state
+            was stored through other codecs.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from microadam_jax import memory_report, quantize_state
+        >>> tx = quantize_state(optax.lion(1e-4), {"mu": "dynamic8"})
+        >>> params = {"w": jnp.zeros((256, 2048))}
+        >>> round(memory_report(tx, params).bytes_per_parameter, 3)
+        1.016
+        >>> updates, state = tx.update({"w": jnp.ones((256, 2048))}, tx.init(params), params)
+
+    Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
+    """
+    inner = optax.with_extra_args_support(inner)
+    storages = {name: as_storage(storage) for name, storage in codecs.items()}
+    for name, storage in storages.items():
+        unsigned = [codec.name for codec in storage.codecs if not codec.signed]
+        if name in SIGNED_FIELDS and unsigned:
+            raise ValueError(f"{name!r} has both signs, which {unsigned[0]} cannot hold.")
+    if elementwise:
+        require_elementwise(inner)
+
+    def init(params: optax.Params) -> QuantizedState:
+        found: list[str] = []
+
+        def store(name: str, value: Any) -> Any:
+            if name not in storages:
+                return _map_fields(store, value)
+            found.append(name)
+            return _stored(storages[name], value)
+
+        state = inner.init(params)
+        stored = _map_fields(store, state)
+        missing = [name for name in storages if name not in found]
+        if missing:
+            raise ValueError(
+                f"The state has no field {missing[0]!r} to store; it has "
+                f"{', '.join(dict.fromkeys(_field_names(state)))}."
+            )
+        return QuantizedState(jnp.zeros([], jnp.int32), stored)
+
+    def update(
+        updates: optax.Updates,
+        state: QuantizedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, QuantizedState]:
+        targets = updates if params is None else params
+        step = _Step(inner, storages, state, targets, seed, extra_args)
+        gradients = jax.tree.map(_at_least_float32, updates)
+        run = step.leaf_by_leaf if elementwise else step.at_once
+        scaled, inner_state = run(gradients, params)
+        scaled = jax.tree.map(lambda u, target: u.astype(target.dtype), scaled, targets)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return scaled, QuantizedState(count, inner_state)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+class _Step(NamedTuple):
+    """One update; the attributes are the arguments it was called with."""
+
+    inner: optax.GradientTransformationExtraArgs
+    storages: dict[str, Storage]
+    state: QuantizedState
+    targets: Any
+    seed: ArrayLike
+    extra_args: dict[str, Any]
+
+    @property
+    def shapes(self) -> Any:
+        """The shapes of the inner state."""
+        return jax.eval_shape(self.inner.init, self.targets)
+
+    def key(self, name: str, path: KeyPath, chunk: jax.Array) -> jax.Array:
+        """The random key of a part of a field."""
+        return chunk_key(self.seed, self.state.count, (GetAttrKey(name), *path), chunk)
+
+    def at_once(self, gradients: Any, params: Any) -> tuple[Any, Any]:
+        """Decodes the whole state, updates, and encodes it."""
+
+        def decode(name: str, shapes: Any, stored: Any) -> Any:
+            storage = self.storages.get(name)
+            if storage is None:
+                return _map_fields(decode, shapes, stored)
+            codec_of = storage.assign(shapes)
+
+            def decode_leaf(path: KeyPath, leaf: Any, *slots: jax.Array) -> tuple[jax.Array]:
+                codec = codec_of(path, leaf)
+                storage.require(path, codec, slots, leaf)
+                return (storage.decode(codec, slots, leaf.shape),)
+
+            columns = storage.columns(stored, name)
+            return map_with_path(decode_leaf, 1, shapes, *columns)[0]
+
+        def encode(name: str, shapes: Any, stored: Any, new: Any) -> Any:
+            storage = self.storages.get(name)
+            if storage is None:
+                return _map_fields(encode, shapes, stored, new, leaf=_cast)
+            codec_of = storage.assign(shapes)
+
+            def encode_leaf(path: KeyPath, leaf: Any, x: jax.Array, *slots: jax.Array) -> Arrays:
+                codec = codec_of(path, leaf)
+                key = self.key(name, path, jnp.int32(0)) if codec.needs_key else None
+                return storage.encode(codec, x.astype(jnp.float32), slots, key)
+
+            columns = storage.columns(stored, name)
+            new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
+            return storage.field(
+                [_like(new, before) for new, before in zip(new_columns, columns, strict=True)]
+            )
+
+        stored = self.state.inner_state
+        inner_state = _map_fields(decode, self.shapes, stored)
+        scaled, new = self.inner.update(gradients, inner_state, params, **self.extra_args)
+        return scaled, _map_fields(encode, self.shapes, stored, new, leaf=_cast)
+
+    def leaf_by_leaf(self, gradients: Any, params: Any) -> tuple[Any, Any]:
+        """Updates each leaf by itself, in chunks."""
+        shapes, stored = self.shapes, self.state.inner_state
+        structure = jax.tree.structure(without_boxes(gradients))
+        fields: list[_Field] = []
+
+        def per_leaf(name: str, value: Any) -> bool:
+            same = jax.tree.structure(without_boxes(value)) == structure
+            return name in self.storages or (same and jax.tree.leaves(value) != [])
+
+        def find(name: str, shapes: Any, stored: Any) -> Any:
+            if not per_leaf(name, shapes):
+                return _map_fields(find, shapes, stored)
+            storage = self.storages.get(name, Unstored())
+            columns = storage.columns(stored, name)
+            fields.append(_Field(name, storage, storage.assign(shapes), columns))
+            return None
+
+        def with_leaves(values: Iterator[Any]) -> Any:
+            def place(name: str, shapes: Any, stored: Any) -> Any:
+                return (
+                    next(values) if per_leaf(name, shapes) else _map_fields(place, shapes, stored)
+                )
+
+            return _map_fields(place, shapes, stored)
+
+        def leaves_of(state: Any) -> list[Any]:
+            found: list[Any] = []
+
+            def take(name: str, shapes: Any, value: Any) -> None:
+                if per_leaf(name, shapes):
+                    found.append(value)
+                else:
+                    _map_fields(take, shapes, value)
+
+            _map_fields(take, shapes, state)
+            return found
+
+        _map_fields(find, shapes, stored)
+        widths = [len(field.columns) for field in fields]
+
+        def update_leaf(path: KeyPath, g: jax.Array, p: jax.Array, *slots: jax.Array) -> Arrays:
+            codecs = [field.codec_of(path, g) for field in fields]
+            for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
+                field.storage.require(path, codec, own, g)
+
+            def step(chunk: jax.Array, carried: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
+                g, p = inputs
+                rows = list(zip(fields, codecs, _split(carried, widths), strict=True))
+                decoded = [f.storage.decode(codec, own, g.shape) for f, codec, own in rows]
+                state = with_leaves(iter(decoded))
+                scaled, state = self.inner.update(g, state, p, **self.extra_args)
+                encoded: list[jax.Array] = []
+                for (field, codec, own), new in zip(rows, leaves_of(state), strict=True):
+                    key = self.key(field.name, path, chunk) if codec.needs_key else None
+                    encoded += field.storage.encode(codec, new, own, key)
+                return scaled, tuple(encoded)
+
+            run = in_chunks if all(codec.chunkable for codec in codecs) else in_one
+            scaled, new = run(step, self.state.count, slots, (g, p))
+            return scaled, *new
+
+        columns = [column for field in fields for column in field.columns]
+        others = gradients if params is None else params
+        scaled, *new = map_with_path(update_leaf, 1 + len(columns), gradients, others, *columns)
+        new = [_like(column, before) for column, before in zip(new, columns, strict=True)]
+        by_field = _split(tuple(new), widths)
+        # What is not kept for each leaf, such as the step count, follows from any leaf.
+        nothing = jnp.zeros(0)
+        _, shared = self.inner.update(
+            nothing, with_leaves(iter([nothing] * len(fields))), nothing, **self.extra_args
+        )
+        values = iter(field.storage.field(own) for field, own in zip(fields, by_field, strict=True))
+
+        def assemble(name: str, shapes: Any, new: Any) -> Any:
+            if per_leaf(name, shapes):
+                return next(values)
+            return _map_fields(assemble, shapes, new)
+
+        return scaled, _map_fields(assemble, shapes, shared)
+
+
+class _Field(NamedTuple):
+    """A field that has an array for each leaf, or several."""
+
+    name: str
+    storage: Storage | Unstored
+    codec_of: Callable[[KeyPath, Any], Codec]
+    columns: tuple[Any, ...]
+
+
+def _split(values: Arrays, widths: list[int]) -> list[Arrays]:
+    ends = list(itertools.accumulate(widths))
+    return [values[end - width : end] for end, width in zip(ends, widths, strict=True)]
+
+
+def _map_fields(
+    function: Callable[..., Any], node: Any, *rest: Any, leaf: Callable[..., Any] | None = None
+) -> Any:
+    """Rebuilds a state with ``function(name, value, *rest)`` for each field of its NamedTuples.
+
+    What is no field of a NamedTuple becomes ``leaf(node, *rest)``, or the last of them.
+    """
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        values = zip(node._fields, node, *rest, strict=True)
+        return type(node)(*(function(*value) for value in values))
+    if isinstance(node, list | tuple):
+        rows = zip(node, *rest, strict=True)
+        return type(node)(_map_fields(function, *row, leaf=leaf) for row in rows)
+    if isinstance(node, dict):
+        return {
+            key: _map_fields(function, node[key], *(other[key] for other in rest), leaf=leaf)
+            for key in node
+        }
+    return (node, *rest)[-1] if leaf is None else leaf(node, *rest)
+
+
+def _field_names(node: Any) -> Iterator[str]:
+    """The names of all fields of a state's NamedTuples."""
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        yield from node._fields
+    if isinstance(node, dict | list | tuple):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _field_names(child)
+
+
+def _stored(storage: Storage, tree: Any) -> Any:
+    """What ``storage`` keeps of a field as ``inner`` makes it."""
+    leaves = jax.tree.leaves(tree)
+    known = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    # An encoded zero can be made where its parameter lies.
+    if known and not any(jnp.any(leaf) for leaf in leaves):
+        return storage.zeros(tree)
+    return storage.encode_tree(tree)
+
+
+def _at_least_float32(g: jax.Array) -> jax.Array:
+    return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+
+def _cast(shapes: Any, stored: Any, new: Any) -> Any:
+    """``new`` in the dtypes that the state had."""
+    del stored
+    return jax.tree.map(lambda shape, x: jnp.asarray(x, shape.dtype), shapes, new)
+
+
+def _like(new: Any, before: Any) -> Any:
+    """``new`` in the containers, boxes included, of the step before."""
+    return jax.tree.unflatten(jax.tree.structure(before), jax.tree.leaves(new))
