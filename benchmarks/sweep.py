@@ -76,7 +76,7 @@ def read(path: Path) -> Results:
 
 
 def print_table(results: Results) -> None:
-    """One row for each setting, as Markdown: the losses of each learning rate, and the best mean."""
+    """One row for each setting, as Markdown: the losses by learning rate, and the best mean."""
     print("| setting | bytes/param | learning rate: held-out loss of each seed | best mean |")
     print("|---|---|---|---|")
     for name in dict.fromkeys(name for name, _, _ in results):

@@ -1,7 +1,7 @@
 """MicroAdam's 4-bit codec: sixteen levels between the least and greatest value of a bucket."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +64,6 @@ class Affine4:
     rounding: str = "nearest"
     statistics: str = "float32"
 
-    Encoded: ClassVar[type[AffineCodes]] = AffineCodes
-    chunkable: ClassVar[bool] = True
-    signed: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(
@@ -77,6 +73,21 @@ class Affine4:
             raise ValueError(
                 f"Affine4.statistics must be 'float32' or 'bfloat16'; got {self.statistics!r}."
             )
+
+    @property
+    def Encoded(self) -> type[AffineCodes]:
+        """What it encodes to."""
+        return AffineCodes
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether rows can be encoded by themselves: they can."""
+        return True
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers: it does."""
+        return True
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """8-bit floating point, with or without an expansion of each block's range."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,13 +84,20 @@ class Float8:
     blocks: Blocks = Blocks(128)
     rounding: str = "nearest"
 
-    chunkable: ClassVar[bool] = True
-    signed: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {sorted(FORMATS)}; got {self.format!r}.")
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether rows can be encoded by themselves: they can."""
+        return True
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers: it does."""
+        return True
 
     @property
     def Encoded(self) -> Any:
@@ -186,7 +193,7 @@ class Float8:
 
 
 def float8(
-    format: str = "e4m3",
+    format: str = "e4m3",  # noqa: A002
     *,
     expansion: bool = True,
     block: int | Blocks = 128,

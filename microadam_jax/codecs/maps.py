@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,10 @@ class TableMap:
     name: str
     numbers: tuple[float, ...]
 
-    bits: ClassVar[int] = 4
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4
 
     @property
     def signed(self) -> bool:
@@ -122,7 +125,10 @@ class Dynamic8:
     signed: bool = True
     symmetric: bool = False
 
-    bits: ClassVar[int] = 8
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8
 
     @property
     def name(self) -> str:
@@ -210,9 +216,9 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _table(map: Dynamic8) -> np.ndarray:
+def _table(of: Dynamic8) -> np.ndarray:
     with jax.ensure_compile_time_eval():
-        return np.asarray(map.decode(jnp.arange(256, dtype=jnp.uint8)))
+        return np.asarray(of.decode(jnp.arange(256, dtype=jnp.uint8)))
 
 
 def _symmetric(numbers: list[float]) -> list[float]:

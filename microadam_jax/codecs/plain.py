@@ -1,7 +1,7 @@
 """A quantity kept as it is, in a float format that the hardware has."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,24 @@ class Plain:
 
     dtype: str = "float32"
 
-    Encoded: ClassVar[type[PlainValues]] = PlainValues
-    chunkable: ClassVar[bool] = True
-    signed: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"Plain.dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+
+    @property
+    def Encoded(self) -> type[PlainValues]:
+        """What it encodes to."""
+        return PlainValues
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether rows can be encoded by themselves: they can."""
+        return True
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers: it does."""
+        return True
 
     @property
     def name(self) -> str:

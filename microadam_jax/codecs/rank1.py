@@ -1,7 +1,7 @@
 """Codes scaled by the largest magnitude of each row and of each column."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,11 +70,18 @@ class RankOne:
     rounding: str = "nearest"
     layer_axis: int | None = None
 
-    Encoded: ClassVar[type[RankOneCodes]] = RankOneCodes
-    chunkable: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
+
+    @property
+    def Encoded(self) -> type[RankOneCodes]:
+        """What it encodes to."""
+        return RankOneCodes
+
+    @property
+    def chunkable(self) -> bool:
+        """Not row by row: the columns' maxima are those of all rows."""
+        return False
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """Codes of a few bits, scaled by the largest magnitude of each block."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,6 @@ class Scaled:
     rounding: str = "nearest"
     keep_sign: bool = False
 
-    Encoded: ClassVar[type[ScaledCodes]] = ScaledCodes
-    chunkable: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
         if self.keep_sign and not (self.signed and 0 in self.map.values):
@@ -80,6 +77,16 @@ class Scaled:
                 f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
                 "no negative numbers or no zero."
             )
+
+    @property
+    def Encoded(self) -> type[ScaledCodes]:
+        """What it encodes to."""
+        return ScaledCodes
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether rows can be encoded by themselves: they can."""
+        return True
 
     @property
     def name(self) -> str:
@@ -254,15 +261,15 @@ def codec_name(base: str, blocks: Blocks) -> str:
     return f"{base}_b{blocks.size}{shards}"
 
 
-def code_zeros(parameter: jax.Array, map: Map, blocks: Blocks) -> jax.Array:
+def code_zeros(parameter: jax.Array, numbers: Map, blocks: Blocks) -> jax.Array:
     """Zero bytes for the codes of ``parameter``."""
     layout = blocks.layout_of(parameter)
-    size = layout.size * map.bits // 8
+    size = layout.size * numbers.bits // 8
     return state_zeros(parameter, blocked_shape(parameter.shape, layout, size), jnp.uint8)
 
 
 def encode_scaled(
-    map: Map,
+    numbers: Map,
     block: jax.Array,
     scale: jax.Array,
     xi: jax.Array | float,
@@ -271,14 +278,14 @@ def encode_scaled(
     """The packed codes of blocks over a scale that broadcasts against them."""
     usable = scale > np.finfo(np.float32).tiny
     y = block / jnp.where(usable, scale, 1)
-    codes = map.encode(y, xi)
+    codes = numbers.encode(y, xi)
     if keep_sign:
-        zero = int(np.flatnonzero(map.values == 0)[0])
+        zero = int(np.flatnonzero(numbers.values == 0)[0])
         codes = jnp.where((y < 0) & (codes == zero), zero - 1, codes).astype(jnp.uint8)
     codes = jnp.where(usable, codes, 0).astype(jnp.uint8)
-    return pack_nibbles(codes) if map.bits == 4 else codes
+    return pack_nibbles(codes) if numbers.bits == 4 else codes
 
 
-def decode_numbers(map: Map, codes: jax.Array) -> jax.Array:
+def decode_numbers(numbers: Map, codes: jax.Array) -> jax.Array:
     """The numbers of packed codes."""
-    return map.decode(unpack_nibbles(codes) if map.bits == 4 else codes)
+    return numbers.decode(unpack_nibbles(codes) if numbers.bits == 4 else codes)

@@ -74,14 +74,15 @@ class Storage:
     @property
     def codecs(self) -> tuple[Codec, ...]:
         """All codecs, that of small leaves last."""
-        named = {codec.name: codec for codec in (self.codec, *(codec for _, codec in self.rules))}
+        codecs = map(as_codec, (self.codec, *(codec for _, codec in self.rules)))
+        named = {codec.name: codec for codec in codecs}
         return (*named.values(), FLOAT32)
 
     @property
     def label(self) -> str:
         """The names of the codecs; with rules or other limits, also a digest of those."""
         names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
-        rules = tuple((pattern, codec.name) for pattern, codec in self.rules)
+        rules = tuple((pattern, as_codec(codec).name) for pattern, codec in self.rules)
         limits = (rules, self.min_size, self.min_row, self.stacked, self.layer_axis)
         if limits == ((), 4096, 16, STACKED, 0):
             return names
@@ -119,9 +120,7 @@ class Storage:
 
         def zeros_of(path: KeyPath, leaf: jax.Array) -> Slots:
             codec = codec_of(path, leaf)
-            if codec is FLOAT32 and codec != self.codec:
-                remark(path, "too small for its codec, or excepted: kept in float32")
-            return self._slots_of(codec, codec.zeros(leaf), leaf)
+            return self._slots_of(path, codec, codec.zeros(leaf), leaf)
 
         return self._field(map_with_path(zeros_of, len(self.slots), tree), tree)
 
@@ -131,7 +130,8 @@ class Storage:
 
         def encode(path: KeyPath, leaf: jax.Array) -> Slots:
             codec = codec_of(path, leaf)
-            return self._slots_of(codec, codec.encode(leaf.astype(jnp.float32), None), leaf)
+            encoded = codec.encode(leaf.astype(jnp.float32), None)
+            return self._slots_of(path, codec, encoded, leaf)
 
         return self._field(map_with_path(encode, len(self.slots), tree), tree)
 
@@ -159,7 +159,7 @@ class Storage:
 
     def encode(self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | None) -> Slots:
         """``x`` in those of ``slots`` that its codec uses."""
-        encoded = codec.encode(x, key if codec.needs_key else None)
+        encoded: Any = codec.encode(x.astype(jnp.float32), key if codec.needs_key else None)
         by_name = dict(zip(encoded._fields, encoded, strict=True))
         return tuple(
             by_name.get(slot, before) for slot, before in zip(self.slots, slots, strict=True)
@@ -184,12 +184,14 @@ class Storage:
         by_name = dict(zip(self.slots, slots, strict=True))
         return [by_name[slot] for slot in codec.Encoded._fields]
 
-    def _slots_of(self, codec: Codec, encoded: Any, leaf: jax.Array) -> Slots:
+    def _slots_of(self, path: KeyPath, codec: Codec, encoded: Any, leaf: jax.Array) -> Slots:
         """The arrays of ``encoded``, and next to nothing in the slots of other codecs."""
+        if codec == FLOAT32 and codec != self.codec:
+            remark(path, "too small for its codec, or excepted: kept in float32")
         by_name = dict(zip(encoded._fields, encoded, strict=True))
 
         def unused() -> jax.Array:
-            if math.prod(leaf.shape) < self.min_size:
+            if math.prod(leaf.shape) < max(1, self.min_size):
                 return unused_state(leaf)
             return moment_zeros(leaf, (1,) * leaf.ndim, jnp.uint8)
 
@@ -204,10 +206,10 @@ class Unstored:
     """A field that is kept as it is, a tree of arrays, with the methods of :class:`Storage`.
 
     Args:
-        dtype: of the arrays; None leaves them theirs.
+        dtype: of the arrays that :meth:`zeros` makes.
     """
 
-    dtype: DTypeLike | None = None
+    dtype: DTypeLike = jnp.float32
 
     def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
         """The codec of every leaf, which is asked for its properties only."""

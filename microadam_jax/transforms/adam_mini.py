@@ -11,7 +11,7 @@ from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.partition import Partition, remark_assignment, require_shape
 from microadam_jax.sharding import moment_zeros
-from microadam_jax.transforms.chunks import Arrays, chunk_key, in_chunks, in_one
+from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 
@@ -118,6 +118,7 @@ def scale_by_adam_mini(
         assign = partition.assign(updates)
 
         columns = storage.columns(state.mu, "mu")
+        turns = Turns(state.count)
         codec_of = storage.assign(updates)
 
         def scale(
@@ -126,20 +127,22 @@ def scale_by_adam_mini(
             sharing, codec = assign(path, g).sharing, codec_of(path, g)
             require_shape(path, nu, sharing.moment_shape)
             storage.require(path, codec, stored, g)
-            g = g.astype(jnp.float32)
-            nu = moving_average(b2, nu, sharing.mean(jnp.square(g)))
+            squares = jnp.square(g.astype(jnp.float32))
+            nu = moving_average(b2, nu, sharing.mean(squares))
             root = sharing.spread(jnp.sqrt(nu / one_minus_power(b2, count))) + eps
 
             def step(chunk: jax.Array, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
                 g, root = inputs
-                mu = moving_average(b1, storage.decode(codec, stored, g.shape), g)
+                mu = moving_average(
+                    b1, storage.decode(codec, stored, g.shape), g.astype(jnp.float32)
+                )
                 key = chunk_key(seed, state.count, path, chunk) if codec.needs_key else None
                 stored = storage.encode(codec, mu, stored, key)
-                return mu / one_minus_power(b1, count) / root, stored
+                scaled = mu / one_minus_power(b1, count) / root
+                return scaled.astype(target.dtype), stored
 
-            run = in_one if mu_codec is None or not codec.chunkable else in_chunks
-            scaled, stored = run(step, count, stored, (g, root))
-            return scaled.astype(target.dtype), nu, *stored
+            scaled, stored = turns.take(step, stored, (g, root), chunkable=codec.chunkable)
+            return scaled, nu, *stored
 
         targets = updates if params is None else params
         scaled, nu, *stored = map_with_path(

@@ -1,5 +1,7 @@
 """Is a transformation element-wise? Its traced program tells."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,69 +9,13 @@ from jax.extend import core
 
 SHAPE = (3, 5)
 # Primitives whose result at a position depends on their operands at that position only.
-POINTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "add",
-        "and",
-        "asin",
-        "atan",
-        "atan2",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "div",
-        "eq",
-        "erf",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "real",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    ]
-)
+POINTWISE = """
+abs acos add and asin atan atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div
+eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne
+neg nextafter not or pow real reduce_precision rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
+xor
+""".split()  # noqa: SIM905
 CALLS = frozenset(["jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2"])
 
 
@@ -94,7 +40,7 @@ def require_elementwise(inner: optax.GradientTransformationExtraArgs) -> None:
 def _mixing(program: core.Jaxpr) -> str | None:
     """The first primitive that mixes elements, if any does."""
     for equation in program.eqns:
-        shapes = {v.aval.shape for v in (*equation.invars, *equation.outvars)}
+        shapes = {_shape(v) for v in (*equation.invars, *equation.outvars)}
         if shapes == {()}:
             continue
         name = equation.primitive.name
@@ -106,8 +52,12 @@ def _mixing(program: core.Jaxpr) -> str | None:
             if found is not None:
                 return found
         elif name == "broadcast_in_dim":
-            if equation.invars[0].aval.shape not in ((), SHAPE):
+            if _shape(equation.invars[0]) not in ((), SHAPE):
                 return name
         elif name not in POINTWISE or not shapes <= {(), SHAPE}:
             return name
     return None
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape

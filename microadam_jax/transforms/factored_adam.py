@@ -11,7 +11,7 @@ from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, as_storage
 from microadam_jax.partition import Partition, require_shape
 from microadam_jax.sharding import moment_zeros
-from microadam_jax.transforms.chunks import Arrays, chunk_key, in_chunks, in_one
+from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
@@ -109,6 +109,7 @@ def scale_by_factored_adam(
         count = jnp.asarray(optax.safe_increment(state.count))
         assign, codec_of = partition.assign(updates), storage.assign(updates)
         columns = storage.columns(state.mu, "mu")
+        turns = Turns(state.count)
 
         def scale(
             path: KeyPath,
@@ -122,8 +123,7 @@ def scale_by_factored_adam(
             for moment, shape in zip((nu_row, nu_col), factor_shapes(assignment), strict=True):
                 require_shape(path, moment, shape)
             storage.require(path, codec, stored, g)
-            g = g.astype(jnp.float32)
-            squares, matrix = jnp.square(g), sides(assignment)
+            squares, matrix = jnp.square(g.astype(jnp.float32)), sides(assignment)
             rows, cols = matrix or ((), ())
             nu_row = moving_average(b2, nu_row, mean(squares, cols))
             row_root = jnp.sqrt(nu_row / one_minus_power(b2, count))
@@ -136,14 +136,18 @@ def scale_by_factored_adam(
 
             def step(chunk: jax.Array, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
                 g, row_root, col_root = inputs
-                mu = moving_average(b1, storage.decode(codec, stored, g.shape), g)
+                mu = moving_average(
+                    b1, storage.decode(codec, stored, g.shape), g.astype(jnp.float32)
+                )
                 key = chunk_key(seed, state.count, path, chunk) if codec.needs_key else None
                 stored = storage.encode(codec, mu, stored, key)
-                return mu / one_minus_power(b1, count) / (row_root * col_root + eps), stored
+                scaled = mu / one_minus_power(b1, count) / (row_root * col_root + eps)
+                return scaled.astype(target.dtype), stored
 
-            run = in_chunks if codec.chunkable else in_one
-            scaled, stored = run(step, count, stored, (g, row_root, col_root))
-            return scaled.astype(target.dtype), nu_row, nu_col, *stored
+            scaled, stored = turns.take(
+                step, stored, (g, row_root, col_root), chunkable=codec.chunkable
+            )
+            return scaled, nu_row, nu_col, *stored
 
         targets = updates if params is None else params
         scaled, nu_row, nu_col, *stored = map_with_path(

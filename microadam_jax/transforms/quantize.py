@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.transforms.chunks import Arrays, chunk_key, in_chunks, in_one
+from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
 from microadam_jax.transforms.elementwise import require_elementwise
 from microadam_jax.trees import KeyPath, map_with_path
 
@@ -117,10 +117,8 @@ def quantize_state(
     ) -> tuple[optax.Updates, QuantizedState]:
         targets = updates if params is None else params
         step = _Step(inner, storages, state, targets, seed, extra_args)
-        gradients = jax.tree.map(_at_least_float32, updates)
         run = step.leaf_by_leaf if elementwise else step.at_once
-        scaled, inner_state = run(gradients, params)
-        scaled = jax.tree.map(lambda u, target: u.astype(target.dtype), scaled, targets)
+        scaled, inner_state = run(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
         return scaled, QuantizedState(count, inner_state)
 
@@ -173,7 +171,7 @@ class _Step(NamedTuple):
             def encode_leaf(path: KeyPath, leaf: Any, x: jax.Array, *slots: jax.Array) -> Arrays:
                 codec = codec_of(path, leaf)
                 key = self.key(name, path, jnp.int32(0)) if codec.needs_key else None
-                return storage.encode(codec, x.astype(jnp.float32), slots, key)
+                return storage.encode(codec, x, slots, key)
 
             columns = storage.columns(stored, name)
             new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
@@ -183,7 +181,9 @@ class _Step(NamedTuple):
 
         stored = self.state.inner_state
         inner_state = _map_fields(decode, self.shapes, stored)
+        gradients = jax.tree.map(_at_least_float32, gradients)
         scaled, new = self.inner.update(gradients, inner_state, params, **self.extra_args)
+        scaled = jax.tree.map(lambda u, target: u.astype(target.dtype), scaled, self.targets)
         return scaled, _map_fields(encode, self.shapes, stored, new, leaf=_cast)
 
     def leaf_by_leaf(self, gradients: Any, params: Any) -> tuple[Any, Any]:
@@ -193,8 +193,14 @@ class _Step(NamedTuple):
         fields: list[_Field] = []
 
         def per_leaf(name: str, value: Any) -> bool:
-            same = jax.tree.structure(without_boxes(value)) == structure
-            return name in self.storages or (same and jax.tree.leaves(value) != [])
+            if name in self.storages:
+                return True
+            leaves = jax.tree.leaves(value)
+            return (
+                leaves != []
+                and jax.tree.structure(without_boxes(value)) == structure
+                and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+            )
 
         def find(name: str, shapes: Any, stored: Any) -> Any:
             if not per_leaf(name, shapes):
@@ -226,6 +232,7 @@ class _Step(NamedTuple):
 
         _map_fields(find, shapes, stored)
         widths = [len(field.columns) for field in fields]
+        turns = Turns(self.state.count)
 
         def update_leaf(path: KeyPath, g: jax.Array, p: jax.Array, *slots: jax.Array) -> Arrays:
             codecs = [field.codec_of(path, g) for field in fields]
@@ -237,15 +244,15 @@ class _Step(NamedTuple):
                 rows = list(zip(fields, codecs, _split(carried, widths), strict=True))
                 decoded = [f.storage.decode(codec, own, g.shape) for f, codec, own in rows]
                 state = with_leaves(iter(decoded))
-                scaled, state = self.inner.update(g, state, p, **self.extra_args)
+                scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
                 encoded: list[jax.Array] = []
                 for (field, codec, own), new in zip(rows, leaves_of(state), strict=True):
                     key = self.key(field.name, path, chunk) if codec.needs_key else None
                     encoded += field.storage.encode(codec, new, own, key)
-                return scaled, tuple(encoded)
+                return jnp.asarray(scaled, p.dtype), tuple(encoded)
 
-            run = in_chunks if all(codec.chunkable for codec in codecs) else in_one
-            scaled, new = run(step, self.state.count, slots, (g, p))
+            chunkable = all(codec.chunkable for codec in codecs)
+            scaled, new = turns.take(step, slots, (g, p), chunkable=chunkable)
             return scaled, *new
 
         columns = [column for field in fields for column in field.columns]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from microadam_jax import Blocks, affine4
 from microadam_jax.codecs import Affine4, Plain, as_codec
-from microadam_jax.codecs.affine import pack_nibbles, unpack_nibbles
+from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
 from tests.oracles.microadam import encode, runs
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")

@@ -18,16 +18,28 @@ from microadam_jax import (
     Blocks,
     MicroAdamLayout,
     Partition,
+    Storage,
     Subsets,
     Window,
     adagrad_sn,
     adam_mini,
+    adam_mini4bit,
+    adam_mini8bit,
     adam_sn,
+    adamw4bit,
+    adamw4bit_factored,
+    adamw8bit,
+    adamw_fp8,
     affine4,
     came,
     compress,
+    dynamic4,
+    dynamic8,
     error_feedback,
+    float8,
     microadam,
+    quantize_state,
+    rank1_linear4,
     scale_by_window_adam,
     to_dense,
     top_k,
@@ -45,6 +57,15 @@ PARTITION = Partition(
 STOCHASTIC = dataclasses.replace(SMALL, residual=affine4(Blocks(64), rounding="stochastic"))
 
 
+def stored(codec: Any) -> Storage:
+    """Everything in few bits: the contract's leaves are all small."""
+    return Storage(codec, min_size=0, min_row=1)
+
+
+MU8, NU8 = stored(dynamic8(64)), stored(dynamic8(64, signed=False))
+MU4 = stored(dynamic4(64, rounding="stochastic"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A transformation under test.
@@ -55,12 +76,15 @@ class Entry:
         decays: whether it needs the parameters in ``update``.
         shares: whether elements share a moment: its state is smaller than the parameter along
             the axes of a block, and the mean over a block may cross devices.
+        coarse: whether moments are rounded, so that the last bit of a number can move an element
+            by a level.
     """
 
     factory: Callable[..., optax.GradientTransformation]
     arguments: dict[str, Any]
     decays: bool = True
     shares: bool = False
+    coarse: bool = False
 
     def make(self) -> optax.GradientTransformation:
         return self.factory(**self.arguments)
@@ -74,6 +98,10 @@ def window_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformatio
 
 def feedback(alpha: float | None, seed: int, residual: Any) -> optax.GradientTransformation:
     return optax.chain(error_feedback(COMPRESSOR, residual, alpha, seed), to_dense())
+
+
+def quantized_adamw(learning_rate: float) -> optax.GradientTransformation:
+    return quantize_state(optax.adamw(learning_rate), {"mu": MU8, "nu": NU8})
 
 
 ENTRIES = {
@@ -98,6 +126,22 @@ ENTRIES = {
     "came": Entry(
         came, {"learning_rate": 1e-3, "weight_decay": 0.1, "partition": PARTITION}, shares=True
     ),
+    "adamw8bit": Entry(
+        adamw8bit, {"learning_rate": 1e-2, "mu_codec": MU8, "nu_codec": NU8}, coarse=True
+    ),
+    "adamw4bit": Entry(
+        adamw4bit,
+        {"learning_rate": 1e-2, "mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
+        shares=True,
+        coarse=True,
+    ),
+    "adam_mini4bit": Entry(
+        adam_mini4bit,
+        {"learning_rate": 1e-2, "partition": PARTITION, "mu_codec": MU4},
+        shares=True,
+        coarse=True,
+    ),
+    "quantize_state": Entry(quantized_adamw, {"learning_rate": 1e-2}, coarse=True),
     "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}, decays=False),
 }
 
@@ -105,6 +149,23 @@ ENTRIES = {
 VARIANTS = {
     "microadam, alpha and stochastic": Entry(
         microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
+    ),
+    "adamw4bit_factored": Entry(
+        adamw4bit_factored,
+        {"learning_rate": 1e-2, "partition": PARTITION, "mu_codec": MU4},
+        shares=True,
+    ),
+    "adamw_fp8": Entry(
+        adamw_fp8,
+        {
+            "learning_rate": 1e-2,
+            "mu_codec": stored(float8(block=64)),
+            "nu_codec": stored(float8(block=64)),
+        },
+    ),
+    "adamw8bit, as published": Entry(adamw8bit, {"learning_rate": 1e-2}),
+    "adam_mini8bit": Entry(
+        adam_mini8bit, {"learning_rate": 1e-2, "partition": PARTITION}, shares=True
     ),
 }
 

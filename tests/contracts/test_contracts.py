@@ -92,7 +92,13 @@ def test_each_state_field_is_a_tree_of_arrays_like_the_parameters(entry: Entry) 
         assert all(n == size or (entry.shares and n == 1) for n, size in leading)
         assert leaf.ndim >= parameter.ndim
         assert leaf.size or not parameter.size
-        assert leaf.dtype in (jnp.uint8, jnp.int16, jnp.bfloat16, jnp.float32)
+        assert leaf.dtype in (
+            jnp.uint8,
+            jnp.int16,
+            jnp.float8_e4m3fn,
+            jnp.bfloat16,
+            jnp.float32,
+        )
 
 
 def _with_parameters(tx: Any, state: Any, params: Any) -> list[tuple[jax.Array, jax.Array]]:
@@ -193,7 +199,11 @@ def test_inject_hyperparams(entry: Entry, dtype: str) -> None:
             # after the update is the difference of two roundings.
             rounding = max(rounding, 1e-4)
             atol = rounding * np.abs(other).max(initial=0)
-        np.testing.assert_allclose(one, other, rtol=rounding, atol=atol)
+        if entry.coarse:
+            moved = ~np.isclose(one, other, rtol=rounding, atol=atol)
+            assert moved.sum() <= 0.001 * moved.size
+        else:
+            np.testing.assert_allclose(one, other, rtol=rounding, atol=atol)
     assert avals(state) == avals(inject(**entry.arguments).init(params))
 
 

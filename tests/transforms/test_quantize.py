@@ -1,0 +1,300 @@
+import gc
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import pytest
+
+from microadam_jax import (
+    Blocks,
+    Storage,
+    adam_mini,
+    adam_mini4bit,
+    adam_mini8bit,
+    adamw4bit,
+    adamw4bit_factored,
+    adamw8bit,
+    adamw_fp8,
+    came,
+    dynamic4,
+    dynamic8,
+    linear4,
+    memory_report,
+    quantize_state,
+    scale_by_adam_mini,
+    scale_by_factored_adam,
+)
+from microadam_jax.transforms import chunks
+from tests.oracles import low_bit as oracle
+
+ROW = Blocks(64, shards=1)
+LARGE = {"mlp": {"kernel": (96, 1024)}, "bias": (64,), "stack": (3, 32, 512)}
+
+
+def tree(shapes=LARGE, seed: int | None = None):
+    random = np.random.default_rng(seed)
+
+    def leaf(shape):
+        return jnp.asarray(
+            np.zeros(shape) if seed is None else random.standard_normal(shape), jnp.float32
+        )
+
+    return jax.tree.map(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def run(tx, params, steps: int = 4):
+    state, update, updates = tx.init(params), jax.jit(tx.update), None
+    for step in range(steps):
+        updates, state = update(tree(seed=step), state, params)
+    return updates, state
+
+
+def equal(one, other) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize(
+    ("inner", "codecs"),
+    [
+        (optax.adamw(1e-3), {"mu": "dynamic8", "nu": "dynamic8_unsigned"}),
+        (optax.lion(1e-3), {"mu": "dynamic8"}),
+        (optax.sgd(1e-3, momentum=0.9), {"trace": "dynamic8"}),
+        (adam_mini(1e-3), {"mu": "dynamic8"}),
+        (came(1e-3), {"mu": "dynamic8"}),
+        (optax.contrib.muon(1e-3), {"mu": "dynamic8"}),
+    ],
+    ids=["adamw", "lion", "sgd", "adam_mini", "came", "muon"],
+)
+def test_any_transformation(inner, codecs) -> None:
+    params = tree()
+    exact, _ = run(inner, params)
+    stored, state = run(quantize_state(inner, codecs), params)
+    for one, other in zip(jax.tree.leaves(stored), jax.tree.leaves(exact), strict=True):
+        one, other = np.asarray(one).ravel(), np.asarray(other).ravel()
+        assert one @ other > 0.95 * np.linalg.norm(one) * np.linalg.norm(other)
+    assert any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(state))
+
+
+def test_float32_is_the_transformation_itself() -> None:
+    inner, params = optax.adamw(1e-3), tree()
+    stored, _ = run(quantize_state(inner, {"mu": "float32", "nu": "float32"}), params)
+    equal(stored, run(inner, params)[0])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_leaf_by_leaf_is_at_once(rounding: str) -> None:
+    codecs = {"mu": dynamic4(rounding=rounding), "nu": "e4m3_expanded"}
+    inner, params = optax.scale_by_adam(), tree()
+    one, one_state = run(quantize_state(inner, codecs, elementwise=True), params)
+    other, other_state = run(quantize_state(inner, codecs), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+    equal(
+        jax.tree.map(lambda x: x.astype(jnp.float32), one_state.inner_state.mu),
+        jax.tree.map(lambda x: x.astype(jnp.float32), other_state.inner_state.mu),
+    )
+
+
+@pytest.mark.parametrize("make", [adamw8bit, adamw_fp8, adam_mini8bit, adamw4bit_factored])
+def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tree()
+    whole, whole_state = run(make(1e-3), params)
+    monkeypatch.setattr(chunks, "CHUNK", 2**12)
+    monkeypatch.setattr(chunks, "SHARDS", (4,))
+    cut, cut_state = run(make(1e-3), params)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
+    jax.tree.map(close, cut, whole)
+    for one, other in zip(jax.tree.leaves(cut_state), jax.tree.leaves(whole_state), strict=True):
+        # Another loop may be contracted otherwise, which moves a code by a level.
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        assert (~np.isclose(one, other, rtol=1e-5)).sum() <= 0.001 * one.size
+
+
+def test_chunks_of_a_stochastic_codec_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 2**12)
+    monkeypatch.setattr(chunks, "SHARDS", (4,))
+    tx, params = adam_mini4bit(1e-3), {"w": jnp.zeros((64, 512))}
+    # Between two levels, in all rows alike.
+    _, state = tx.update({"w": jnp.ones((64, 512)).at[:, 1:].set(0.5)}, tx.init(params), params)
+    codes = np.asarray(next(iter(state[0].mu.values()))["codes"]["w"])
+    assert len(np.unique(codes.reshape(64, -1), axis=0)) == 64
+
+
+def test_adamw_against_the_oracle_over_many_steps() -> None:
+    """The parameters are never set equal again."""
+    maps = oracle.dynamic_map(8, True), oracle.dynamic_map(8, False)
+    store = [lambda x, m=m: np.stack([oracle.scaled(m, row) for row in x]) for m in maps]
+    random = np.random.default_rng(0)
+    grads = [0.01 * random.standard_normal((4, 64)) for _ in range(100)]
+    start = random.standard_normal((4, 64))
+    expected = oracle.adamw(grads, start, 1e-2, 0.1, *store)
+    everything = {
+        "mu_codec": Storage(dynamic8(ROW), min_size=0),
+        "nu_codec": Storage(dynamic8(ROW, signed=False), min_size=0),
+    }
+    tx = adamw8bit(1e-2, weight_decay=0.1, **everything)
+    params = jnp.asarray(start, jnp.float32)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+    # A number within a rounding of a middle takes the other code, and moves a little.
+    assert np.abs(params - expected).mean() < 1e-3 * np.abs(expected - start).mean()
+
+
+@pytest.mark.parametrize("make", [adamw8bit, adamw_fp8, adamw4bit, adam_mini8bit, adam_mini4bit])
+def test_two_thousand_steps_on_a_quadratic(make) -> None:
+    target = jnp.asarray(np.random.default_rng(0).standard_normal((16, 512)), jnp.float32)
+    tx = make(optax.cosine_decay_schedule(0.05, 2000), weight_decay=0.0)
+
+    def body(carry, key):
+        params, state = carry
+        noise = 0.1 * jax.random.normal(key, target.shape)
+        updates, state = tx.update(params - target + noise, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"w": jnp.zeros_like(target)}["w"]
+    keys = jax.random.split(jax.random.key(0), 2000)
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(body, c, keys))((params, tx.init(params)))
+    assert jnp.mean((params - target) ** 2) < 2e-3
+
+
+def test_rules_and_small_leaves() -> None:
+    storage = Storage("dynamic8", rules=(("embed", "float32"), ("norm", "bfloat16")))
+    tx = quantize_state(optax.scale_by_adam(), {"mu": storage}, elementwise=True)
+    params = {
+        "embed": jnp.zeros((64, 256)),
+        "norm": jnp.zeros((64, 256)),
+        "kernel": jnp.zeros((64, 256)),
+        "bias": jnp.zeros(256),
+    }
+    state = tx.init(params)
+    codes = state.inner_state.mu[storage.label]["codes"]
+    assert {name: str(leaf.dtype) for name, leaf in codes.items()} == {
+        "embed": "float32",
+        "norm": "bfloat16",
+        "kernel": "uint8",
+        "bias": "float32",
+    }
+    updates, after = tx.update(tree(jax.tree.map(jnp.shape, params), 0), state, params)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    remarks = memory_report(tx, params).remarks
+    assert remarks["too small for its codec, or excepted: kept in float32"] == ("embed", "bias")
+
+
+def test_a_list_of_rules() -> None:
+    tx = quantize_state(optax.scale_by_adam(), {"mu": [("embed", "float32"), ("", "dynamic8")]})
+    assert "float32" in next(iter(tx.init(tree()).inner_state.mu))
+    with pytest.raises(ValueError, match=r"ends with a codec for all other leaves"):
+        quantize_state(optax.scale_by_adam(), {"mu": [("embed", "float32")]})
+
+
+def test_the_size_that_counts_is_that_of_a_layer() -> None:
+    tx = quantize_state(optax.scale_by_adam(), {"mu": "dynamic8"})
+    params = {"layers": {"norm": jnp.zeros((8, 512))}, "kernel": jnp.zeros((8, 512))}
+    codes = next(iter(tx.init(params).inner_state.mu.values()))["codes"]
+    assert codes["layers"]["norm"].dtype == jnp.float32
+    assert codes["kernel"].dtype == jnp.uint8
+
+
+@pytest.mark.parametrize(
+    ("make", "formula"),
+    [
+        (adamw8bit, 2 + 8 / 256),
+        (adamw_fp8, 2 + 24 / 128),
+        (adamw4bit, 1 + 4 / 128 + 4 / 4096 + 4 / 2048),
+        (adamw4bit_factored, 0.5 + 4 / 128 + 4 / 4096 + 4 / 2048),
+        (adam_mini8bit, 1 + 4 / 256 + 4 / 2048),
+        (adam_mini4bit, 0.5 + 4 / 128 + 4 / 2048),
+    ],
+)
+def test_bytes_follow_the_formula(make, formula: float) -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((2048, 4096), jnp.float32)}
+    counters = 4 * len(jax.tree.leaves(jax.eval_shape(lambda p: make(1e-3).init(p), params))[:1])
+    report = memory_report(make(1e-3), params)
+    assert report.total == pytest.approx(formula * 2048 * 4096, abs=4 * counters)
+
+
+def test_another_codec_is_an_error_with_both_names(tmp_path: Path) -> None:
+    params = {"w": jnp.zeros((64, 256))}
+    eight = quantize_state(optax.scale_by_adam(), {"mu": dynamic8()})
+    other = quantize_state(optax.scale_by_adam(), {"mu": dynamic8(128)})
+    with pytest.raises(ValueError, match=r"'mu'.*dynamic8_b256.*dynamic8_b128"):
+        other.update(params, eight.init(params))
+    none = adam_mini(1e-3)
+    with pytest.raises(ValueError, match=r"'mu'.*dynamic8_b256.*without codec"):
+        none.update(params, adam_mini8bit(1e-3).init(params), params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", eight.init(params))
+        checkpointer.wait_until_finished()
+        with pytest.raises(ValueError, match="dynamic8_b256") as error:
+            checkpointer.restore(
+                tmp_path / "state", jax.eval_shape(lambda p: other.init(p), params)
+            )
+    assert "dynamic8_b128" in str(error.value)
+    gc.collect()
+
+
+def test_bad_arguments_are_refused() -> None:
+    adam = optax.scale_by_adam()
+    with pytest.raises(ValueError, match="no field 'trace' to store; it has count, mu, nu"):
+        quantize_state(adam, {"trace": "dynamic8"}).init(tree())
+    with pytest.raises(ValueError, match="'mu' has both signs, which linear4_unsigned"):
+        quantize_state(adam, {"mu": "linear4_unsigned"})
+    with pytest.raises(ValueError, match="elementwise=True promises"):
+        quantize_state(optax.contrib.muon(1e-3), {"mu": "dynamic8"}, elementwise=True)
+    with pytest.raises(ValueError, match="elementwise=True promises"):
+        quantize_state(
+            optax.chain(optax.clip_by_global_norm(1.0), adam), {"mu": "dynamic8"}, elementwise=True
+        )
+    with pytest.raises(ValueError, match="Unknown codec 'int8'"):
+        quantize_state(adam, {"mu": "int8"})
+    with pytest.raises(ValueError, match=r"pattern '\(' is bad"):
+        Storage("dynamic8", rules=(("(", "float32"),))
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        quantize_state(
+            optax.scale_by_adam(),
+            {"mu": "dynamic8", "nu": "dynamic8_unsigned"},
+            elementwise=True,
+        ),
+        quantize_state(
+            optax.scale_by_adam(),
+            {"mu": "e4m3_expanded", "nu": "e4m3_expanded"},
+            elementwise=True,
+        ),
+        scale_by_adam_mini(mu_codec="dynamic8"),
+        scale_by_adam_mini(mu_codec=dynamic4(rounding="stochastic")),
+        scale_by_factored_adam(),
+    ],
+    ids=["adamw8bit", "adamw_fp8", "adam_mini8bit", "adam_mini4bit", "adamw4bit_factored"],
+)
+def test_temporaries_are_small(link) -> None:
+    """Of 100 million parameters, with gradient and state donated: no float32 moment is written."""
+    shapes = {
+        "embedding": (4096, 1024),
+        "layers": {"query": {"kernel": (24, 1024, 1024)}, "gate": {"kernel": (24, 1024, 2816)}},
+    }
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    state = jax.eval_shape(lambda p: link.init(p), params)
+    step = jax.jit(link.update, donate_argnums=(0, 1)).lower(params, state).compile()
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert step.memory_analysis().temp_size_in_bytes < 0.1 * size
+
+
+def test_linear4_is_a_codec_of_adam_mini() -> None:
+    tx = adam_mini4bit(1e-3, mu_codec=linear4(signed=True, rounding="stochastic"))
+    updates, _ = run(tx, tree())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
