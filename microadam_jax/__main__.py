@@ -5,7 +5,17 @@ import argparse
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.aliases import adam_mini, adam_sn, came, microadam
+from microadam_jax.aliases import (
+    adam_mini,
+    adam_mini4bit,
+    adam_mini8bit,
+    adam_sn,
+    adamw4bit,
+    adamw8bit,
+    adamw_fp8,
+    came,
+    microadam,
+)
 from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
 from microadam_jax.models import MODELS, model_shapes
 
@@ -15,6 +25,11 @@ OPTIMIZERS = {
     "MicroAdam, paper": microadam(1e-3, layout="paper"),
     "Adam-mini": adam_mini(1e-3),
     "Adam-mini, first moment bfloat16": adam_mini(1e-3, mu_dtype="bfloat16"),
+    "Adam-mini, 8 bits": adam_mini8bit(1e-3),
+    "Adam-mini, 4 bits": adam_mini4bit(1e-3),
+    "AdamW, 8 bits": adamw8bit(1e-3),
+    "AdamW, FP8 expanded": adamw_fp8(1e-3),
+    "AdamW, 4 bits": adamw4bit(1e-3),
     "AdamSN": adam_sn(1e-2),
     "CAME": came(1e-3),
     "AdamW, first moment bfloat16": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),

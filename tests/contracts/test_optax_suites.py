@@ -43,9 +43,16 @@ RATES = {
     "adam_sn": 1e-1,
     "adagrad_sn": 1.0,
     "came": 1e-2,
+    "adamw8bit": 1e-1,
+    "adamw4bit_factored": 1e-1,
+    "adam_mini4bit": 1e-1,
 }
 # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
-OPTIONS = {"came": {"b3": 0.99}}
+OPTIONS = {
+    "came": {"b3": 0.99},
+    "adamw8bit": {"weight_decay": 1e-4},
+    "adamw4bit_factored": {"weight_decay": 1e-4},
+}
 CASES = tuple(
     {"opt_name": name, "opt_kwargs": {"learning_rate": rate} | OPTIONS.get(name, {})}
     for name, rate in RATES.items()
