@@ -174,8 +174,8 @@ def dynamic8(
         >>> from microadam_jax import dynamic8
         >>> codec = dynamic8()
         >>> x = jnp.array([0.9, -0.9, 0.05, 1e-4])
-        >>> print(codec.decode(codec.encode(x), x.shape))
-        [ 9.000e-01 -8.937e-01  5.077e-02  7.987e-05]
+        >>> print(codec.encode(x).codes)
+        [[255   0 175 134]]
 
     Reference: Dettmers et al. (arXiv 2110.02861), Section 2.2.
     """

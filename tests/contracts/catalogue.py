@@ -127,7 +127,9 @@ ENTRIES = {
         came, {"learning_rate": 1e-3, "weight_decay": 0.1, "partition": PARTITION}, shares=True
     ),
     "adamw8bit": Entry(
-        adamw8bit, {"learning_rate": 1e-2, "mu_codec": MU8, "nu_codec": NU8}, coarse=True
+        adamw8bit,
+        {"learning_rate": 1e-2, "weight_decay": 0.0, "mu_codec": MU8, "nu_codec": NU8},
+        coarse=True,
     ),
     "adamw4bit": Entry(
         adamw4bit,
@@ -159,11 +161,12 @@ VARIANTS = {
         adamw_fp8,
         {
             "learning_rate": 1e-2,
+            "weight_decay": 0.0,
             "mu_codec": stored(float8(block=64)),
             "nu_codec": stored(float8(block=64)),
         },
     ),
-    "adamw8bit, as published": Entry(adamw8bit, {"learning_rate": 1e-2}),
+    "adamw8bit, as published": Entry(adamw8bit, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "adam_mini8bit": Entry(
         adam_mini8bit, {"learning_rate": 1e-2, "partition": PARTITION}, shares=True
     ),
