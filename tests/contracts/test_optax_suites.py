@@ -44,13 +44,18 @@ RATES = {
     "adagrad_sn": 1.0,
     "came": 1e-2,
     "adamw8bit": 1e-1,
+    "adamw4bit": 1e-1,
+    "adamw_fp8": 1e-1,
     "adamw4bit_factored": 1e-1,
     "adam_mini4bit": 1e-1,
+    "adam_mini8bit": 1e-1,
 }
 # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
 OPTIONS = {
     "came": {"b3": 0.99},
     "adamw8bit": {"weight_decay": 1e-4},
+    "adamw4bit": {"weight_decay": 1e-4},
+    "adamw_fp8": {"weight_decay": 1e-4},
     "adamw4bit_factored": {"weight_decay": 1e-4},
 }
 CASES = tuple(
