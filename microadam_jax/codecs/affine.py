@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
 from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
 from microadam_jax.codecs.rounding import dither
-from microadam_jax.codecs.scaled import codec_name
+from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 
 LEVELS = 15  # steps between the sixteen levels of four bits
@@ -65,10 +65,7 @@ class Affine4:
     statistics: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(
-                f"Affine4.rounding must be 'nearest' or 'stochastic'; got {self.rounding!r}."
-            )
+        require_rounding(self.rounding)
         if self.statistics not in ("float32", "bfloat16"):
             raise ValueError(
                 f"Affine4.statistics must be 'float32' or 'bfloat16'; got {self.statistics!r}."
@@ -160,7 +157,7 @@ def affine4(
     Returns:
         The codec.
     """
-    return Affine4(Blocks(bucket) if isinstance(bucket, int) else bucket, rounding, statistics)
+    return Affine4(as_blocks(bucket), rounding, statistics)
 
 
 def _step(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -116,7 +116,6 @@ def scale_by_adam_mini(
         del extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
         assign = partition.assign(updates)
-
         columns = storage.columns(state.mu, "mu")
         turns = Turns(state.count)
         codec_of = storage.assign(updates)
@@ -141,7 +140,10 @@ def scale_by_adam_mini(
                 scaled = mu / one_minus_power(b1, count) / root
                 return scaled.astype(target.dtype), stored
 
-            scaled, stored = turns.take(step, stored, (g, root), chunkable=codec.chunkable)
+            if mu_codec is None:  # nothing is decoded, and the compiler fuses the step
+                scaled, stored = step(jnp.int32(0), stored, (g, root))
+            else:
+                scaled, stored = turns.take(step, stored, (g, root), chunkable=codec.chunkable)
             return scaled, nu, *stored
 
         targets = updates if params is None else params

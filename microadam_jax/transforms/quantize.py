@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import without_boxes
+from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
 from microadam_jax.transforms.elementwise import require_elementwise
@@ -176,7 +176,7 @@ class _Step(NamedTuple):
             columns = storage.columns(stored, name)
             new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
             return storage.field(
-                [_like(new, before) for new, before in zip(new_columns, columns, strict=True)]
+                [boxed_like(new, before) for new, before in zip(new_columns, columns, strict=True)]
             )
 
         stored = self.state.inner_state
@@ -258,7 +258,7 @@ class _Step(NamedTuple):
         columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params
         scaled, *new = map_with_path(update_leaf, 1 + len(columns), gradients, others, *columns)
-        new = [_like(column, before) for column, before in zip(new, columns, strict=True)]
+        new = [boxed_like(column, before) for column, before in zip(new, columns, strict=True)]
         by_field = _split(tuple(new), widths)
         # What is not kept for each leaf, such as the step count, follows from any leaf.
         nothing = jnp.zeros(0)
@@ -337,8 +337,3 @@ def _cast(shapes: Any, stored: Any, new: Any) -> Any:
     """``new`` in the dtypes that the state had."""
     del stored
     return jax.tree.map(lambda shape, x: jnp.asarray(x, shape.dtype), shapes, new)
-
-
-def _like(new: Any, before: Any) -> Any:
-    """``new`` in the containers, boxes included, of the step before."""
-    return jax.tree.unflatten(jax.tree.structure(before), jax.tree.leaves(new))
