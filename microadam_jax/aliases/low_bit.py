@@ -167,7 +167,7 @@ def adamw_fp8(
         >>> from microadam_jax import adamw_fp8, memory_report
         >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
         >>> round(memory_report(adamw_fp8(1e-3), params).bytes_per_parameter, 3)
-        2.188
+        2.078
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 4.
     """

@@ -12,9 +12,10 @@ from microadam_jax.codecs.rounding import dither
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 
+TINY = np.finfo(np.float32).tiny
 FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 STEPS = 16  # exponents are multiples of 1/16
-MAX_EXPONENT = 16.0
+MAX_CODE = 255  # of an exponent, in sixteenths
 
 
 class Float8Codes(NamedTuple):
@@ -34,38 +35,38 @@ class ExpandedFloat8Codes(NamedTuple):
 
     Attributes:
         codes: ``(*lead, blocks, size)`` float8.
-        scales: ``(*lead, blocks)`` float32, by which the codes are multiplied.
-        exponents: ``(*lead, blocks)`` float32, multiples of 1/16; zero in a block of zeros.
-        centers: ``(*lead, blocks)`` float32, geometric centres of the blocks.
+        largest: ``(*lead, blocks)`` float32, the largest magnitudes.
+        exponents: ``(*lead, blocks)`` uint8, in sixteenths; zero in a block of zeros.
     """
 
     codes: jax.Array
-    scales: jax.Array
+    largest: jax.Array
     exponents: jax.Array
-    centers: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Float8:
     r"""8-bit floating point, scaled so that a block's largest magnitude is the format's.
 
-    Without expansion :math:`s = \max_i |x_i| / q_{\max}` and :math:`q_i` is :math:`x_i / s` in the
-    format. With expansion, for the largest and the smallest nonzero magnitude :math:`M, \mu` of a
-    block, each is first raised to a power that makes the block fill the format's range:
+    With :math:`M` and :math:`\mu`, the largest and the smallest nonzero magnitude of a block, and
+    :math:`q_{\max}` the format's largest number, :math:`q_i` is :math:`x_i\, q_{\max} / M` in the
+    format. With expansion the magnitudes are raised to a power that makes the block fill the range:
 
     .. math::
 
-        c &= \sqrt{M \mu}, \qquad
-        k = \frac{1}{16} \left\lfloor 16\,
+        k &= \frac{1}{16} \left\lfloor 16\,
             \frac{\log_2 (q_{\max}^2 / 2)}{\log_2 (M / \mu)} \right\rfloor \\
-        y_i &= \operatorname{sign}(x_i) (|x_i| / c)^k, \qquad s = (M / c)^k / q_{\max}, \qquad
-        q_i = \mathrm{fp8}(y_i / s) \\
-        Q^{-1}(q_i) &= \operatorname{sign}(q_i)\, |q_i s|^{1/k}\, c
+        q_i &= \mathrm{fp8}\left(q_{\max} \operatorname{sign}(x_i)
+            \left(\frac{|x_i|}{M}\right)^k\right) \\
+        Q^{-1}(q_i) &= \operatorname{sign}(q_i) \left(\frac{|q_i|}{q_{\max}}\right)^{1/k} M
+
+    The paper divides by the geometric centre :math:`c = \sqrt{M \mu}` first and by
+    :math:`s = (M / c)^k / q_{\max}` after, and keeps both. The centre cancels, so that :math:`M`
+    is all that is kept here, and :math:`M` itself comes back exactly.
 
     The released code leaves zeros and constant blocks to chance. Here :math:`\mu` passes over
-    zeros, :math:`k` is limited to [1/16, 16] and is 1 in a block of one magnitude, and
-    :math:`y_i / s` is clipped to :math:`q_{\max}`, because JAX turns a larger number into NaN. A
-    block of zeros is all zero bytes. A block that holds an infinity or a NaN becomes NaN.
+    zeros, :math:`k` is limited to [1/16, 255/16] and is 1 in a block of one magnitude. A block of
+    zeros is all zero bytes. A block that holds an infinity or a NaN becomes NaN.
 
     Args:
         format: ``"e4m3"`` (largest number 448) or ``"e5m2"`` (57344).
@@ -124,11 +125,13 @@ class Float8:
         layout = self.blocks.layout_of(parameter)
         codes = blocked_shape(parameter.shape, layout, layout.size)
         block = blocked_shape(parameter.shape, layout)
-        per_block = len(self.Encoded._fields) - 1
-        return self.Encoded(
+        state = [
             state_zeros(parameter, codes, FORMATS[self.format]),
-            *(state_zeros(parameter, block, jnp.float32) for _ in range(per_block)),
-        )
+            state_zeros(parameter, block, jnp.float32),
+        ]
+        if self.expansion:
+            state.append(state_zeros(parameter, block, jnp.uint8))
+        return self.Encoded(*state)
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Any:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
@@ -139,46 +142,41 @@ class Float8:
         largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
         if not self.expansion:
             scales = largest / self._largest
-            y = block / _usable(scales)[..., None]
-            return Float8Codes(self._round(y, xi, scales), scales)
+            return Float8Codes(self._round(block / _usable(scales)[..., None], xi, scales), scales)
 
-        exponents, centers = self._expansion(block, largest, layout)
-        ratio = _power(largest / _usable(centers), exponents)
-        scales = jnp.where(centers == 0, 0, ratio / self._largest)
-        y = _power(jnp.abs(block) / _usable(centers)[..., None], exponents[..., None])
-        y = jnp.sign(block) * y / _usable(scales)[..., None]
-        return ExpandedFloat8Codes(self._round(y, xi, scales), scales, exponents, centers)
+        largest = jnp.where(largest <= TINY, 0, largest)
+        exponents = self._exponents(block, largest, layout)
+        ratio = jnp.abs(block) / _usable(largest)[..., None]
+        y = jnp.sign(block) * self._largest * _power(ratio, _exponent(exponents)[..., None])
+        return ExpandedFloat8Codes(self._round(y, xi, largest), largest, exponents)
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
         q = encoded.codes.astype(jnp.float32)
-        x = q * encoded.scales[..., None]
         if self.expansion:
-            exponents = jnp.where(encoded.exponents == 0, 1, encoded.exponents)[..., None]
-            x = jnp.sign(q) * _power(jnp.abs(x), 1 / exponents) * encoded.centers[..., None]
+            ratio = jnp.abs(q) / self._largest
+            root = _power(ratio, 1 / _exponent(encoded.exponents)[..., None])
+            x = jnp.sign(q) * root * encoded.largest[..., None]
+        else:
+            x = q * encoded.scales[..., None]
         return merge(x, self.blocks.layout(shape[-1] if shape else 1), shape)
 
     @property
     def _largest(self) -> np.float32:
         return np.float32(jnp.finfo(FORMATS[self.format]).max)
 
-    def _expansion(
-        self, block: jax.Array, largest: jax.Array, layout: BlockLayout
-    ) -> tuple[jax.Array, jax.Array]:
-        """The exponents and the centres of the blocks; both zero in a block of zeros."""
+    def _exponents(self, block: jax.Array, largest: jax.Array, layout: BlockLayout) -> jax.Array:
+        """The exponents of the blocks in sixteenths; zero in a block of zeros."""
         magnitude = jnp.abs(block)
-        counts = magnitude > np.finfo(np.float32).tiny
+        counts = magnitude > TINY
         if layout.padding:
             counts = counts & in_row(layout)
         smallest = jnp.min(jnp.where(counts, magnitude, jnp.inf), axis=-1)
-        empty = ~jnp.any(counts, axis=-1) & ~jnp.isnan(largest)
-        smallest = jnp.where(jnp.isinf(smallest), 1, smallest)
         spread = jnp.log2(largest) - jnp.log2(smallest)
         span = np.float32(np.log2(float(self._largest) ** 2 / 2))
-        k = jnp.floor(STEPS * span / jnp.where(spread > 0, spread, 1)) / STEPS
-        k = jnp.where(spread > 0, jnp.clip(k, 1 / STEPS, MAX_EXPONENT), 1)
-        centers = jnp.sqrt(largest) * jnp.sqrt(smallest)
-        return jnp.where(empty, 0, k), jnp.where(empty, 0, centers)
+        k = jnp.floor(STEPS * span / jnp.where(spread > 0, spread, 1))
+        k = jnp.where(spread > 0, jnp.clip(k, 1, MAX_CODE), STEPS)
+        return jnp.where(largest == 0, 0, k).astype(jnp.uint8)
 
     def _round(self, y: jax.Array, xi: jax.Array | None, scales: jax.Array) -> jax.Array:
         """``y`` in the format, clipped to its range."""
@@ -218,7 +216,11 @@ def float8(
 
 def _usable(x: jax.Array) -> jax.Array:
     """``x``, or 1 where nothing can be divided by it."""
-    return jnp.where(jnp.abs(x) > np.finfo(np.float32).tiny, x, jnp.where(jnp.isnan(x), x, 1))
+    return jnp.where(jnp.abs(x) > TINY, x, jnp.where(jnp.isnan(x), x, 1))
+
+
+def _exponent(sixteenths: jax.Array) -> jax.Array:
+    return jnp.where(sixteenths == 0, 1, sixteenths.astype(jnp.float32) / STEPS)
 
 
 def _power(base: jax.Array, exponent: jax.Array) -> jax.Array:

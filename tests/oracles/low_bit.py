@@ -50,7 +50,7 @@ def expansion(block: np.ndarray, largest: float) -> tuple[float, float, float]:
     k = 1.0
     if high > low:
         k = np.floor(16 * np.log2(largest**2 / 2) / np.log2(high / low)) / 16
-    k = float(np.clip(k, 1 / 16, 16)) if high > low else 1.0
+    k = float(np.clip(k, 1 / 16, 255 / 16)) if high > low else 1.0
     centre = np.sqrt(high) * np.sqrt(low)
     return k, centre, (high / centre) ** k / largest
 

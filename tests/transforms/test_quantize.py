@@ -205,7 +205,7 @@ def test_the_size_that_counts_is_that_of_a_layer() -> None:
     ("make", "formula"),
     [
         (adamw8bit, 2 + 8 / 256),
-        (adamw_fp8, 2 + 24 / 128),
+        (adamw_fp8, 2 + 10 / 128),
         (adamw4bit, 1 + 4 / 128 + 4 / 4096 + 4 / 2048),
         (adamw4bit_factored, 0.5 + 4 / 128 + 4 / 4096 + 4 / 2048),
         (adam_mini8bit, 1 + 4 / 256 + 4 / 2048),
