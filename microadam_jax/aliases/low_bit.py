@@ -12,6 +12,7 @@ from microadam_jax.aliases.shared_moments import adam_mini
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
 from microadam_jax.partition import Partition
 from microadam_jax.transforms import quantize_state, scale_by_factored_adam
+from microadam_jax.transforms.descent import descend
 
 
 def adamw8bit(
@@ -221,11 +222,8 @@ def adamw4bit_factored(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
-    return optax.chain(
-        scale_by_factored_adam(b1, b2, eps, partition=partition, mu_codec=mu_codec, seed=seed),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    link = scale_by_factored_adam(b1, b2, eps, partition=partition, mu_codec=mu_codec, seed=seed)
+    return descend(link, learning_rate, weight_decay, mask)
 
 
 def adam_mini8bit(
@@ -358,8 +356,5 @@ def _adamw(
 ) -> GradientTransformationExtraArgs:
     """AdamW with its moments stored through codecs."""
     adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
-    return optax.chain(
-        quantize_state(adam, codecs, elementwise=True, seed=seed),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    link = quantize_state(adam, codecs, elementwise=True, seed=seed)
+    return descend(link, learning_rate, weight_decay, mask)

@@ -17,6 +17,7 @@ from microadam_jax.transforms import (
     scale_by_came,
     scale_by_subset_norm,
 )
+from microadam_jax.transforms.descent import descend
 
 
 def adam_mini(
@@ -72,13 +73,10 @@ def adam_mini(
 
     Reference: Zhang et al., Adam-mini (ICLR 2025, arXiv 2406.16793), Algorithm 1.
     """
-    return optax.chain(
-        scale_by_adam_mini(
-            b1, b2, eps, partition=partition, mu_dtype=mu_dtype, mu_codec=mu_codec, seed=seed
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    link = scale_by_adam_mini(
+        b1, b2, eps, partition=partition, mu_dtype=mu_dtype, mu_codec=mu_codec, seed=seed
     )
+    return descend(link, learning_rate, weight_decay, mask)
 
 
 def adam_sn(

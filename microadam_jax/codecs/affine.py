@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
 from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
-from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 
@@ -113,7 +113,7 @@ class Affine4:
             high=state_zeros(parameter, bucket, self.statistics),
         )
 
-    def encode(self, x: jax.Array, key: jax.Array | None = None) -> AffineCodes:
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> AffineCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
         layout = self.buckets.layout_of(x)
         bucket = _repeat_into_padding(split(x, layout), layout)

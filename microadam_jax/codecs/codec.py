@@ -10,6 +10,7 @@ from microadam_jax.codecs.affine import Affine4
 from microadam_jax.codecs.float8 import float8
 from microadam_jax.codecs.plain import Plain
 from microadam_jax.codecs.rank1 import rank1_dynamic4, rank1_linear4
+from microadam_jax.codecs.rounding import Draw
 from microadam_jax.codecs.scaled import dynamic4, dynamic8, linear4
 
 
@@ -53,7 +54,7 @@ class Codec(Protocol):
         """The encoding of an all-zero tensor of the shape and sharding of ``parameter``."""
         ...
 
-    def encode(self, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, ...]:
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None) -> tuple[jax.Array, ...]:
         """Encodes the float32 tensor ``x``."""
         ...
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
-from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 
@@ -133,7 +133,7 @@ class Float8:
             state.append(state_zeros(parameter, block, jnp.uint8))
         return self.Encoded(*state)
 
-    def encode(self, x: jax.Array, key: jax.Array | None = None) -> Any:
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> Any:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
         layout = self.blocks.layout_of(x)
         xi = None if key is None else split(dither(key, x.shape), layout)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from microadam_jax.codecs.rounding import Draw
 from microadam_jax.sharding import state_zeros
 
 
@@ -63,7 +64,7 @@ class Plain:
         """Zeros like ``parameter``."""
         return PlainValues(state_zeros(parameter, parameter.shape, self.dtype))
 
-    def encode(self, x: jax.Array, key: jax.Array | None = None) -> PlainValues:
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> PlainValues:
         """Rounds the float32 tensor ``x`` to ``dtype``."""
         del key
         return PlainValues(x.astype(self.dtype))

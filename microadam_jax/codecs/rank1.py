@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from microadam_jax.blocks import Blocks, merge, split
 from microadam_jax.codecs.maps import DYNAMIC4_UNSIGNED, LINEAR4_UNSIGNED, Map
-from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.scaled import (
     Scaled,
     as_blocks,
@@ -118,7 +118,7 @@ class RankOne:
             moment_zeros(parameter, columns, jnp.float32),
         )
 
-    def encode(self, x: jax.Array, key: jax.Array | None = None) -> RankOneCodes:
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> RankOneCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
         xi = 0.5 if key is None else dither(key, x.shape)
         if self._is_vector(x.shape):

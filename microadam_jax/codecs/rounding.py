@@ -1,38 +1,67 @@
 """Random numbers for stochastic rounding."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def dither(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+class Rows(NamedTuple):
+    """Which rows of a leaf a chunk holds: every ``step``-th from ``start``, along each axis.
+
+    Attributes:
+        sizes: the leaf's sizes along all axes but the last; none if the chunk is the leaf.
+        starts: int32 scalars.
+        steps: the distances between rows.
+    """
+
+    sizes: tuple[int, ...] = ()
+    starts: tuple[jax.Array | int, ...] = ()
+    steps: tuple[int, ...] = ()
+
+
+class Draw(NamedTuple):
+    """What the random numbers of a chunk follow from.
+
+    Attributes:
+        key: the leaf's typed random key.
+        rows: the rows that the chunk holds.
+    """
+
+    key: jax.Array
+    rows: Rows = Rows()
+
+
+def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
     """Uniform random numbers in [0, 1) that take no memory.
 
-    Each number is a hash of the key and of the element's position in the whole tensor, so it is
-    the same on any number of devices, and the compiler computes it where it is used.
-    ``jax.random`` would write a tensor of them first, which is eight times a 4-bit state.
+    Each number is a hash of the key and of the element's position in the whole leaf, so it is
+    the same on any number of devices and in chunks of any size, and the compiler computes it
+    where it is used. ``jax.random`` would write a tensor of them first, which is eight times a
+    4-bit state.
 
     Args:
-        key: a typed random key.
+        draw: a typed random key, or the key and the rows of a chunk.
         shape: the shape of the numbers.
 
     Returns:
         float32 multiples of 2^-24.
     """
+    key, rows = draw if isinstance(draw, Draw) else Draw(draw)
     low, high = jax.random.key_data(key).astype(jnp.uint32)
+    whole = (*rows.sizes, *shape[len(rows.sizes) :])
+    starts = (*rows.starts, *[0] * (len(shape) - len(rows.starts)))
+    steps = (*rows.steps, *[1] * (len(shape) - len(rows.steps)))
     position = jnp.zeros(shape, jnp.uint32)
-    for axis, stride in enumerate(_strides(shape)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(steps[axis])
+        index = index + jnp.asarray(starts[axis], jnp.uint32)
         position = position + index * np.uint32(stride % 2**32)
+        stride *= whole[axis]
     bits = _mix(_mix(position ^ low) + high)
     return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * size)
-    return strides[::-1][: len(shape)] if shape else []
 
 
 def _mix(x: jax.Array) -> jax.Array:

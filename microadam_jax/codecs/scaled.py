@@ -18,7 +18,7 @@ from microadam_jax.codecs.maps import (
     Map,
 )
 from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
-from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.sharding import state_zeros
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -119,7 +119,7 @@ class Scaled:
             ),
         )
 
-    def encode(self, x: jax.Array, key: jax.Array | None = None) -> ScaledCodes:
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> ScaledCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
         xi = 0.5 if key is None else dither(key, x.shape)
         return self.encode_rounding(x, xi)

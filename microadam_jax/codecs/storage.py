@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from microadam_jax.boxes import axis_names, box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
+from microadam_jax.codecs.rounding import Draw
 from microadam_jax.layer_names import STACKED, layer_axis_of
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
@@ -157,7 +158,9 @@ class Storage:
         """The float32 leaf of ``shape`` that is stored in ``slots``."""
         return codec.decode(codec.Encoded(*self._used(codec, slots)), shape)
 
-    def encode(self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | None) -> Slots:
+    def encode(
+        self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | Draw | None
+    ) -> Slots:
         """``x`` in those of ``slots`` that its codec uses."""
         encoded: Any = codec.encode(x.astype(jnp.float32), key if codec.needs_key else None)
         by_name = dict(zip(encoded._fields, encoded, strict=True))
@@ -244,7 +247,9 @@ class Unstored:
         del codec
         return slots[0].reshape(shape).astype(jnp.float32)
 
-    def encode(self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | None) -> Slots:
+    def encode(
+        self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | Draw | None
+    ) -> Slots:
         """The leaf in its dtype."""
         del codec, key
         return (x.astype(slots[0].dtype),)

@@ -1,5 +1,6 @@
 """Adam with one second moment for each block of parameters."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.partition import Partition, remark_assignment, require_shape
 from microadam_jax.sharding import moment_zeros
-from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
+from microadam_jax.transforms.chunks import Arrays, Turns
+from microadam_jax.transforms.descent import finishes, read_by
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -111,6 +114,8 @@ def scale_by_adam_mini(
         updates: optax.Updates,
         state: ScaleByAdamMiniState,
         params: optax.Params | None = None,
+        *,
+        finish: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamMiniState]:
         del extra_args
@@ -121,7 +126,12 @@ def scale_by_adam_mini(
         codec_of = storage.assign(updates)
 
         def scale(
-            path: KeyPath, g: jax.Array, target: jax.Array, nu: jax.Array, *stored: jax.Array
+            path: KeyPath,
+            g: jax.Array,
+            target: jax.Array,
+            finish: Callable[..., jax.Array],
+            nu: jax.Array,
+            *stored: jax.Array,
         ) -> tuple[jax.Array, ...]:
             sharing, codec = assign(path, g).sharing, codec_of(path, g)
             require_shape(path, nu, sharing.moment_shape)
@@ -130,25 +140,37 @@ def scale_by_adam_mini(
             nu = moving_average(b2, nu, sharing.mean(squares))
             root = sharing.spread(jnp.sqrt(nu / one_minus_power(b2, count))) + eps
 
-            def step(chunk: jax.Array, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
-                g, root = inputs
+            def step(rows: Rows, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+                g, root, *p = inputs
                 mu = moving_average(
                     b1, storage.decode(codec, stored, g.shape), g.astype(jnp.float32)
                 )
-                key = chunk_key(seed, state.count, path, chunk) if codec.needs_key else None
-                stored = storage.encode(codec, mu, stored, key)
-                scaled = mu / one_minus_power(b1, count) / root
-                return scaled.astype(target.dtype), stored
+                draw = Draw(leaf_key(seed, state.count, path), rows) if codec.needs_key else None
+                stored = storage.encode(codec, mu, stored, draw)
+                scaled = (mu / one_minus_power(b1, count) / root).astype(target.dtype)
+                return finish(scaled, *p), stored
 
+            inputs = (g, root, *read_by(finish, target))
             if mu_codec is None:  # nothing is decoded, and the compiler fuses the step
-                scaled, stored = step(jnp.int32(0), stored, (g, root))
+                scaled, stored = step(Rows(), stored, inputs)
             else:
-                scaled, stored = turns.take(step, stored, (g, root), chunkable=codec.chunkable)
+                scaled, stored = turns.take(
+                    step,
+                    stored,
+                    inputs,
+                    chunkable=codec.chunkable,
+                )
             return scaled, nu, *stored
 
         targets = updates if params is None else params
         scaled, nu, *stored = map_with_path(
-            scale, 2 + len(columns), updates, targets, state.nu, *columns
+            scale,
+            2 + len(columns),
+            updates,
+            targets,
+            finishes(finish, updates),
+            state.nu,
+            *columns,
         )
         mu = storage.field([boxed_like(new, old) for new, old in zip(stored, columns, strict=True)])
         return scaled, ScaleByAdamMiniState(count, mu, boxed_like(nu, state.nu))

@@ -1,22 +1,19 @@
 """An element-wise step on the leaves of a tree: one after another, large ones in chunks."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from microadam_jax.trees import KeyPath, leaf_key
+from microadam_jax.codecs.rounding import Rows
 
 CHUNK = 2**17  # elements that chunks have about; the temporaries fit in a CPU's cache
-LARGEST = 2**20  # elements of a chunk, unless there are sixteen of them
-# A chunk has rows of each of this many shards of the axis: the first that gives small chunks.
-SHARDS = (256, 64, 16)
 
 Arrays = tuple[jax.Array, ...]
-Step = Callable[[jax.Array, Arrays, Arrays], tuple[jax.Array, Arrays]]
+Step = Callable[[Rows, Arrays, Arrays], tuple[jax.Array, Arrays]]
 
 
 class Turns:
@@ -33,16 +30,27 @@ class Turns:
         """Begins with the first leaf."""
         self._turn = count
 
+    def alone(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``, in turn."""
+        result, self._turn = _apart(function, self._turn, arguments)
+        return result
+
     def take(
-        self, step: Step, carried: Arrays, inputs: Arrays, *, chunkable: bool = True
+        self,
+        step: Step,
+        carried: Arrays,
+        inputs: Arrays,
+        *,
+        chunkable: bool = True,
     ) -> tuple[jax.Array, Arrays]:
         """Runs ``step`` on a leaf, in place and in chunks if it is large.
 
         Rows are dealt out to the chunks like cards, so that each device holds an equal part of
-        every chunk however the axis is sharded, and nothing has to move.
+        every chunk however the axis is sharded, and nothing has to move. When a step is compiled
+        for more devices than this process has, ``jax.set_mesh`` tells.
 
         Args:
-            step: from the chunk's number and its part of ``carried`` and ``inputs`` to an output
+            step: from the rows of a chunk and its part of ``carried`` and ``inputs`` to an output
                 of the shape of the first input, and the new ``carried``.
             carried: arrays to update in place, with the leaf's axes before the last.
             inputs: arrays to read, the first of the leaf's shape; axes of size 1 are broadcast.
@@ -52,70 +60,112 @@ class Turns:
         Returns:
             The output, and the new ``carried``.
         """
-        axis, chunks = _chunking(inputs[0]) if chunkable else (0, 1)
-        if chunks == 1:
-            (output, state), self._turn = _apart(step, self._turn, (jnp.int32(0), carried, inputs))
-            return output, state
-        return self._in_chunks(step, carried, inputs, axis, chunks)
+        cuts = _cuts(inputs[0]) if chunkable else ()
+        if math.prod(cuts) == 1:
+            return self.alone(functools.partial(step, Rows()), carried, inputs)
+        return self._in_chunks(step, carried, inputs, cuts)
 
     def _in_chunks(
-        self, step: Step, carried: Arrays, inputs: Arrays, axis: int, chunks: int
+        self, step: Step, carried: Arrays, inputs: Arrays, cuts: Sequence[int]
     ) -> tuple[jax.Array, Arrays]:
         leaf, rest = inputs[0], inputs[1:]
-        rows = leaf.shape[axis]
-        shape, _ = jax.eval_shape(step, jnp.int32(0), carried, inputs)
+        dealing = _Dealing(leaf.shape, tuple(cuts))
+        shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
         # Where the gradient is read for the last time, the update is written.
         in_place = shape.dtype == leaf.dtype
+        wholes = tuple(x.shape for x in carried)
+        others = tuple(x.shape for x in rest)
+        dealt_leaf = dealing.deal(leaf)
+        dealt_rest = tuple(map(dealing.deal, rest))
 
-        def deal(x: jax.Array) -> jax.Array:
-            if x.shape[axis] != rows:
-                return x
-            return x.reshape(*x.shape[:axis], rows // chunks, chunks, *x.shape[axis + 1 :])
-
-        def take(x: jax.Array, whole: jax.Array, chunk: jax.Array) -> jax.Array:
-            if whole.shape[axis] != rows:
-                return x
-            return jax.lax.dynamic_index_in_dim(x, chunk, axis + 1, keepdims=False)
-
-        def put(x: jax.Array, whole: jax.Array, part: jax.Array, chunk: jax.Array) -> jax.Array:
-            if whole.shape[axis] != rows:
-                return x
-            return jax.lax.dynamic_update_index_in_dim(x, part, chunk, axis + 1)
-
-        def parts(xs: Arrays, wholes: Arrays, chunk: jax.Array) -> Arrays:
-            return tuple(take(x, whole, chunk) for x, whole in zip(xs, wholes, strict=True))
-
-        dealt_leaf, dealt_rest = deal(leaf), tuple(map(deal, rest))
+        def step_of(chunk: jax.Array, carried: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+            return step(dealing.rows(chunk), carried, inputs)
 
         def body(chunk: jax.Array, before: Any) -> Any:
             output, state, turn = before
-            first = take(output if in_place else dealt_leaf, leaf, chunk)
+            parts = functools.partial(dealing.take, chunk=chunk)
+            first = parts(output if in_place else dealt_leaf, leaf.shape)
             arguments = (
                 chunk,
-                parts(state, carried, chunk),
-                (first, *parts(dealt_rest, rest, chunk)),
+                tuple(map(parts, state, wholes)),
+                (first, *map(parts, dealt_rest, others)),
             )
-            (new_output, new_state), turn = _apart(step, turn, arguments)
-            state = tuple(
-                put(x, whole, new, chunk)
-                for x, whole, new in zip(state, carried, new_state, strict=True)
-            )
-            return put(output, leaf, new_output, chunk), state, turn
+            (new_output, new_state), turn = _apart(step_of, turn, arguments)
+            put = functools.partial(dealing.put, chunk=chunk)
+            state = tuple(map(put, state, wholes, new_state))
+            return put(output, leaf.shape, new_output), state, turn
 
         output = dealt_leaf if in_place else jnp.zeros_like(dealt_leaf, dtype=shape.dtype)
-        before = output, tuple(map(deal, carried)), self._turn
-        output, state, self._turn = jax.lax.fori_loop(0, chunks, body, before)
-        return output.reshape(leaf.shape), tuple(
-            x.reshape(whole.shape) for x, whole in zip(state, carried, strict=True)
-        )
+        before = output, tuple(map(dealing.deal, carried)), self._turn
+        output, state, self._turn = jax.lax.fori_loop(0, math.prod(cuts), body, before)
+        return output.reshape(leaf.shape), tuple(map(jnp.reshape, state, wholes))
 
 
-def chunk_key(seed: ArrayLike, count: jax.Array, path: KeyPath, chunk: jax.Array) -> jax.Array:
-    """A random key for one chunk of the leaf at ``path`` in step ``count``."""
-    return jax.random.fold_in(leaf_key(seed, count, path), chunk)
+class _Dealing(NamedTuple):
+    """How the rows of a leaf are dealt out: an axis of ``n`` becomes ``(n / cut, cut)``.
+
+    Attributes:
+        shape: the leaf's shape.
+        cuts: for each of its axes but the last, into how many chunks it is cut.
+    """
+
+    shape: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+    def rows(self, chunk: jax.Array) -> Rows:
+        """The rows of the leaf that a chunk holds."""
+        starts = []
+        for cut in self.cuts:
+            starts.append(chunk % cut)
+            chunk = chunk // cut
+        return Rows(self.shape[:-1], tuple(starts), self.cuts)
+
+    def deal(self, x: jax.Array) -> jax.Array:
+        """``x``, which has the leaf's axes or size 1 instead, with its cut axes in two."""
+        axes = [(n // cut, cut) if cut > 1 else (n,) for n, cut in self._axes(x.shape)]
+        return x.reshape(*(n for axis in axes for n in axis))
+
+    def take(self, x: jax.Array, whole: tuple[int, ...], chunk: jax.Array) -> jax.Array:
+        """A chunk of what was dealt from an array of shape ``whole``."""
+        starts, sizes, dealt = self._place(whole, chunk)
+        return jax.lax.squeeze(jax.lax.dynamic_slice(x, starts, sizes), dealt) if dealt else x
+
+    def put(
+        self, x: jax.Array, whole: tuple[int, ...], part: jax.Array, chunk: jax.Array
+    ) -> jax.Array:
+        """``x`` with a chunk replaced."""
+        starts, _, dealt = self._place(whole, chunk)
+        if not dealt:
+            return x
+        return jax.lax.dynamic_update_slice(x, jax.lax.expand_dims(part, dealt), starts)
+
+    def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int]]:
+        """The size of each axis of an array, and its cut."""
+        cuts = [*self.cuts, *[1] * (len(whole) - len(self.cuts))]
+        sizes = [*self.shape[: len(self.cuts)], *whole[len(self.cuts) :]]
+        return [
+            (n, cut if n == size else 1) for n, size, cut in zip(whole, sizes, cuts, strict=True)
+        ]
+
+    def _place(
+        self, whole: tuple[int, ...], chunk: jax.Array
+    ) -> tuple[list[jax.Array | int], list[int], tuple[int, ...]]:
+        """Where a chunk begins, how large it is, and which axes number the chunks."""
+        starts: list[jax.Array | int] = []
+        sizes: list[int] = []
+        dealt: list[int] = []
+        numbers = [*self.rows(chunk).starts, *[0] * len(whole)]
+        for (n, cut), number in zip(self._axes(whole), numbers, strict=False):
+            starts.append(0)
+            sizes.append(n // cut)
+            if cut > 1:
+                dealt.append(len(starts))
+                starts.append(number)
+                sizes.append(1)
+        return starts, sizes, tuple(dealt)
 
 
-def _apart(step: Step, turn: jax.Array, arguments: Any) -> tuple[Any, jax.Array]:
+def _apart(step: Callable[..., Any], turn: jax.Array, arguments: Any) -> tuple[Any, jax.Array]:
     """``step``, and on CPUs kept from being mixed with what is before and after it.
 
     There the compiler would fuse a read of the state with what comes after the write in place,
@@ -140,28 +190,23 @@ def _apart(step: Step, turn: jax.Array, arguments: Any) -> tuple[Any, jax.Array]
     )
 
 
-def _chunking(leaf: jax.Array) -> tuple[int, int]:
-    """The axis to cut, and into how many chunks."""
-    wanted = math.ceil(leaf.size / CHUNK)
-    best = (0, 1)
-    for kept in SHARDS if wanted > 1 else ():
-        for axis, rows in enumerate(leaf.shape[:-1]):
-            dealt = rows // math.lcm(math.gcd(rows, kept), _shards(leaf, axis))
-            chunks = max((c for c in _divisors(dealt) if c <= 2 * wanted), default=1)
-            if chunks > best[1]:
-                best = (axis, chunks)
-        if best[1] >= SHARDS[-1] or leaf.size <= LARGEST * best[1]:
-            break
-    return best
+def _cuts(leaf: jax.Array) -> tuple[int, ...]:
+    """Into how many chunks each axis but the last is cut."""
+    budget, cuts = max(1, 2 * math.ceil(leaf.size / CHUNK) - 1), []
+    for axis, rows in enumerate(leaf.shape[:-1] if leaf.size else ()):
+        dealt = rows // _shards(leaf, axis)
+        cuts.append(max(c for c in range(1, min(dealt, budget) + 1) if dealt % c == 0))
+        budget //= cuts[-1]
+    return tuple(cuts)
 
 
 def _shards(leaf: jax.Array, axis: int) -> int:
-    """Over how many devices an axis is cut, where the type tells."""
-    sharding = jax.typeof(leaf).sharding
+    """Over how many devices an axis may be cut: over a divisor of that."""
+    rows, sharding = leaf.shape[axis], jax.typeof(leaf).sharding
+    if sharding.mesh.empty:
+        return math.gcd(rows, jax.device_count())
     names = (*sharding.spec, *[None] * leaf.ndim)[axis]
     names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names if name)
-
-
-def _divisors(n: int) -> Sequence[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    known = math.prod(sharding.mesh.shape[name] for name in names if name)
+    unknown = math.prod(sharding.mesh.shape[name] for name in sharding.mesh.auto_axes)
+    return known * math.gcd(rows // known, unknown)

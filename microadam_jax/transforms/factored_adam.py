@@ -1,5 +1,7 @@
 """Adam with a second moment that is a product of rows and columns."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +11,14 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, as_storage
+from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.partition import Partition, require_shape
 from microadam_jax.sharding import moment_zeros
-from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
+from microadam_jax.transforms.chunks import Arrays, Turns
+from microadam_jax.transforms.descent import finishes, read_by
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -103,6 +107,8 @@ def scale_by_factored_adam(
         updates: optax.Updates,
         state: ScaleByFactoredAdamState,
         params: optax.Params | None = None,
+        *,
+        finish: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByFactoredAdamState]:
         del extra_args
@@ -115,6 +121,7 @@ def scale_by_factored_adam(
             path: KeyPath,
             g: jax.Array,
             target: jax.Array,
+            finish: Callable[..., jax.Array],
             nu_row: jax.Array,
             nu_col: jax.Array,
             *stored: jax.Array,
@@ -123,35 +130,52 @@ def scale_by_factored_adam(
             for moment, shape in zip((nu_row, nu_col), factor_shapes(assignment), strict=True):
                 require_shape(path, moment, shape)
             storage.require(path, codec, stored, g)
-            squares, matrix = jnp.square(g.astype(jnp.float32)), sides(assignment)
+            matrix = sides(assignment)
             rows, cols = matrix or ((), ())
-            nu_row = moving_average(b2, nu_row, mean(squares, cols))
+
+            def mean_square(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+                return mean(jnp.square(g.astype(jnp.float32)), axes)
+
+            # In one computation the squares would be written, to be read by both means.
+            by_row = turns.alone(functools.partial(mean_square, axes=cols), g)
+            nu_row = moving_average(b2, nu_row, by_row)
             row_root = jnp.sqrt(nu_row / one_minus_power(b2, count))
             col_root = jnp.ones_like(nu_col)
             if matrix is not None:
-                nu_col = moving_average(b2, nu_col, mean(squares, rows))
+                by_col = turns.alone(functools.partial(mean_square, axes=rows), g)
+                nu_col = moving_average(b2, nu_col, by_col)
                 # Rows without any gradient have no mean to be divided by.
                 whole = mean(nu_row, rows)
                 col_root = jnp.sqrt(nu_col / jnp.where(whole > 0, whole, 1))
 
-            def step(chunk: jax.Array, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
-                g, row_root, col_root = inputs
+            def step(part: Rows, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+                g, row_root, col_root, *p = inputs
                 mu = moving_average(
                     b1, storage.decode(codec, stored, g.shape), g.astype(jnp.float32)
                 )
-                key = chunk_key(seed, state.count, path, chunk) if codec.needs_key else None
-                stored = storage.encode(codec, mu, stored, key)
+                draw = Draw(leaf_key(seed, state.count, path), part) if codec.needs_key else None
+                stored = storage.encode(codec, mu, stored, draw)
                 scaled = mu / one_minus_power(b1, count) / (row_root * col_root + eps)
-                return scaled.astype(target.dtype), stored
+                return finish(scaled.astype(target.dtype), *p), stored
 
             scaled, stored = turns.take(
-                step, stored, (g, row_root, col_root), chunkable=codec.chunkable
+                step,
+                stored,
+                (g, row_root, col_root, *read_by(finish, target)),
+                chunkable=codec.chunkable,
             )
             return scaled, nu_row, nu_col, *stored
 
         targets = updates if params is None else params
         scaled, nu_row, nu_col, *stored = map_with_path(
-            scale, 3 + len(columns), updates, targets, state.nu_row, state.nu_col, *columns
+            scale,
+            3 + len(columns),
+            updates,
+            targets,
+            finishes(finish, updates),
+            state.nu_row,
+            state.nu_col,
+            *columns,
         )
         mu = storage.field([boxed_like(new, old) for new, old in zip(stored, columns, strict=True)])
         nu = boxed_like(nu_row, state.nu_row), boxed_like(nu_col, state.nu_col)

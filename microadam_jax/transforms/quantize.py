@@ -12,9 +12,11 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.transforms.chunks import Arrays, Turns, chunk_key
+from microadam_jax.codecs.rounding import Draw, Rows
+from microadam_jax.transforms.chunks import Arrays, Turns
+from microadam_jax.transforms.descent import finishes, read_by
 from microadam_jax.transforms.elementwise import require_elementwise
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
@@ -113,10 +115,13 @@ def quantize_state(
         updates: optax.Updates,
         state: QuantizedState,
         params: optax.Params | None = None,
+        *,
+        finish: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizedState]:
         targets = updates if params is None else params
-        step = _Step(inner, storages, state, targets, seed, extra_args)
+        finish = finishes(finish, updates)
+        step = _Step(inner, storages, state, targets, finish, seed, extra_args)
         run = step.leaf_by_leaf if elementwise else step.at_once
         scaled, inner_state = run(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -133,6 +138,7 @@ class _Step(NamedTuple):
     storages: dict[str, Storage]
     state: QuantizedState
     targets: Any
+    finish: Any
     seed: ArrayLike
     extra_args: dict[str, Any]
 
@@ -141,9 +147,9 @@ class _Step(NamedTuple):
         """The shapes of the inner state."""
         return jax.eval_shape(self.inner.init, self.targets)
 
-    def key(self, name: str, path: KeyPath, chunk: jax.Array) -> jax.Array:
-        """The random key of a part of a field."""
-        return chunk_key(self.seed, self.state.count, (GetAttrKey(name), *path), chunk)
+    def draw(self, name: str, path: KeyPath, rows: Rows = Rows()) -> Draw:
+        """What the random numbers of a part of a field follow from."""
+        return Draw(leaf_key(self.seed, self.state.count, (GetAttrKey(name), *path)), rows)
 
     def at_once(self, gradients: Any, params: Any) -> tuple[Any, Any]:
         """Decodes the whole state, updates, and encodes it."""
@@ -170,8 +176,8 @@ class _Step(NamedTuple):
 
             def encode_leaf(path: KeyPath, leaf: Any, x: jax.Array, *slots: jax.Array) -> Arrays:
                 codec = codec_of(path, leaf)
-                key = self.key(name, path, jnp.int32(0)) if codec.needs_key else None
-                return storage.encode(codec, x, slots, key)
+                draw = self.draw(name, path) if codec.needs_key else None
+                return storage.encode(codec, x, slots, draw)
 
             columns = storage.columns(stored, name)
             new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
@@ -183,7 +189,13 @@ class _Step(NamedTuple):
         inner_state = _map_fields(decode, self.shapes, stored)
         gradients = jax.tree.map(_at_least_float32, gradients)
         scaled, new = self.inner.update(gradients, inner_state, params, **self.extra_args)
-        scaled = jax.tree.map(lambda u, target: u.astype(target.dtype), scaled, self.targets)
+
+        def cast_and_finish(
+            path: KeyPath, u: jax.Array, target: jax.Array, finish: Callable[..., jax.Array]
+        ) -> tuple[jax.Array]:
+            return (finish(u.astype(target.dtype), *read_by(finish, target)),)
+
+        (scaled,) = map_with_path(cast_and_finish, 1, scaled, self.targets, self.finish)
         return scaled, _map_fields(encode, self.shapes, stored, new, leaf=_cast)
 
     def leaf_by_leaf(self, gradients: Any, params: Any) -> tuple[Any, Any]:
@@ -234,12 +246,18 @@ class _Step(NamedTuple):
         widths = [len(field.columns) for field in fields]
         turns = Turns(self.state.count)
 
-        def update_leaf(path: KeyPath, g: jax.Array, p: jax.Array, *slots: jax.Array) -> Arrays:
+        def update_leaf(
+            path: KeyPath,
+            g: jax.Array,
+            p: jax.Array,
+            finish: Callable[..., jax.Array],
+            *slots: jax.Array,
+        ) -> Arrays:
             codecs = [field.codec_of(path, g) for field in fields]
             for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
                 field.storage.require(path, codec, own, g)
 
-            def step(chunk: jax.Array, carried: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
+            def step(part: Rows, carried: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
                 g, p = inputs
                 rows = list(zip(fields, codecs, _split(carried, widths), strict=True))
                 decoded = [f.storage.decode(codec, own, g.shape) for f, codec, own in rows]
@@ -247,9 +265,10 @@ class _Step(NamedTuple):
                 scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
                 encoded: list[jax.Array] = []
                 for (field, codec, own), new in zip(rows, leaves_of(state), strict=True):
-                    key = self.key(field.name, path, chunk) if codec.needs_key else None
-                    encoded += field.storage.encode(codec, new, own, key)
-                return jnp.asarray(scaled, p.dtype), tuple(encoded)
+                    draw = self.draw(field.name, path, part) if codec.needs_key else None
+                    encoded += field.storage.encode(codec, new, own, draw)
+                scaled = jnp.asarray(scaled, p.dtype)
+                return finish(scaled, *read_by(finish, p)), tuple(encoded)
 
             chunkable = all(codec.chunkable for codec in codecs)
             scaled, new = turns.take(step, slots, (g, p), chunkable=chunkable)
@@ -257,7 +276,9 @@ class _Step(NamedTuple):
 
         columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params
-        scaled, *new = map_with_path(update_leaf, 1 + len(columns), gradients, others, *columns)
+        scaled, *new = map_with_path(
+            update_leaf, 1 + len(columns), gradients, others, self.finish, *columns
+        )
         new = [boxed_like(column, before) for column, before in zip(new, columns, strict=True)]
         by_field = _split(tuple(new), widths)
         # What is not kept for each leaf, such as the step count, follows from any leaf.

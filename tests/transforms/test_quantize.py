@@ -1,6 +1,8 @@
+import functools
 import gc
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +100,11 @@ def test_leaf_by_leaf_is_at_once(rounding: str) -> None:
     )
 
 
-@pytest.mark.parametrize("make", [adamw8bit, adamw_fp8, adam_mini8bit, adamw4bit_factored])
+@pytest.mark.parametrize("make", [adamw8bit, adamw_fp8, adam_mini4bit, adamw4bit_factored])
 def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
     params = tree()
     whole, whole_state = run(make(1e-3), params)
     monkeypatch.setattr(chunks, "CHUNK", 2**12)
-    monkeypatch.setattr(chunks, "SHARDS", (4,))
     cut, cut_state = run(make(1e-3), params)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
     jax.tree.map(close, cut, whole)
@@ -115,7 +116,6 @@ def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_of_a_stochastic_codec_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 2**12)
-    monkeypatch.setattr(chunks, "SHARDS", (4,))
     tx, params = adam_mini4bit(1e-3), {"w": jnp.zeros((64, 512))}
     # Between two levels, in all rows alike.
     _, state = tx.update({"w": jnp.ones((64, 512)).at[:, 1:].set(0.5)}, tx.init(params), params)
@@ -257,32 +257,54 @@ def test_bad_arguments_are_refused() -> None:
         Storage("dynamic8", rules=(("(", "float32"),))
 
 
+def llama_100m() -> dict[str, Any]:
+    """Shapes of a Llama of 110 million parameters, its layers stacked."""
+    layers, width, hidden, tokens = 12, 768, 2048, 16000
+    shapes = {
+        "embed_tokens": {"embedding": (tokens, width)},
+        "layers": {
+            **{f"{name}_proj": {"kernel": (layers, width, width)} for name in "qkvo"},
+            "gate_proj": {"kernel": (layers, width, hidden)},
+            "up_proj": {"kernel": (layers, width, hidden)},
+            "down_proj": {"kernel": (layers, hidden, width)},
+            "norm": {"scale": (layers, width)},
+        },
+        "lm_head": {"kernel": (width, tokens)},
+    }
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
 @pytest.mark.parametrize(
-    "link",
-    [
-        quantize_state(
-            optax.scale_by_adam(),
-            {"mu": "dynamic8", "nu": "dynamic8_unsigned"},
-            elementwise=True,
-        ),
-        quantize_state(
-            optax.scale_by_adam(),
-            {"mu": "e4m3_expanded", "nu": "e4m3_expanded"},
-            elementwise=True,
-        ),
-        scale_by_adam_mini(mu_codec="dynamic8"),
-        scale_by_adam_mini(mu_codec=dynamic4(rounding="stochastic")),
-    ],
-    ids=["adamw8bit", "adamw_fp8", "adam_mini8bit", "adam_mini4bit"],
+    "make", [adamw8bit, adamw_fp8, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
 )
-def test_temporaries_are_small(link) -> None:
-    """Of 100 million parameters, with gradient and state donated: no float32 moment is written."""
-    matrix = jax.ShapeDtypeStruct((8192, 1024), jnp.float32)
-    params = {f"layers_{i}": {"kernel": matrix} for i in range(12)}
-    state = jax.eval_shape(lambda p: link.init(p), params)
-    step = jax.jit(link.update, donate_argnums=(0, 1)).lower(params, state).compile()
+def test_temporaries_are_small(make) -> None:
+    """With gradient and state donated: no float32 moment is written, nor an update twice."""
+    tx, params = make(1e-3, weight_decay=0.1), llama_100m()
+    state = jax.eval_shape(lambda p: tx.init(p), params)
+    step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert step.memory_analysis().temp_size_in_bytes < 0.1 * size
+
+
+def test_decay_and_rate_in_chunks_are_those_of_the_chain() -> None:
+    mask, params = {"mlp": True, "bias": False, "stack": True}, tree(seed=9)
+    rate = optax.linear_schedule(0.1, 0.0, 5)
+    for choice in (mask, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)):
+        ours = adam_mini(rate, weight_decay=0.1, mask=choice)
+        chain = optax.chain(
+            scale_by_adam_mini(),
+            optax.add_decayed_weights(0.1, choice),
+            optax.scale_by_learning_rate(rate),
+        )
+        one, other = run(ours, params), run(chain, params)
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), one, other)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        ours.update(params, ours.init(params))
 
 
 def test_linear4_is_a_codec_of_adam_mini() -> None:
