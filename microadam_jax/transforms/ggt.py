@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.compressors import Compressor
-from microadam_jax.transforms.gram_window import gram_window, resolution
+from microadam_jax.transforms.gram_window import applied, gram_window, spectrum
 from microadam_jax.transforms.window import Window, as_window
 
 
@@ -31,8 +31,9 @@ def scale_by_ggt(
 
         u_t = G^\top (K^{1/2} + \epsilon I)^{-1} e, \qquad K = G G^\top,
 
-    for which the :math:`m \times m` matrix :math:`K` is diagonalized in float32. Its eigenvalues
-    are taken to be at least :math:`m\, 2^{-24} \max_i K_{ii}`, as less is rounding error.
+    for which the :math:`m \times m` matrix :math:`K` is diagonalized in float32. Directions with
+    :math:`\sigma + \epsilon \le (m\, 2^{-22} \max_i K_{ii})^{1/2}`, where float32 knows nothing of
+    :math:`\sigma`, are left out, as in :func:`scale_by_mfac`.
 
     All leaves share :math:`K`: a non-finite gradient in one spoils all of them until it has left
     the window, so wrap the chain in ``optax.apply_if_finite``.
@@ -76,8 +77,8 @@ def scale_by_ggt(
 
     def coefficients(gram: jax.Array, newest: jax.Array, count: jax.Array) -> jax.Array:
         del count
-        squares, vectors = jnp.linalg.eigh(gram)
-        squares = jnp.maximum(squares, resolution(gram, jnp.max(jnp.diagonal(gram))))
-        return vectors @ (vectors[newest] / (jnp.sqrt(squares) + eps))
+        squares, vectors, least = spectrum(gram)
+        divisors = jnp.sqrt(squares) + jnp.float32(eps)
+        return applied(vectors, divisors, jnp.sqrt(least), newest)
 
     return gram_window(coefficients, window, compressor)

@@ -9,7 +9,7 @@ import optax
 
 from microadam_jax.boxes import boxed_blocks, boxed_like
 from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed
-from microadam_jax.sharding import state_zeros, unused_factor
+from microadam_jax.sharding import contract, state_zeros, unused_factor
 from microadam_jax.transforms.window import Window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 
@@ -120,12 +120,27 @@ def gram_window(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
 
 
-def resolution(gram: jax.Array, size: jax.Array) -> jax.Array:
-    """The error of float32 in eigenvalues of a Gram matrix whose entries are as large as ``size``.
+def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of a Gram matrix, and the least eigenvalue that means anything.
 
-    Below it a system is singular or indefinite by rounding alone.
+    Float32 leaves an error of that size in each of them. Where gradients repeat, exact eigenvalues
+    are zero, and an inverse of what rounding made of them would take over the update; their
+    directions are those in which the rows cancel, so that nothing is lost without them.
     """
-    return gram.shape[0] * jnp.finfo(jnp.float32).eps / 2 * size
+    squares, vectors = jnp.linalg.eigh(gram)
+    least = 2 * gram.shape[0] * jnp.finfo(jnp.float32).eps * jnp.max(jnp.diagonal(gram))
+    return jnp.maximum(squares, 0), vectors, least
+
+
+def applied(
+    vectors: jax.Array, divisors: jax.Array, least: jax.Array, newest: jax.Array
+) -> jax.Array:
+    """The vector that has 1 in row ``newest``, divided by ``divisors`` in the eigenbasis.
+
+    Directions with a divisor below ``least`` are left out.
+    """
+    inverse = jnp.where(divisors > least, 1 / divisors, 0)
+    return contract("ij,j->i", vectors, inverse * vectors[newest])
 
 
 def _sent(update: Any, target: Any) -> Sent:

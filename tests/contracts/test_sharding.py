@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Axes, Fused, Partition, microadam, scale_by_adam_mini
+from microadam_jax.compressors import PowerSGD
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
 
 COLLECTIVE = re.compile(
@@ -124,6 +125,10 @@ def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, m
         # Sums over the devices of one number for each output, or row: here 512 at most.
         assert {kind for kind, _ in found} <= {"all-reduce"}
         assert all(size <= 512 for _, size in found)
+        if entry.couples and not isinstance(entry.arguments.get("compressor"), PowerSGD):
+            # The inner products of the newest row with the three of the window, and nothing else.
+            assert found
+            assert all(size == 3 for _, size in found)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
         jax.tree.map(close, (updates, state), (expected, expected_state))
         return
