@@ -182,7 +182,7 @@ def test_gradients_may_repeat(link: Any, length: int) -> None:
         filled = min(step + 1, length)
         norm = jnp.linalg.norm(direction)
         size = length / (filled * norm**2) if link is scale_by_mfac else 1 / (filled**0.5 * norm)
-        np.testing.assert_allclose(updates, size * direction, rtol=2e-4)
+        np.testing.assert_allclose(updates, size * direction, rtol=1e-3)
     for scale in (1e-3, 1e3, 1e-6, 0.0, 1.0):
         updates, state = update(scale * direction, state)
         assert np.isfinite(updates).all()
