@@ -33,11 +33,11 @@ Images, Labels = jax.Array, jax.Array
 Rates = tuple[float, ...]
 
 OPTIMIZERS: dict[str, tuple[Callable[[optax.Schedule], optax.GradientTransformation], Rates]] = {
-    "SGD": (optax.sgd, (0.1, 0.3, 1.0)),
-    "AdamW": (lambda rate: optax.adamw(rate, weight_decay=0.0), (3e-3, 1e-2, 3e-2)),
-    "M-FAC": (lambda rate: mfac(rate, DAMPING), (0.01, 0.03, 0.1)),
-    "Sparse M-FAC": (lambda rate: sparse_mfac(rate, DAMPING), (0.01, 0.03, 0.1)),
-    "Low-rank M-FAC": (lambda rate: lowrank_mfac(rate, DAMPING), (0.01, 0.03, 0.1)),
+    "SGD": (optax.sgd, (0.1, 0.3, 1.0, 3.0)),
+    "AdamW": (lambda rate: optax.adamw(rate, weight_decay=0.0), (3e-3, 1e-2, 3e-2, 1e-1)),
+    "M-FAC": (lambda rate: mfac(rate, DAMPING), (0.01, 0.03, 0.1, 0.3)),
+    "Sparse M-FAC": (lambda rate: sparse_mfac(rate, DAMPING), (0.01, 0.03, 0.1, 0.3)),
+    "Low-rank M-FAC": (lambda rate: lowrank_mfac(rate, DAMPING), (0.01, 0.03, 0.1, 0.3)),
 }
 # Okabe and Ito's palette, which stays distinct under the common colour blindnesses.
 COLORS = dict(zip(OPTIMIZERS, ("#999999", "#56B4E9", "#000000", "#D55E00", "#009E73"), strict=True))

@@ -54,13 +54,13 @@ RATES = {
     "sparse_ggt": 1e-2,
     "mfac": 1e-1,
 }
-# A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
-# M-FAC's step grows as 1 / |g| while gradients shrink, up to g / damping: without noise it wants more.
 OPTIONS = {
-    "came": {"b3": 0.99},
+    # M-FAC's step grows while gradients shrink, up to g / damping: without noise it wants more.
     "sparse_mfac": {"damping": 100.0},
     "lowrank_mfac": {"damping": 100.0},
     "mfac": {"damping": 100.0},
+    # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
+    "came": {"b3": 0.99},
     "adamw8bit": {"weight_decay": 1e-4},
     "adamw4bit": {"weight_decay": 1e-4},
     "adamw_fp8": {"weight_decay": 1e-4},
