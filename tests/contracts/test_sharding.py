@@ -131,7 +131,9 @@ def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, m
             # The inner products of the newest row with the three of the window, and nothing else.
             assert found
             assert all(size == 3 for _, size in found)
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+        # Orthonormal columns pass rounding errors on to what is left of a matrix.
+        atol = 5e-5 if low_rank else 1e-7
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=atol)
         jax.tree.map(close, (updates, state), (expected, expected_state))
         return
     assert found == []
