@@ -32,7 +32,7 @@ def scale_by_ggt(
         u_t = G^\top (K^{1/2} + \epsilon I)^{-1} e, \qquad K = G G^\top,
 
     for which the :math:`m \times m` matrix :math:`K` is diagonalized in float32. Directions with
-    :math:`\sigma + \epsilon \le (m\, 2^{-22} \max_i K_{ii})^{1/2}`, where float32 knows nothing of
+    :math:`\sigma + \epsilon \le 2^{-11} m^{1/4} \sigma_{\max}`, where float32 knows nothing of
     :math:`\sigma`, are left out, as in :func:`scale_by_mfac`.
 
     All leaves share :math:`K`: a non-finite gradient in one spoils all of them until it has left

@@ -128,8 +128,9 @@ def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     directions are those in which the rows cancel, so that nothing is lost without them.
     """
     squares, vectors = jnp.linalg.eigh(gram)
-    least = 2 * gram.shape[0] * jnp.finfo(jnp.float32).eps * jnp.max(jnp.diagonal(gram))
-    return jnp.maximum(squares, 0), vectors, least
+    squares = jnp.maximum(squares, 0)
+    least = 2 * gram.shape[0] ** 0.5 * jnp.finfo(jnp.float32).eps * squares[-1]
+    return squares, vectors, least
 
 
 def applied(
