@@ -12,7 +12,11 @@ from microadam_jax.aliases import (
     adamw8bit,
     adamw_fp8,
     came,
+    lowrank_mfac,
+    mfac,
     microadam,
+    sparse_ggt,
+    sparse_mfac,
 )
 from microadam_jax.axes import Axes, Fused
 from microadam_jax.blocks import Blocks
@@ -27,15 +31,17 @@ from microadam_jax.codecs import (
     rank1_dynamic4,
     rank1_linear4,
 )
-from microadam_jax.compressors import BlockSparse, top_k
+from microadam_jax.compressors import BlockSparse, LowRank, power_sgd, top_k
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.partition import Partition, PartitionReport, explain_partition
 from microadam_jax.subsets import Subsets
 from microadam_jax.transforms import (
+    CompressState,
     DecayUpdatedWeightsState,
     ErrorFeedbackState,
+    GramWindowState,
     QuantizedState,
     ScaleByAdamMiniState,
     ScaleByCameState,
@@ -50,6 +56,8 @@ from microadam_jax.transforms import (
     scale_by_adam_mini,
     scale_by_came,
     scale_by_factored_adam,
+    scale_by_ggt,
+    scale_by_mfac,
     scale_by_subset_norm,
     scale_by_window_adam,
     to_dense,
@@ -62,9 +70,12 @@ __all__ = [
     "Axes",
     "BlockSparse",
     "Blocks",
+    "CompressState",
     "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
     "Fused",
+    "GramWindowState",
+    "LowRank",
     "MemoryReport",
     "MicroAdamLayout",
     "Partition",
@@ -98,17 +109,24 @@ __all__ = [
     "explain_partition",
     "float8",
     "linear4",
+    "lowrank_mfac",
     "memory_report",
+    "mfac",
     "microadam",
     "model_shapes",
+    "power_sgd",
     "quantize_state",
     "rank1_dynamic4",
     "rank1_linear4",
     "scale_by_adam_mini",
     "scale_by_came",
     "scale_by_factored_adam",
+    "scale_by_ggt",
+    "scale_by_mfac",
     "scale_by_subset_norm",
     "scale_by_window_adam",
+    "sparse_ggt",
+    "sparse_mfac",
     "to_dense",
     "top_k",
     "transformer_rules",

@@ -14,7 +14,9 @@ from microadam_jax.aliases import (
     adamw8bit,
     adamw_fp8,
     came,
+    lowrank_mfac,
     microadam,
+    sparse_mfac,
 )
 from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
 from microadam_jax.models import MODELS, model_shapes
@@ -32,6 +34,8 @@ OPTIMIZERS = {
     "AdamW, 4 bits": adamw4bit(1e-3),
     "AdamSN": adam_sn(1e-2),
     "CAME": came(1e-3),
+    "Sparse M-FAC, window 32": sparse_mfac(1e-3),
+    "Low-rank M-FAC, window 32": lowrank_mfac(1e-3),
     "AdamW, first moment bfloat16": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
 }
 

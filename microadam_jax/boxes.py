@@ -85,5 +85,6 @@ def boxed_like(moments: Any, before: Any) -> Any:
 def _content(node: Any) -> Any:
     if not is_box(node):
         return node
-    (content,) = jax.tree.leaves(node) or [None]
+    # The child, not the leaves: a compressed update is a node of several arrays.
+    (content,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
     return content

@@ -1,6 +1,7 @@
 """State arrays that are placed as their parameter is."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,42 @@ def moment_zeros(
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
 
 
+def place_moment(x: jax.Array, parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """``x`` placed as :func:`moment_zeros` places zeros of its shape."""
+    sharding = _known_sharding(parameter)
+    if isinstance(parameter, jax.core.Tracer):
+        return place_like(x, parameter, x.shape)
+    if isinstance(sharding, NamedSharding):
+        sharding = _whole_where_uneven(sharding, x.shape)
+    return x if sharding is None else jax.device_put(x, sharding)
+
+
+def contract(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """``jnp.einsum`` in full float32, whose result keeps the shardings of the axes that remain.
+
+    Where mesh axes are Explicit, JAX asks for the result's sharding if a sum crosses devices.
+
+    Args:
+        subscripts: with one letter for each axis and an explicit result.
+        *operands: float32 arrays.
+    """
+    axes, remaining = subscripts.split("->")
+    names: dict[str, Any] = {}
+    mesh = None
+    for letters, operand in zip(axes.split(","), operands, strict=True):
+        sharding = jax.typeof(operand).sharding
+        for letter, name in zip(letters, sharding.spec, strict=False):
+            if name is not None:
+                names[letter], mesh = name, sharding.mesh
+    spec = PartitionSpec(*(names.get(letter) for letter in remaining))
+    return jnp.einsum(
+        subscripts,
+        *operands,
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=None if mesh is None else NamedSharding(mesh, spec),
+    )
+
+
 def whole_where_uneven(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``x``, whole on the axes whose sharding would not divide an array of ``shape``.
 
@@ -85,6 +122,11 @@ def unused_state(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     tree of specs onto it; an empty array could be neither sharded like the parameter nor saved.
     """
     return state_zeros(parameter, parameter.shape, jnp.uint8)
+
+
+def unused_factor(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """One byte of the rank of ``parameter``, in place of a factor that it does not need."""
+    return moment_zeros(parameter, (1,) * len(parameter.shape), jnp.uint8)
 
 
 def _known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:

@@ -1,5 +1,6 @@
 """The published methods, one chain each."""
 
+from microadam_jax.aliases.efcp import lowrank_mfac, mfac, sparse_ggt, sparse_mfac
 from microadam_jax.aliases.low_bit import (
     adam_mini4bit,
     adam_mini8bit,
@@ -23,5 +24,9 @@ __all__ = [
     "adamw8bit",
     "adamw_fp8",
     "came",
+    "lowrank_mfac",
+    "mfac",
     "microadam",
+    "sparse_ggt",
+    "sparse_mfac",
 ]

@@ -1,7 +1,27 @@
 """What of a gradient reaches the state."""
 
 from microadam_jax.compressors.block_sparse import BlockSparse, is_block_sparse
-from microadam_jax.compressors.compressor import Compressor
+from microadam_jax.compressors.compressor import Compressor, Sent
+from microadam_jax.compressors.dense import Dense
+from microadam_jax.compressors.low_rank import LowRank
+from microadam_jax.compressors.power_sgd import PowerSGD, power_sgd
 from microadam_jax.compressors.top_k import TopK, top_k
 
-__all__ = ["BlockSparse", "Compressor", "TopK", "is_block_sparse", "top_k"]
+__all__ = [
+    "BlockSparse",
+    "Compressor",
+    "Dense",
+    "LowRank",
+    "PowerSGD",
+    "Sent",
+    "TopK",
+    "is_block_sparse",
+    "is_compressed",
+    "power_sgd",
+    "top_k",
+]
+
+
+def is_compressed(node: object) -> bool:
+    """Whether ``node`` is an update as a compressor sends it; for ``is_leaf`` of tree functions."""
+    return isinstance(node, BlockSparse | LowRank)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, merge
-from pallas_kernels.window_update import expand
+from microadam_jax.compressors.rows import overwrite, row_of, row_shape
+from pallas_kernels.window_update import expand, values_at
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +57,31 @@ class BlockSparse:
     def with_bypass(self, update: jax.Array) -> jax.Array:
         """``update`` plus what bypasses the preconditioner."""
         return update if self.bypass is None else update + self.bypass
+
+    def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
+        """Whether ``window`` holds as many elements of as many blocks."""
+        return all(row_shape(kept) == self.values.shape for kept in window)
+
+    def write(
+        self, window: tuple[jax.Array, jax.Array], position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """``window``, values and indices ``(*lead, blocks, m, k)``, with this row in it."""
+        values, indices = window
+        return overwrite(values, self.values, position), overwrite(indices, self.indices, position)
+
+    def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
+        """``(m,)``: the inner products of row ``position`` with every row."""
+        values, indices = window
+        values = values.astype(jnp.float32)
+        own = row_of(values, position), row_of(indices, position)
+        found = values_at(*own, indices, self.layout.size)
+        return jnp.sum(values * found, axis=(*range(values.ndim - 2), -1))
+
+    def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
+        """The dense sum of the rows, each times its coefficient."""
+        values, indices = window
+        values = values.astype(jnp.float32) * coefficients[:, None]
+        return merge(expand(values, indices, self.layout.size), self.layout, self.shape)
 
 
 def is_block_sparse(node: object) -> bool:

@@ -1,24 +1,84 @@
-"""What a compressor is."""
+"""What a compressor is, and what it sends."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
-from microadam_jax.compressors.block_sparse import BlockSparse
+from microadam_jax.trees import KeyPath
+
+Row = tuple[jax.Array, jax.Array]
+"""A leaf's share of a window: two arrays of several updates, or of one."""
+
+
+class Sent(Protocol):
+    r"""An update in the form in which it is kept in a window.
+
+    A window keeps the latest :math:`m` updates of a leaf as a pair of arrays with an axis of
+    length :math:`m`, and computes with them in that form. They may be stored in fewer bits than
+    were sent, so products are those of the rows as stored.
+    """
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which it shall go on."""
+        ...
+
+    def fits(self, window: Row) -> bool:
+        """Whether ``window`` was made for updates of this form and shape."""
+        ...
+
+    def write(self, window: Row, position: jax.Array) -> Row:
+        """``window`` with this update in row ``position``."""
+        ...
+
+    def products(self, window: Row, position: jax.Array) -> jax.Array:
+        """``(m,)`` float32: the inner product of row ``position`` with every row."""
+        ...
+
+    def combine(self, window: Row, coefficients: jax.Array) -> jax.Array:
+        r"""The dense float32 :math:`\sum_i y_i g_i` for ``(m,)`` coefficients :math:`y`."""
+        ...
+
+    def with_bypass(self, update: jax.Array) -> jax.Array:
+        """The dense float32 ``update`` plus what bypasses the preconditioner."""
+        ...
 
 
 class Compressor(Protocol):
-    """Chooses what of an update goes on; frozen, hashable, and free of state."""
+    """Chooses what of an update goes on; frozen and hashable.
 
-    def keeps_dense(self, path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    Most are free of state. What another has to remember from one step to the next, such as the
+    factor from which a power iteration starts, is a NamedTuple of arrays for each compressed
+    leaf, which the link holds and hands to ``compress``.
+    """
+
+    @property
+    def Carried(self) -> Any:
+        """The NamedTuple of the arrays that are carried to the next step."""
+        ...
+
+    def first(self, path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
+        """What is carried to the first step, for the leaf at ``path``."""
+        ...
+
+    def keeps_dense(self, path: KeyPath, leaf: jax.Array) -> bool:
         """Whether the leaf at ``path`` is passed on whole."""
         ...
 
-    def compress(self, update: jax.Array, dtype: Any = None) -> BlockSparse:
+    def compress(self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()) -> Any:
         """What survives of the float32 ``update``, which came and shall go on in ``dtype``."""
         ...
 
-    def remarks(self, path: tuple[Any, ...], leaf: jax.Array) -> Iterable[str]:
+    def carry(self, sent: Any, carried: Any) -> tuple[jax.Array, ...]:
+        """What is carried to the next step, after ``sent``."""
+        ...
+
+    def window(self, path: KeyPath, parameter: jax.Array, length: int, dtype: DTypeLike) -> Row:
+        """Zeros for the latest ``length`` updates of the leaf at ``path``, which is compressed."""
+        ...
+
+    def remarks(self, path: KeyPath, leaf: jax.Array) -> Iterable[str]:
         """What a memory report should say of the leaf at ``path``."""
         ...

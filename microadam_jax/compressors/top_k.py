@@ -4,17 +4,23 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from microadam_jax.blocks import Blocks, in_row, split
+from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
+from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath, path_name
 from pallas_kernels.topk_compress import select_top_k
 
 MAX_BLOCK = 32768  # indices into a block are kept as int16
+
+
+class NothingCarried(NamedTuple):
+    """Top-K remembers nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +91,47 @@ class TopK:
         elif layout.padding and layout.count > 1:
             yield f"rows of {layout.row} have no even divisor that fits, last block padded"
 
-    def compress(self, update: jax.Array, dtype: Any = None) -> BlockSparse:
+    @property
+    def Carried(self) -> type[NothingCarried]:
+        """Nothing is carried from one step to the next."""
+        return NothingCarried
+
+    def first(self, path: KeyPath, parameter: jax.Array) -> NothingCarried:
+        """Nothing."""
+        del path, parameter
+        return NothingCarried()
+
+    def carry(self, sent: BlockSparse, carried: Any) -> NothingCarried:
+        """Nothing."""
+        del sent, carried
+        return NothingCarried()
+
+    def window(
+        self,
+        path: KeyPath,
+        parameter: jax.Array | jax.ShapeDtypeStruct,
+        length: int,
+        dtype: DTypeLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Zeros for values and indices ``(*lead, blocks, length, k)``."""
+        del path
+        layout = self.blocks.layout_of(parameter)
+        k = self.survivors(layout.size)
+        shape = blocked_shape(parameter.shape, layout, length, k)
+        index_dtype = jnp.uint8 if layout.size <= 256 else jnp.int16
+        return state_zeros(parameter, shape, dtype), state_zeros(parameter, shape, index_dtype)
+
+    def compress(
+        self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()
+    ) -> BlockSparse:
         """The elements of the float32 ``update`` that survive.
 
         Args:
             update: ``(*lead, n)`` float32.
             dtype: the dtype in which the update came and shall go on; that of ``update`` if None.
+            carried: nothing.
         """
+        del carried
         layout = self.blocks.layout_of(update)
         values, indices = select_top_k(
             split(update, layout),
@@ -121,8 +161,8 @@ def top_k(
     Without a density or a count it keeps 3 elements of each block of 256.
 
     Returns:
-        The compressor, for :func:`error_feedback`, :func:`compress` and
-        :func:`scale_by_window_adam`.
+        The compressor, for :func:`error_feedback`, :func:`compress` and the windows,
+        :func:`scale_by_window_adam`, :func:`scale_by_mfac` and :func:`scale_by_ggt`.
 
     Examples:
         >>> from microadam_jax import top_k

@@ -2,24 +2,26 @@
 
 from microadam_jax.transforms.adam_mini import ScaleByAdamMiniState, scale_by_adam_mini
 from microadam_jax.transforms.came import ScaleByCameState, scale_by_came
-from microadam_jax.transforms.compress import compress, to_dense
+from microadam_jax.transforms.compress import CompressState, compress, to_dense
 from microadam_jax.transforms.decay import DecayUpdatedWeightsState, decay_updated_weights
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState, error_feedback
 from microadam_jax.transforms.factored_adam import (
     ScaleByFactoredAdamState,
     scale_by_factored_adam,
 )
+from microadam_jax.transforms.ggt import scale_by_ggt
+from microadam_jax.transforms.gram_window import GramWindowState
+from microadam_jax.transforms.mfac import scale_by_mfac
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
-from microadam_jax.transforms.window_adam import (
-    ScaleByWindowAdamState,
-    Window,
-    scale_by_window_adam,
-)
+from microadam_jax.transforms.window import Window
+from microadam_jax.transforms.window_adam import ScaleByWindowAdamState, scale_by_window_adam
 
 __all__ = [
+    "CompressState",
     "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
+    "GramWindowState",
     "QuantizedState",
     "ScaleByAdamMiniState",
     "ScaleByCameState",
@@ -34,6 +36,8 @@ __all__ = [
     "scale_by_adam_mini",
     "scale_by_came",
     "scale_by_factored_adam",
+    "scale_by_ggt",
+    "scale_by_mfac",
     "scale_by_subset_norm",
     "scale_by_window_adam",
     "to_dense",

@@ -1,13 +1,26 @@
 """Into the sparse form that links exchange, and back."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.compressors import Compressor, is_block_sparse, top_k
+from microadam_jax.boxes import boxed_blocks, boxed_like
+from microadam_jax.compressors import Compressor, is_compressed, top_k
+from microadam_jax.sharding import unused_factor
 from microadam_jax.trees import KeyPath, map_with_path
+
+
+class CompressState(NamedTuple):
+    """What the compressor remembers.
+
+    Attributes:
+        carried: the compressor's NamedTuple, with a tree of the parameters' structure for each
+            of its arrays; Top-K's is empty.
+    """
+
+    carried: Any
 
 
 def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationExtraArgs:
@@ -17,7 +30,7 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
         compressor: :math:`C`. Leaves that it keeps dense pass through unchanged.
 
     Returns:
-        The transformation, which has no state.
+        The transformation. It has no state but what the compressor carries.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -27,22 +40,50 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
         >>> print(updates)
         [0. 3.]
     """
+    arrays = len(compressor.Carried._fields)
 
-    def send(path: KeyPath, gradient: jax.Array, target: jax.Array) -> tuple[Any]:
+    def init(params: optax.Params) -> CompressState:
+        return CompressState(first_carried(compressor, params))
+
+    def send(
+        path: KeyPath, gradient: jax.Array, target: jax.Array, *carried: jax.Array
+    ) -> tuple[Any, ...]:
         if compressor.keeps_dense(path, gradient):
-            return (gradient,)
-        return (compressor.compress(gradient.astype(jnp.float32), target.dtype),)
+            return gradient, *carried
+        sent = compressor.compress(gradient.astype(jnp.float32), target.dtype, carried)
+        return sent, *compressor.carry(sent, carried)
 
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    def update(
+        updates: optax.Updates,
+        state: CompressState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, CompressState]:
+        del extra_args
         targets = updates if params is None else params
-        (sent,) = map_with_path(send, 1, updates, targets)
-        return sent
+        sent, *carried = map_with_path(send, 1 + arrays, updates, targets, *state.carried)
+        boxed = map(boxed_like, carried, state.carried)
+        return sent, CompressState(compressor.Carried(*boxed))
 
-    return optax.with_extra_args_support(optax.stateless(update))
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def first_carried(compressor: Compressor, params: optax.Params) -> Any:
+    """What ``compressor`` carries to the first step: one tree for each of its arrays."""
+    arrays = len(compressor.Carried._fields)
+
+    def first(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
+        if compressor.keeps_dense(path, parameter):
+            return tuple(unused_factor(parameter) for _ in range(arrays))
+        return compressor.first(path, parameter)
+
+    trees = map_with_path(first, arrays, params)
+    return compressor.Carried(*(boxed_blocks(tree, params) for tree in trees))
 
 
 def to_dense() -> optax.GradientTransformationExtraArgs:
-    """Turns the :class:`BlockSparse` updates of a compressing link into ordinary arrays.
+    """Turns the compressed updates of a link into ordinary arrays.
 
     Put it between :func:`error_feedback` or :func:`compress` and any Optax transformation.
     Updates that are ordinary arrays already pass through unchanged.
@@ -59,10 +100,10 @@ def to_dense() -> optax.GradientTransformationExtraArgs:
     """
 
     def dense(update: Any) -> jax.Array:
-        return update.to_dense() if is_block_sparse(update) else update
+        return update.to_dense() if is_compressed(update) else update
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        return jax.tree.map(dense, updates, is_leaf=is_block_sparse)
+        return jax.tree.map(dense, updates, is_leaf=is_compressed)
 
     return optax.with_extra_args_support(optax.stateless(update))

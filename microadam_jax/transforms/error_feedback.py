@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, top_k
 from microadam_jax.memory import remark
 from microadam_jax.sharding import unused_state
+from microadam_jax.transforms.compress import first_carried
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 
@@ -22,10 +24,12 @@ class ErrorFeedbackState(NamedTuple):
         count: int32 scalar, steps taken.
         residual: the codec's NamedTuple, with a tree of the parameters' structure for each of
             its arrays.
+        carried: the compressor's NamedTuple, likewise; Top-K's is empty.
     """
 
     count: jax.Array
     residual: Any
+    carried: Any
 
 
 def error_feedback(
@@ -44,12 +48,13 @@ def error_feedback(
         c_t &= C(a_t) \\
         e_{t+1} &= Q(a_t - c_t)
 
-    and :math:`c_t` goes on down the chain as :class:`BlockSparse` updates. Leaves that the
-    compressor keeps dense pass through unchanged, and their residual is unused.
+    and :math:`c_t` goes on down the chain as :class:`BlockSparse` or :class:`LowRank` updates.
+    Leaves that the compressor keeps dense pass through unchanged, and their residual is unused.
 
-    A non-finite element is selected first and so leaves with :math:`c_t`; where a block has
-    more of them than it sends, its bucket of the residual becomes and stays NaN. Wrap the
-    whole chain in ``optax.apply_if_finite`` to skip such steps.
+    A non-finite element is selected first by Top-K and so leaves with :math:`c_t`; where a block
+    has more of them than it sends, its bucket of the residual becomes and stays NaN, as does the
+    whole residual of a low-rank compressor. Wrap the whole chain in ``optax.apply_if_finite`` to
+    skip such steps.
 
     Args:
         compressor: :math:`C`.
@@ -84,6 +89,7 @@ def error_feedback(
     if isinstance(alpha, int | float) and not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), or be None to switch it off; got {alpha}.")
     arrays = len(codec.Encoded._fields)
+    carried_arrays = len(compressor.Carried._fields)
 
     def init(params: optax.Params) -> ErrorFeedbackState:
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
@@ -94,7 +100,8 @@ def error_feedback(
             return tuple(codec.zeros(parameter))
 
         residual = codec.Encoded(*map_with_path(zeros, arrays, params))
-        return ErrorFeedbackState(count=jnp.zeros([], jnp.int32), residual=residual)
+        carried = first_carried(compressor, params)
+        return ErrorFeedbackState(jnp.zeros([], jnp.int32), residual, carried)
 
     def update(
         updates: optax.Updates,
@@ -109,23 +116,28 @@ def error_feedback(
         ) -> tuple[Any, ...]:
             if compressor.keeps_dense(path, gradient):
                 return gradient, *stored
+            residual, carried = stored[:arrays], stored[arrays:]
             key = leaf_key(seed, state.count, path) if codec.needs_key else None
-            owed = codec.decode(codec.Encoded(*stored), gradient.shape)
+            owed = codec.decode(codec.Encoded(*residual), gradient.shape)
             accumulated = gradient.astype(jnp.float32) + owed
-            sent = compressor.compress(accumulated, target.dtype)
+            sent = compressor.compress(accumulated, target.dtype, carried)
             left = codec.encode(sent.rest_of(accumulated), key)
             if alpha is not None:
                 owed = codec.decode(left, gradient.shape)
                 bypass = jnp.asarray(alpha, jnp.float32) * owed
                 sent = dataclasses.replace(sent, bypass=bypass)
                 left = codec.encode(owed - bypass, key)
-            return sent, *left
+            return sent, *left, *compressor.carry(sent, carried)
 
         targets = updates if params is None else params
-        sent, *left = map_with_path(send, 1 + arrays, updates, targets, *state.residual)
-        residual = codec.Encoded(*left)
+        results = 1 + arrays + carried_arrays
+        sent, *kept = map_with_path(
+            send, results, updates, targets, *state.residual, *state.carried
+        )
+        residual = codec.Encoded(*kept[:arrays])
+        carried = compressor.Carried(*map(boxed_like, kept[arrays:], state.carried))
         count = jnp.asarray(optax.safe_increment(state.count))
-        return sent, ErrorFeedbackState(count, residual)
+        return sent, ErrorFeedbackState(count, residual, carried)
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore

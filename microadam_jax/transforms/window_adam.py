@@ -1,6 +1,5 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,37 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.blocks import blocked_shape, merge
-from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, top_k
+from microadam_jax.blocks import merge
+from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
 from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 from pallas_kernels.window_update import window_adam
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    r"""How many sparse gradients are kept, and how.
-
-    Args:
-        length: rows :math:`m`, one for each of the latest steps.
-        dtype: of the stored values, ``"bfloat16"`` or ``"float32"``.
-        normalized: False for the published statistics, which divide the sum over the window
-            by :math:`1 - \beta^t` and so grow the step of an element that is always selected
-            up to 6.5 times over the first :math:`1 / (1 - \beta_2)` steps. True divides by
-            :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window, with no such
-            growth and thus another learning rate.
-    """
-
-    length: int = 10
-    dtype: str = "bfloat16"
-    normalized: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"Window.length must be a positive int; got {self.length!r}.")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"Window.dtype must be 'bfloat16' or 'float32'; got {self.dtype!r}.")
 
 
 class ScaleByWindowAdamState(NamedTuple):
@@ -107,26 +82,14 @@ def scale_by_window_adam(
 
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
     """
-    if isinstance(window, jax.Array):
-        raise TypeError(
-            "The window's length shapes the state and cannot be a traced array; pass "
-            "scale_by_window_adam(window=Window(length)), which optax.inject_hyperparams "
-            "leaves alone."
-        )
-    window = Window(window) if isinstance(window, int) else window
+    window = as_window(window)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
             if compressor.keeps_dense(path, parameter):
                 moments = state_zeros(parameter, (*parameter.shape, 2), jnp.float32)
                 return moments, unused_state(parameter)
-            layout = compressor.blocks.layout_of(parameter)
-            k = compressor.survivors(layout.size)
-            shape = blocked_shape(parameter.shape, layout, window.length, k)
-            return (
-                state_zeros(parameter, shape, window.dtype),
-                state_zeros(parameter, shape, _index_dtype(layout.size)),
-            )
+            return compressor.window(path, parameter, window.length, window.dtype)
 
         return ScaleByWindowAdamState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
 
@@ -148,14 +111,13 @@ def scale_by_window_adam(
         def sparse(
             path: KeyPath, sent: BlockSparse, values: jax.Array, indices: jax.Array
         ) -> tuple[jax.Array, ...]:
-            if sent.values.shape != (*values.shape[:-2], values.shape[-1]):
+            if not sent.fits((values, indices)):
                 raise ValueError(
                     f"The update of {path_name(path)!r} keeps {sent.values.shape[-1]} elements "
                     f"in blocks of {sent.layout.size}, but this window was made for "
                     f"{compressor}. Give the same compressor to both links."
                 )
-            values = _write_row(values, sent.values, newest)
-            indices = _write_row(indices, sent.indices, newest)
+            values, indices = sent.write((values, indices), newest)
             blocks = window_adam(values, indices, mu_weights, nu_weights, eps, sent.layout.size)
             scaled = sent.with_bypass(merge(blocks, sent.layout, sent.shape))
             return scaled.astype(sent.dtype), values, indices
@@ -175,12 +137,13 @@ def scale_by_window_adam(
         ) -> tuple[jax.Array, ...]:
             if is_block_sparse(sent):
                 return sparse(path, sent, *stored)
-            if compressor.keeps_dense(path, sent):
+            if not is_compressed(sent) and compressor.keeps_dense(path, sent):
                 return dense(sent, target, *stored)
+            kind = "low-rank" if is_compressed(sent) else "dense"
             raise ValueError(
-                f"scale_by_window_adam got a dense update for {path_name(path)!r}. Put "
+                f"scale_by_window_adam got a {kind} update for {path_name(path)!r}. Put "
                 "error_feedback(compressor) or compress(compressor) before it in the chain, "
-                "with the same compressor."
+                "with the same Top-K compressor."
             )
 
         scaled, values, indices = map_with_path(
@@ -190,20 +153,12 @@ def scale_by_window_adam(
             updates if params is None else params,
             state.window_values,
             state.window_indices,
-            is_leaf=is_block_sparse,
+            is_leaf=is_compressed,
         )
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
-
-
-def _index_dtype(block_size: int) -> type:
-    return jnp.uint8 if block_size <= 256 else jnp.int16
-
-
-def _write_row(rows: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), position, axis=-2)
 
 
 def _power(decay: ArrayLike, exponent: jax.Array) -> jax.Array:

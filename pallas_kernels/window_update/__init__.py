@@ -1,5 +1,5 @@
 """Turning sparse entries of a block into a dense block."""
 
-from pallas_kernels.window_update.reference import expand, window_adam
+from pallas_kernels.window_update.reference import expand, values_at, window_adam
 
-__all__ = ["expand", "window_adam"]
+__all__ = ["expand", "values_at", "window_adam"]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+MAX_MATCHES = 8  # up to this many entries, comparing each with each beats a gather
 MAX_COMPARES = 64  # up to this many entries, comparing each with each lane beats a scatter
 
 
@@ -21,6 +22,33 @@ def expand(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
     if rows * k <= MAX_COMPARES:
         return _expand_by_comparing(values, indices, size)
     return _expand_by_scattering(values, indices, size)
+
+
+def values_at(values: jax.Array, indices: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+    """What a block of sparse entries holds at some positions: zero where it has no entry.
+
+    Args:
+        values: ``(..., k)`` float32.
+        indices: ``(..., k)`` integers below ``size``, distinct where the value is not zero.
+        positions: ``(..., rows, j)`` integers below ``size``.
+        size: elements in a block.
+
+    Returns:
+        ``(..., rows, j)`` float32.
+    """
+    k = values.shape[-1]
+    if k <= MAX_MATCHES:
+        same = positions[..., None] == indices[..., None, None, :].astype(positions.dtype)
+        return jnp.sum(jnp.where(same, values[..., None, None, :], 0.0), axis=-1)
+
+    def take(block: jax.Array, positions: jax.Array) -> jax.Array:
+        return block[positions]
+
+    for _ in range(values.ndim - 1):
+        take = jax.vmap(take)
+    return take(
+        expand(values[..., None, :], indices[..., None, :], size), positions.astype(jnp.int32)
+    )
 
 
 def window_adam(

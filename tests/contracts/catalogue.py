@@ -37,10 +37,15 @@ from microadam_jax import (
     dynamic8,
     error_feedback,
     float8,
+    lowrank_mfac,
+    mfac,
     microadam,
+    power_sgd,
     quantize_state,
     rank1_linear4,
     scale_by_window_adam,
+    sparse_ggt,
+    sparse_mfac,
     to_dense,
     top_k,
 )
@@ -62,6 +67,7 @@ def stored(codec: Any) -> Storage:
     return Storage(codec, min_size=0, min_row=1)
 
 
+THREE = Window(3, "float32")
 MU8, NU8 = stored(dynamic8(64)), stored(dynamic8(64, signed=False))
 MU4 = stored(dynamic4(64, rounding="stochastic"))
 
@@ -78,6 +84,9 @@ class Entry:
             the axes of a block, and the mean over a block may cross devices.
         coarse: whether moments are rounded, so that the last bit of a number can move an element
             by a level.
+        couples: whether every leaf's update depends on all leaves, through inner products of
+            whole models: these are summed over devices, a leaf alone is another model, and a bad
+            gradient reaches every leaf.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -85,6 +94,7 @@ class Entry:
     decays: bool = True
     shares: bool = False
     coarse: bool = False
+    couples: bool = False
 
     def make(self) -> optax.GradientTransformation:
         return self.factory(**self.arguments)
@@ -144,11 +154,44 @@ ENTRIES = {
         coarse=True,
     ),
     "quantize_state": Entry(quantized_adamw, {"learning_rate": 1e-2}, coarse=True),
+    "sparse_mfac": Entry(
+        sparse_mfac,
+        {
+            "learning_rate": 1e-2,
+            "damping": 1e-2,
+            "compressor": COMPRESSOR,
+            "residual": "bfloat16",
+            "window": Window(3),
+        },
+        shares=True,
+        couples=True,
+    ),
+    "lowrank_mfac": Entry(
+        lowrank_mfac,
+        {
+            "learning_rate": 1e-2,
+            "damping": 1e-2,
+            "compressor": power_sgd(2, stacked="stacked"),
+            "residual": "float32",
+            "window": THREE,
+        },
+        shares=True,
+        couples=True,
+    ),
     "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}, decays=False),
 }
 
 # Settings whose numbers need a look of their own, and whose composition does not.
 VARIANTS = {
+    "sparse_ggt": Entry(
+        sparse_ggt,
+        {"learning_rate": 1e-2, "compressor": COMPRESSOR, "residual": "float32", "window": THREE},
+        shares=True,
+        couples=True,
+    ),
+    "mfac": Entry(
+        mfac, {"learning_rate": 1e-2, "damping": 1e-2, "window": THREE}, shares=True, couples=True
+    ),
     "microadam, alpha and stochastic": Entry(
         microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
     ),

@@ -49,9 +49,15 @@ RATES = {
     "adamw4bit_factored": 1e-1,
     "adam_mini4bit": 1e-1,
     "adam_mini8bit": 1e-1,
+    "sparse_mfac": 1e-1,
+    "lowrank_mfac": 1e-1,  # of leaves so small that it is mfac
+    "sparse_ggt": 1e-2,
 }
-# A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
 OPTIONS = {
+    # M-FAC's step grows while gradients shrink, up to g / damping: without noise it wants more.
+    "sparse_mfac": {"damping": 100.0},
+    "lowrank_mfac": {"damping": 100.0},
+    # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
     "came": {"b3": 0.99},
     "adamw8bit": {"weight_decay": 1e-4},
     "adamw4bit": {"weight_decay": 1e-4},

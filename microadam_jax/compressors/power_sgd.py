@@ -1,0 +1,186 @@
+"""PowerSGD: a low-rank approximation by one step of a warm-started power iteration."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
+from microadam_jax.sharding import contract, moment_zeros, place_moment
+from microadam_jax.trees import KeyPath, leaf_key, path_name
+
+# What is left of a column after the projection, relative to its length, is rounding error below.
+ROUNDING = 1e-6
+
+
+class RightFactor(NamedTuple):
+    """``right``: ``(1, ..., 1, n, r)`` float32, where the next power iteration starts."""
+
+    right: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerSGD:
+    r"""Approximates each matrix by one of rank :math:`r`.
+
+    A tensor :math:`(\dots, n)` is a matrix :math:`A_t` with a row for each index of its leading
+    axes and :math:`n` columns. One power iteration starts from the last step's right factor:
+
+    .. math::
+
+        P_t &= \mathrm{orthonormalize}(A_t Q_{t-1}) \\
+        Q_t &= A_t^\top P_t \\
+        C(A_t) &= P_t Q_t^\top
+
+    The columns are orthonormalized from left to right (Gram and Schmidt). :math:`Q_0` is drawn
+    from a normal distribution. A column of :math:`Q_t` that is zero, as after a zero gradient,
+    is replaced by its predecessor before the next step: zero would remain zero for ever.
+
+    Args:
+        rank: :math:`r`. Vectors, and matrices of which the factors would be no smaller, are kept
+            dense.
+        stacked: a regular expression; leaves whose path matches it (``re.search`` on a path
+            such as ``"layers/mlp/kernel"``) stack layers along their first axis, and each layer
+            is a matrix of its own.
+        seed: of :math:`Q_0`, which is drawn from the seed and the leaf's path.
+
+    Raises:
+        ValueError: if ``rank`` is not a positive integer.
+    """
+
+    rank: int = 4
+    stacked: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"PowerSGD.rank must be a positive int; got {self.rank!r}.")
+
+    @property
+    def Carried(self) -> type[RightFactor]:
+        """What is carried from one step to the next."""
+        return RightFactor
+
+    def first(self, path: KeyPath, parameter: jax.Array) -> RightFactor:
+        """A random right factor for the leaf at ``path``, the same on any mesh."""
+        key = leaf_key(self.seed, jnp.zeros([], jnp.int32), path)
+        shape = (*self._right_axes(path, parameter), self.rank)
+        return RightFactor(place_moment(jax.random.normal(key, shape, jnp.float32), parameter))
+
+    def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+        """Whether the factors of the leaf at ``path`` would be no smaller than the leaf."""
+        if leaf.ndim < 2:
+            return True
+        layers, *_, columns = self._right_axes(path, leaf)
+        rows = math.prod(leaf.shape[:-1]) // max(1, layers)
+        return self.rank * (rows + columns) >= rows * columns
+
+    def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
+        """What a memory report should say of the leaf at ``path``."""
+        if self.keeps_dense(path, leaf):
+            yield f"too small for rank {self.rank}, kept dense"
+
+    def compress(
+        self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()
+    ) -> LowRank:
+        """The factors of the float32 ``update``.
+
+        Args:
+            update: ``(*lead, n)`` float32.
+            dtype: the dtype in which the update came and shall go on; that of ``update`` if None.
+            carried: the right factor of the last step.
+        """
+        start = RightFactor(*carried).right
+        rows, col, whole = axes_of(start.shape[:-1])
+        left = contract(f"{whole},{col}r->{rows}r", update, only_columns(start))
+        left = _orthonormalized(left, tuple(range(len(col) - 1, len(rows))))
+        right = contract(f"{whole},{rows}r->{col}r", update, left)
+        return LowRank(
+            left=jnp.expand_dims(left, len(rows)),
+            right=jnp.expand_dims(right, absent_axes(start.shape[:-1])),
+            bypass=None,
+            mark=jnp.zeros([], jnp.int32),
+            shape=update.shape,
+            dtype=jnp.dtype(dtype or update.dtype),
+        )
+
+    def carry(self, sent: LowRank, carried: Any) -> RightFactor:
+        """The right factor of ``sent`` for the next step, its columns of length 1.
+
+        Lengths do not matter to the iteration, and without them it cannot under- or overflow.
+        """
+        length = jnp.sqrt(jnp.sum(jnp.square(sent.right), axis=-2, keepdims=True))
+        usable = (length > 0) & jnp.isfinite(length)
+        start = RightFactor(*carried).right
+        return RightFactor(jnp.where(usable, sent.right / jnp.where(usable, length, 1), start))
+
+    def window(
+        self,
+        path: KeyPath,
+        parameter: jax.Array | jax.ShapeDtypeStruct,
+        length: int,
+        dtype: DTypeLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Zeros for the factors ``(*lead, 1, length, r)`` and ``(..., n, length, r)``."""
+        left = (*parameter.shape[:-1], 1, length, self.rank)
+        right = (*self._right_axes(path, parameter), length, self.rank)
+        return moment_zeros(parameter, left, dtype), moment_zeros(parameter, right, dtype)
+
+    def _right_axes(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        layers = 1
+        if self.stacked is not None and leaf.ndim > 2 and re.search(self.stacked, path_name(path)):
+            layers = leaf.shape[0]
+        return (layers, *(1,) * (leaf.ndim - 2), leaf.shape[-1])
+
+
+def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> PowerSGD:
+    """PowerSGD, a low-rank approximation of each matrix; see :class:`PowerSGD`.
+
+    Give it by itself to :func:`error_feedback`: under ``optax.inject_hyperparams`` the bare
+    rank would become a traced array.
+
+    Args:
+        rank: of the approximation.
+        stacked: a regular expression for the paths of stacked layers.
+        seed: of the first right factors.
+
+    Returns:
+        The compressor, for :func:`error_feedback`, :func:`compress`, :func:`scale_by_mfac` and
+        :func:`scale_by_ggt`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import compress, power_sgd, to_dense
+        >>> import optax
+        >>> tx = optax.chain(compress(power_sgd(rank=1)), to_dense())
+        >>> g = jnp.outer(jnp.arange(3.0), jnp.ones(4))  # has rank 1
+        >>> sent, _ = tx.update(g, tx.init(g))
+        >>> bool(jnp.allclose(sent, g))
+        True
+
+    Reference: Vogels et al., PowerSGD (arXiv 1905.13727), Algorithm 1.
+    """
+    return PowerSGD(rank, stacked, seed)
+
+
+def _orthonormalized(matrix: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    """The columns along the last axis, orthonormal over the axes ``rows`` (Gram and Schmidt)."""
+
+    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(x * y, axis=rows, keepdims=True)
+
+    lengths = jnp.sqrt(dot(matrix, matrix))
+    columns: list[jax.Array] = []
+    for j in range(matrix.shape[-1]):
+        column, matrix = matrix[..., :1], matrix[..., 1:]
+        length = jnp.sqrt(dot(column, column))
+        independent = length > ROUNDING * lengths[..., j, None]
+        column = jnp.where(independent, column / jnp.where(independent, length, 1), 0)
+        columns.append(column)
+        matrix = matrix - column * dot(column, matrix)
+    return jnp.concatenate(columns, axis=-1)

@@ -1,0 +1,153 @@
+"""The newest update of a window, preconditioned by all of them through one small system."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_jax.boxes import boxed_blocks, boxed_like
+from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed
+from microadam_jax.sharding import contract, state_zeros, unused_factor
+from microadam_jax.transforms.window import Window
+from microadam_jax.trees import KeyPath, map_with_path, path_name
+
+Coefficients = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class GramWindowState(NamedTuple):
+    """The latest updates of every leaf, and their inner products over the whole model.
+
+    Attributes:
+        count: int32 scalar, steps taken. Step ``t`` lies in row ``(t - 1) % m``.
+        gram: ``(m, m)`` float32, the inner products of the rows as they are stored.
+        window_left: in the window's dtype. Values ``(*lead, blocks, m, k)`` of a sparse leaf,
+            left factors ``(*lead, 1, m, r)`` of a low-rank one, updates ``(*shape, m, 1)`` of one
+            that is kept dense.
+        window_right: indices ``(*lead, blocks, m, k)`` uint8 or int16 of a sparse leaf, right
+            factors ``(1, ..., n, m, r)`` of a low-rank one, one unused byte of one that is dense.
+    """
+
+    count: jax.Array
+    gram: jax.Array
+    window_left: Any
+    window_right: Any
+
+
+def gram_window(
+    coefficients: Coefficients, window: Window, compressor: Compressor | None
+) -> optax.GradientTransformationExtraArgs:
+    r"""The combination :math:`G^\top y` of a window's rows :math:`G`, the whole model's at once.
+
+    A row is the update of all leaves in one step. Only its inner products with the others are
+    summed over leaves and devices; every leaf then combines its own rows.
+
+    Args:
+        coefficients: gives :math:`y`, ``(m,)`` float32, from the Gram matrix
+            :math:`K = G G^\top`, the newest row's position and the number of steps.
+        window: how many rows are kept, and how.
+        compressor: the one that made the updates; None if nothing compresses them.
+    """
+
+    def init(params: optax.Params) -> GramWindowState:
+        def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if compressor is None or compressor.keeps_dense(path, parameter):
+                rows = (*parameter.shape, window.length, 1)
+                return state_zeros(parameter, rows, window.dtype), unused_factor(parameter)
+            return compressor.window(path, parameter, window.length, window.dtype)
+
+        trees = map_with_path(zeros, 2, params)
+        return GramWindowState(
+            jnp.zeros([], jnp.int32),
+            jnp.zeros((window.length, window.length), jnp.float32),
+            *(boxed_blocks(tree, params) for tree in trees),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: GramWindowState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GramWindowState]:
+        del extra_args
+        targets = updates if params is None else params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        newest = state.count % window.length
+
+        def insert(
+            path: KeyPath, update: Any, target: Any, left: jax.Array, right: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            sent = _sent(update, target)
+            if not sent.fits((left, right)):
+                raise ValueError(
+                    f"The update of {path_name(path)!r} is {_form(update)}, but its window was "
+                    f"made for {compressor or 'dense updates'}. Give the same compressor to "
+                    "error_feedback or compress and to the window: "
+                    "scale_by_mfac(compressor=...), scale_by_ggt(compressor=...)."
+                )
+            rows = sent.write((left, right), newest)
+            return *rows, sent.products(rows, newest)
+
+        left, right, products = map_with_path(
+            insert,
+            3,
+            updates,
+            targets,
+            state.window_left,
+            state.window_right,
+            is_leaf=is_compressed,
+        )
+        row = sum(jax.tree.leaves(products), jnp.zeros(window.length, jnp.float32))
+        gram = state.gram.at[newest, :].set(row).at[:, newest].set(row)
+        y = coefficients(gram, newest, count)
+
+        def combine(
+            path: KeyPath, update: Any, target: Any, left: jax.Array, right: jax.Array
+        ) -> tuple[jax.Array]:
+            del path
+            sent = _sent(update, target)
+            return (sent.with_bypass(sent.combine((left, right), y)).astype(sent.dtype),)
+
+        (combined,) = map_with_path(
+            combine, 1, updates, targets, left, right, is_leaf=is_compressed
+        )
+        left = boxed_like(left, state.window_left)
+        right = boxed_like(right, state.window_right)
+        return combined, GramWindowState(count, gram, left, right)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of a Gram matrix, and the least eigenvalue that means anything.
+
+    Float32 leaves an error of that size in each of them. Where gradients repeat, exact eigenvalues
+    are zero, and an inverse of what rounding made of them would take over the update; their
+    directions are those in which the rows cancel, so that nothing is lost without them.
+    """
+    squares, vectors = jnp.linalg.eigh(gram)
+    squares = jnp.maximum(squares, 0)
+    least = 2 * gram.shape[0] ** 0.5 * jnp.finfo(jnp.float32).eps * squares[-1]
+    return squares, vectors, least
+
+
+def applied(
+    vectors: jax.Array, divisors: jax.Array, least: jax.Array, newest: jax.Array
+) -> jax.Array:
+    """The vector that has 1 in row ``newest``, divided by ``divisors`` in the eigenbasis.
+
+    Directions with a divisor below ``least`` are left out.
+    """
+    inverse = jnp.where(divisors > least, 1 / divisors, 0)
+    return contract("ij,j->i", vectors, inverse * vectors[newest])
+
+
+def _sent(update: Any, target: Any) -> Sent:
+    return update if is_compressed(update) else Dense(update, target.dtype)
+
+
+def _form(update: Any) -> str:
+    name = type(update).__name__ if is_compressed(update) else "dense"
+    return f"{name} of shape {update.shape}"

@@ -1,0 +1,45 @@
+"""How a window of gradients is kept."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    r"""How many of the latest updates are kept, and how.
+
+    Args:
+        length: rows :math:`m`, one for each of the latest steps.
+        dtype: of the stored values, ``"bfloat16"`` or ``"float32"``.
+        normalized: False for the published statistics. MicroAdam's divide the sum over the
+            window by :math:`1 - \beta^t` and so grow the step of an element that is always
+            selected up to 6.5 times over the first :math:`1 / (1 - \beta_2)` steps; M-FAC's
+            divide by :math:`m` before :math:`m` rows are filled. True divides by
+            :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window with no such
+            growth and thus another learning rate, and by :math:`\min(t, m)`.
+    """
+
+    length: int = 10
+    dtype: str = "bfloat16"
+    normalized: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"Window.length must be a positive int; got {self.length!r}.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"Window.dtype must be 'bfloat16' or 'float32'; got {self.dtype!r}.")
+
+
+def as_window(window: Window | int | jax.Array) -> Window:
+    """``window``, or a :class:`Window` of that length.
+
+    Raises:
+        TypeError: if the length is a traced array.
+    """
+    if isinstance(window, jax.Array):
+        raise TypeError(
+            "The window's length shapes the state and cannot be a traced array; pass "
+            "window=Window(length), which optax.inject_hyperparams leaves alone."
+        )
+    return Window(window) if isinstance(window, int) else window
