@@ -1,6 +1,7 @@
 """State arrays that are placed as their parameter is."""
 
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,52 @@ def moment_zeros(
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
 
 
+def zeros_sharded_on(
+    parameter: jax.Array | jax.ShapeDtypeStruct,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    axes: Collection[int],
+) -> jax.Array:
+    """Zeros that are sharded as ``parameter`` on ``axes`` and whole on the others.
+
+    Args:
+        parameter: the array (or its shape, or a tracer of it) that the state belongs to.
+        shape: the state array's shape, of the parameter's rank, and of its size on ``axes``.
+        dtype: the state array's dtype.
+        axes: those that state and parameter have in common.
+    """
+    sharding = _known_sharding(parameter)
+    if isinstance(sharding, NamedSharding):
+        sharding = _only_on(sharding, len(shape), axes)
+    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+
+
+def place_on(x: jax.Array, parameter: jax.Array, axes: Collection[int]) -> jax.Array:
+    """``x`` placed as :func:`zeros_sharded_on` places it, where mesh axes are Explicit."""
+    sharding = explicit_sharding(x) or explicit_sharding(parameter)
+    if sharding is None:
+        return x
+    target = jax.typeof(parameter).sharding
+    return jax.sharding.reshard(x, _only_on(target, x.ndim, axes))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """``x`` whole on every device, where mesh axes are Explicit."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """The sharding that is part of the type of ``x``, with a name for each axis; None if none."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return None
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
 def whole_where_uneven(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``x``, whole on the axes whose sharding would not divide an array of ``shape``.
 
@@ -66,6 +113,12 @@ def place_like(x: jax.Array, parameter: jax.Array, shape: tuple[int, ...]) -> ja
     if not any(sharding.spec):
         return x
     return jax.sharding.reshard(x, _whole_where_uneven(sharding, shape))
+
+
+def _only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> NamedSharding:
+    spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
+    kept = [name if axis in axes else None for axis, name in enumerate(spec)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def _whole_where_uneven(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

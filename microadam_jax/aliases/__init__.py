@@ -9,6 +9,16 @@ from microadam_jax.aliases.low_bit import (
     adamw_fp8,
 )
 from microadam_jax.aliases.shared_moments import adagrad_sn, adam_mini, adam_sn, came
+from microadam_jax.aliases.subspace import (
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    fira,
+    galore,
+    grass,
+    ldadam,
+    snsm,
+)
 from microadam_jax.aliases.windowed import MicroAdamLayout, microadam
 
 __all__ = [
@@ -22,6 +32,14 @@ __all__ = [
     "adamw4bit_factored",
     "adamw8bit",
     "adamw_fp8",
+    "apollo",
+    "apollo_mini",
     "came",
+    "dct_adamw",
+    "fira",
+    "galore",
+    "grass",
+    "ldadam",
     "microadam",
+    "snsm",
 ]

@@ -9,8 +9,16 @@ from microadam_jax.transforms.factored_adam import (
     ScaleByFactoredAdamState,
     scale_by_factored_adam,
 )
+from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
+from microadam_jax.transforms.subspace_momentum import SubspaceMomentumState, subspace_momentum
+from microadam_jax.transforms.uncorrected_adam import (
+    CorrectBiasState,
+    ScaleByUncorrectedAdamState,
+    correct_bias,
+    scale_by_uncorrected_adam,
+)
 from microadam_jax.transforms.window_adam import (
     ScaleByWindowAdamState,
     Window,
@@ -18,23 +26,31 @@ from microadam_jax.transforms.window_adam import (
 )
 
 __all__ = [
+    "CorrectBiasState",
     "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
+    "ProjectGradientsState",
     "QuantizedState",
     "ScaleByAdamMiniState",
     "ScaleByCameState",
     "ScaleByFactoredAdamState",
     "ScaleBySubsetNormState",
+    "ScaleByUncorrectedAdamState",
     "ScaleByWindowAdamState",
+    "SubspaceMomentumState",
     "Window",
     "compress",
+    "correct_bias",
     "decay_updated_weights",
     "error_feedback",
+    "project_gradients",
     "quantize_state",
     "scale_by_adam_mini",
     "scale_by_came",
     "scale_by_factored_adam",
     "scale_by_subset_norm",
+    "scale_by_uncorrected_adam",
     "scale_by_window_adam",
+    "subspace_momentum",
     "to_dense",
 ]
