@@ -49,6 +49,10 @@ RATES = {
     "adamw4bit_factored": 1e-1,
     "adam_mini4bit": 1e-1,
     "adam_mini8bit": 1e-1,
+    "galore": 1e-1,
+    "ldadam": 1e-1,
+    "snsm": 1e-1,
+    "fira": 1e-1,
 }
 # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
 OPTIONS = {
