@@ -26,7 +26,7 @@ def state_zeros(
     Raises:
         ValueError: if the parameter's sharding does not divide the state array.
     """
-    sharding = _known_sharding(parameter)
+    sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         _check_divides(sharding, parameter.shape, shape)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
@@ -47,7 +47,7 @@ def moment_zeros(
         the others: those that are averaged and have size 1, and heads that are split between
         devices.
     """
-    sharding = _known_sharding(parameter)
+    sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         sharding = _whole_where_uneven(sharding, shape)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
@@ -67,7 +67,7 @@ def zeros_sharded_on(
         dtype: the state array's dtype.
         axes: those that state and parameter have in common.
     """
-    sharding = _known_sharding(parameter)
+    sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         sharding = _only_on(sharding, len(shape), axes)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
@@ -140,7 +140,8 @@ def unused_state(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     return state_zeros(parameter, parameter.shape, jnp.uint8)
 
 
-def _known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
+def known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
+    """Where ``parameter`` lies; None if that is up to the compiler."""
     if isinstance(parameter, jax.core.Tracer):
         return jax.typeof(parameter).sharding
     sharding = getattr(parameter, "sharding", None)

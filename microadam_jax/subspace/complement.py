@@ -1,15 +1,15 @@
 """What is done with the part of a gradient that its subspace misses."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from microadam_jax.subspace.basis import Basis
-from microadam_jax.subspace.subspace import Arrays
-from microadam_jax.subspace.view import ONE, WHOLE, Layout
+from microadam_jax.subspace.subspace import Arrays, Slots
+from microadam_jax.subspace.view import ONE, WHOLE
 from microadam_jax.transforms.moments import moment_dtype
 
 NORM_EPS = 1e-8  # the papers' guard of a projected gradient of zeros
@@ -54,11 +54,11 @@ class Complement(Protocol):
         feeds_back: whether the first array kept is added to the next gradient.
     """
 
-    Kept: type
-    feeds_back: bool
+    Kept: ClassVar[type]
+    feeds_back: ClassVar[bool]
 
     @property
-    def layouts(self) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self) -> Slots:
         """The layout and dtype of each array of ``Kept``."""
         ...
 
@@ -77,10 +77,18 @@ class _NothingKept(NamedTuple):
 
 
 class _Memoryless:
-    Kept = _NothingKept
-    feeds_back = False
-    layouts = ()
-    needs_b1 = False
+    Kept: ClassVar[type] = _NothingKept
+    feeds_back: ClassVar[bool] = False
+
+    @property
+    def layouts(self) -> Slots:
+        """None."""
+        return ()
+
+    @property
+    def needs_b1(self) -> bool:
+        """No."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +145,18 @@ class PreviousNorm(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Limited:
     growth: float = 1.01
-    Kept = PreviousNorm
-    feeds_back = False
-    layouts = ((ONE, jnp.float32),)
-    needs_b1 = False
+    Kept: ClassVar[type] = PreviousNorm
+    feeds_back: ClassVar[bool] = False
+
+    @property
+    def layouts(self) -> Slots:
+        """One number for each matrix."""
+        return ((ONE, jnp.float32),)
+
+    @property
+    def needs_b1(self) -> bool:
+        """No."""
+        return False
 
     def _limit(self, x: jax.Array, kept: Arrays) -> tuple[jax.Array, Arrays]:
         """``x``, no longer than ``growth`` times the one before, if that was not zero."""
@@ -233,15 +249,15 @@ class FeedBack:
 
     momentum: bool = True
     dtype: str = "float32"
-    Kept = Residual
-    feeds_back = True
+    Kept: ClassVar[type] = Residual
+    feeds_back: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the dtype."""
         moment_dtype(self.dtype)
 
     @property
-    def layouts(self) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self) -> Slots:
         """One array of the parameter's shape."""
         return ((WHOLE, jnp.dtype(self.dtype)),)
 

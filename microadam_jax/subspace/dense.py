@@ -2,22 +2,20 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import PRECISION, DenseBasis
-from microadam_jax.subspace.subspace import Arrays, KeepsVectors, Seeded, require_rank
-from microadam_jax.subspace.view import Layout, MatrixView
+from microadam_jax.subspace.subspace import Arrays, KeepsVectors, Seeded, Slots, require_rank
+from microadam_jax.subspace.view import MatrixView
 
 
 @dataclasses.dataclass(frozen=True)
 class SingularVectors(KeepsVectors):
     """See :func:`svd`."""
-
-    rank: int
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """The leading left singular vectors."""
@@ -29,7 +27,6 @@ class SingularVectors(KeepsVectors):
 class SketchedVectors(KeepsVectors):
     """See :func:`randomized_svd`."""
 
-    rank: int
     oversample: int
     iterations: int
     seed: int
@@ -55,8 +52,6 @@ class SketchedVectors(KeepsVectors):
 class PowerVectors(KeepsVectors):
     """See :func:`power_iteration`."""
 
-    rank: int
-
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """One block power iteration from the old basis; singular vectors at first."""
         del key
@@ -78,9 +73,8 @@ class PowerVectors(KeepsVectors):
 class OrthogonalGaussian(KeepsVectors):
     """See :func:`orthogonal_gaussian`."""
 
-    rank: int
     seed: int
-    gathers = False
+    gathers: ClassVar[bool] = False
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """The orthogonal factor of normal numbers."""
@@ -93,9 +87,8 @@ class OrthogonalGaussian(KeepsVectors):
 class Hadamard(KeepsVectors):
     """See :func:`srht`."""
 
-    rank: int
     seed: int
-    gathers = False
+    gathers: ClassVar[bool] = False
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """Columns of a Hadamard matrix with random signs for its rows."""
@@ -119,8 +112,8 @@ class Gaussian:
 
     rank: int
     seed: int
-    Kept = Seeded
-    gathers = False
+    Kept: ClassVar[type] = Seeded
+    gathers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the rank."""
@@ -130,7 +123,7 @@ class Gaussian:
         """The rank; a projection on more numbers than the matrix has rows is one too."""
         return min(self.rank, view.rows)
 
-    def layouts(self, size: int) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self, size: int) -> Slots:
         """Nothing is kept."""
         del size
         return ()

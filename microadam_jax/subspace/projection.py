@@ -9,15 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from microadam_jax.memory import remark
-from microadam_jax.sharding import explicit_sharding, moment_zeros
+from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.matrices import Assigned, Matrices
 from microadam_jax.subspace.refresh import Refresh
-from microadam_jax.subspace.subspace import Arrays, Subspace
-from microadam_jax.subspace.view import Layout, MatrixView
+from microadam_jax.subspace.subspace import Arrays, Slots, Subspace
+from microadam_jax.subspace.view import MatrixView
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
-
-Slots = tuple[tuple[Layout, Any], ...]  # the layout and dtype of each array kept for a matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +118,7 @@ class Projected(NamedTuple):
             return
         if subspace.rank >= view.rows:
             remark(self.path, f"rank {subspace.rank} of {view.rows} rows, not compressed")
-        sharding = getattr(parameter, "sharding", None)
+        sharding = known_sharding(parameter)
         if subspace.gathers and isinstance(sharding, NamedSharding) and any(sharding.spec):
             every = self.projection.refresh.every
             steps = "every step" if every == 1 else f"every {every} steps"

@@ -2,23 +2,24 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import ColumnBasis, RowBasis, contract, row_norms
-from microadam_jax.subspace.subspace import Arrays, Indices, WeightedIndices, require_rank
+from microadam_jax.subspace.subspace import Arrays, Indices, Slots, WeightedIndices, require_rank
 from microadam_jax.subspace.view import Layout, MatrixView
 
 
+@dataclasses.dataclass(frozen=True)
 class _Selection:
     """A subspace that keeps an index for each dimension."""
 
-    Kept = Indices
-    gathers = False
     rank: int
+    Kept: ClassVar[type] = Indices
+    gathers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_rank(self.rank)
@@ -27,7 +28,7 @@ class _Selection:
         """No more than there are to select from."""
         return min(self.rank, view.rows)
 
-    def layouts(self, size: int) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self, size: int) -> Slots:
         """One array of indices."""
         return ((Layout(rows=size, columns=1), jnp.int32),)
 
@@ -41,8 +42,6 @@ class _Selection:
 class TopRows(_Selection):
     """See :func:`top_k_rows`."""
 
-    rank: int
-
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """The longest rows."""
         del first, key
@@ -53,7 +52,6 @@ class TopRows(_Selection):
 class UniformRows(_Selection):
     """See :func:`uniform_rows`."""
 
-    rank: int
     seed: int
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
@@ -67,7 +65,6 @@ class UniformRows(_Selection):
 class DistinctRows(_Selection):
     """See :func:`sampled_rows`, without replacement."""
 
-    rank: int
     seed: int
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
@@ -82,11 +79,10 @@ class DistinctRows(_Selection):
 class ReplacedRows(_Selection):
     """See :func:`sampled_rows`, with replacement."""
 
-    rank: int
     seed: int
-    Kept = WeightedIndices
+    Kept: ClassVar[type] = WeightedIndices
 
-    def layouts(self, size: int) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self, size: int) -> Slots:
         """Indices and weights."""
         layout = Layout(rows=size, columns=1)
         return (layout, jnp.int32), (layout, jnp.float32)
@@ -112,8 +108,6 @@ class ReplacedRows(_Selection):
 @dataclasses.dataclass(frozen=True)
 class CosineColumns(_Selection):
     """See :func:`dct_columns`."""
-
-    rank: int
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """The columns whose products with the gradient are the largest."""

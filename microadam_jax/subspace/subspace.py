@@ -1,6 +1,7 @@
 """What a subspace is to the transformations: a way to find a basis, and what is kept of it."""
 
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from microadam_jax.subspace.basis import Basis, DenseBasis
 from microadam_jax.subspace.view import Layout, MatrixView
 
 Arrays = tuple[jax.Array, ...]
+Slots = tuple[tuple[Layout, DTypeLike], ...]  # of the arrays that are kept for a matrix
 
 
 class Vectors(NamedTuple):
@@ -52,20 +54,23 @@ class Subspace(Protocol):
     """How a subspace of each matrix is found.
 
     Attributes:
-        rank: how many dimensions it has, at most.
         Kept: the NamedTuple of what is kept of a basis.
         gathers: whether a new basis needs the whole gradient on one device.
     """
 
-    rank: int
-    Kept: type
-    gathers: bool
+    Kept: ClassVar[type]
+    gathers: ClassVar[bool]
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions it has, at most."""
+        ...
 
     def size(self, view: MatrixView) -> int:
         """How many dimensions it has in the matrices of ``view``."""
         ...
 
-    def layouts(self, size: int) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self, size: int) -> Slots:
         """The layout and dtype of each array of ``Kept``."""
         ...
 
@@ -94,12 +99,13 @@ class Subspace(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
 class KeepsVectors:
     """A subspace whose basis is kept as it is."""
 
-    Kept = Vectors
-    gathers = True
     rank: int
+    Kept: ClassVar[type] = Vectors
+    gathers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the rank."""
@@ -109,7 +115,7 @@ class KeepsVectors:
         """No more than the matrix has."""
         return min(self.rank, view.rows, view.columns)
 
-    def layouts(self, size: int) -> tuple[tuple[Layout, DTypeLike], ...]:
+    def layouts(self, size: int) -> Slots:
         """One array of vectors."""
         return ((Layout(rows=None, columns=size), jnp.float32),)
 

@@ -350,7 +350,11 @@ class _Rules(NamedTuple):
             return inner_state
         fresh = inner.init(jax.tree.map(jnp.zeros_like, low))
         flags = optax.tree_utils.tree_map_params(
-            inner, lambda _, flag: flag, inner_state, due, transform_non_params=lambda _: False
+            inner.init,
+            lambda _, flag: flag,
+            inner_state,
+            due,
+            transform_non_params=lambda _: False,
         )
         leaves = zip(*map(jax.tree.leaves, (flags, fresh, inner_state)), strict=True)
         chosen = [old if flag is False else jnp.where(flag, new, old) for flag, new, old in leaves]

@@ -182,7 +182,7 @@ def subspace_momentum(
                     momentum = jnp.where(due, 0, momentum)
                 mu = view.unfold(momentum, low(view), g)
                 stored = tuple(unfolded(view, renewed, projection.slots(view), g))
-            scaled = correction * numerator / (sharing.spread(jnp.sqrt(nu)) + eps)
+            scaled = jnp.float32(correction) * numerator / (sharing.spread(jnp.sqrt(nu)) + eps)
             return scaled.astype(target.dtype), mu, nu, *stored
 
         def _followed(
