@@ -1,5 +1,6 @@
 """The published methods, one chain each."""
 
+from microadam_jax.aliases.galore import apollo, apollo_mini, fira, galore
 from microadam_jax.aliases.low_bit import (
     adam_mini4bit,
     adam_mini8bit,
@@ -9,16 +10,7 @@ from microadam_jax.aliases.low_bit import (
     adamw_fp8,
 )
 from microadam_jax.aliases.shared_moments import adagrad_sn, adam_mini, adam_sn, came
-from microadam_jax.aliases.subspace import (
-    apollo,
-    apollo_mini,
-    dct_adamw,
-    fira,
-    galore,
-    grass,
-    ldadam,
-    snsm,
-)
+from microadam_jax.aliases.subspace import dct_adamw, grass, ldadam, snsm
 from microadam_jax.aliases.windowed import MicroAdamLayout, microadam
 
 __all__ = [
