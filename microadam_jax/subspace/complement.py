@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.subspace import Arrays, Slots
 from microadam_jax.subspace.view import ONE, WHOLE
-from microadam_jax.transforms.moments import moment_dtype
 
 NORM_EPS = 1e-8  # the papers' guard of a projected gradient of zeros
 
@@ -254,7 +253,11 @@ class FeedBack:
 
     def __post_init__(self) -> None:
         """Checks the dtype."""
-        moment_dtype(self.dtype)
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(
+                "FeedBack.dtype must be a floating dtype such as 'float32' or 'bfloat16'; got "
+                f"{self.dtype!r}."
+            )
 
     @property
     def layouts(self) -> Slots:

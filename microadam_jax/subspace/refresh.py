@@ -5,10 +5,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from microadam_jax.subspace.basis import PRECISION
-from microadam_jax.transforms.moments import one_minus_power
 
 MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
@@ -79,19 +77,14 @@ def rotate_first(overlap: jax.Array, mu: jax.Array) -> jax.Array:
 
 
 def rotate_second(
-    overlap: jax.Array,
-    mu: jax.Array,
-    nu: jax.Array,
-    count: jax.Array,
-    b1: ArrayLike,
-    b2: ArrayLike,
+    overlap: jax.Array, mu: jax.Array, nu: jax.Array, c1: jax.Array, c2: jax.Array
 ) -> jax.Array:
     r"""The second moment in the new basis, by LDAdam's rule.
 
     .. math::
 
         v \leftarrow c_2 \left| (Q \circ Q) \left( \frac{v}{c_2} - \frac{m^2}{c_1^2} \right)
-            + \frac{(Q m)^2}{c_1^2} \right|, \quad c_i = 1 - \beta_i^k
+            + \frac{(Q m)^2}{c_1^2} \right|
 
     Variances are mapped by squared coefficients, as if coordinates were independent, and the mean
     is put back.
@@ -100,13 +93,9 @@ def rotate_second(
         overlap: :math:`Q = P^T P_{old}`.
         mu: :math:`m`, in the old basis.
         nu: :math:`v`, in the old basis.
-        count: :math:`k`, the steps taken; nothing changes if it is 0.
-        b1: :math:`\beta_1`.
-        b2: :math:`\beta_2`.
+        c1: the bias correction of :math:`m`, :math:`1 - \beta_1^k` after :math:`k` steps.
+        c2: that of :math:`v`.
     """
-    steps = jnp.maximum(count, 1)
-    c1, c2 = one_minus_power(b1, steps), one_minus_power(b2, steps)
     variance = nu / c2 - jnp.square(mu / c1)
     moved = jnp.matmul(jnp.square(overlap), variance, precision=PRECISION)
-    mean = jnp.square(rotate_first(overlap, mu) / c1)
-    return jnp.where(count > 0, c2 * jnp.abs(moved + mean), nu)
+    return c2 * jnp.abs(moved + jnp.square(rotate_first(overlap, mu) / c1))

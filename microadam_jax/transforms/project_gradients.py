@@ -319,8 +319,10 @@ class _Rules(NamedTuple):
             first = rotate_first(overlap, mu)
             if policy == "rotate_first" or self.b1 is None or self.b2 is None:
                 return (first,)
-            nu = moments[1]
-            return first, rotate_second(overlap, mu, nu, count, self.b1, self.b2)
+            # In the first step there is nothing to rotate, and no bias of nothing.
+            steps = jnp.maximum(count, 1)
+            c1, c2 = one_minus_power(self.b1, steps), one_minus_power(self.b2, steps)
+            return first, rotate_second(overlap, mu, moments[1], c1, c2)
 
         return when(due, rotate, lambda: moments)
 
