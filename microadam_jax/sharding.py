@@ -117,7 +117,7 @@ def place_like(x: jax.Array, parameter: jax.Array, shape: tuple[int, ...]) -> ja
 
 def _only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> NamedSharding:
     spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
-    kept = [name if axis in axes else None for axis, name in enumerate(spec)]
+    kept = [name if axis in axes else None for axis, name in enumerate(spec[:rank])]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
