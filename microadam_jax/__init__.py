@@ -36,6 +36,7 @@ from microadam_jax.codecs import (
     rank1_linear4,
 )
 from microadam_jax.compressors import BlockSparse, top_k
+from microadam_jax.grass_dense import grass_dense
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
@@ -158,6 +159,7 @@ __all__ = [
     "galore",
     "gaussian",
     "grass",
+    "grass_dense",
     "ldadam",
     "linear4",
     "memory_report",
