@@ -36,11 +36,11 @@ from microadam_jax.codecs import (
     rank1_linear4,
 )
 from microadam_jax.compressors import BlockSparse, top_k
-from microadam_jax.grass_dense import grass_dense
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.partition import Partition, PartitionReport, explain_partition
+from microadam_jax.selected_gradients import grass_dense
 from microadam_jax.subsets import Subsets
 from microadam_jax.subspace import (
     OUTPUT_HEAD,
