@@ -182,7 +182,7 @@ def randomized_svd(
     Raises:
         ValueError: if ``rank`` is no whole number from 1 on, or a count is negative.
 
-    Reference: Halko, Martinsson and Tropp (arXiv 0909.4061), Algorithms 4.4 and 5.1.
+    Reference: Halko, Martinsson and Tropp (arXiv 0909.4061).
     """
     if oversample < 0 or iterations < 0:
         raise ValueError(
