@@ -13,13 +13,24 @@ from microadam_jax.aliases import (
     adamw4bit,
     adamw8bit,
     adamw_fp8,
+    apollo,
+    apollo_mini,
     came,
+    fira,
+    galore,
+    grass,
+    ldadam,
     lowrank_mfac,
     microadam,
+    snsm,
     sparse_mfac,
 )
 from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
 from microadam_jax.models import MODELS, model_shapes
+from microadam_jax.subspace import Matrices, gaussian, power_iteration, svd, top_k_rows
+
+RANK = 512
+LARGER = Matrices(side="larger", square="out")
 
 OPTIMIZERS = {
     "MicroAdam, fast": microadam(1e-3),
@@ -36,6 +47,14 @@ OPTIMIZERS = {
     "CAME": came(1e-3),
     "Sparse M-FAC, window 32": sparse_mfac(1e-3),
     "Low-rank M-FAC, window 32": lowrank_mfac(1e-3),
+    f"GaLore, rank {RANK}": galore(1e-2, subspace=svd(RANK)),
+    f"Fira, rank {RANK}": fira(1e-2, subspace=svd(RANK)),
+    f"APOLLO, rank {RANK}": apollo(1e-2, subspace=gaussian(RANK)),
+    "APOLLO-Mini": apollo_mini(1e-2),
+    f"Grass, {RANK} rows": grass(1e-2, subspace=top_k_rows(RANK)),
+    f"LDAdam, rank {RANK}": ldadam(1e-3, subspace=power_iteration(RANK)),
+    f"SNSM, rank {RANK}": snsm(1e-2, subspace=svd(RANK)),
+    f"SNSM, {RANK} rows": snsm(1e-2, subspace=top_k_rows(RANK), matrices=LARGER),
     "AdamW, first moment bfloat16": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
 }
 

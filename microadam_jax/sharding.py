@@ -1,6 +1,7 @@
 """State arrays that are placed as their parameter is."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def state_zeros(
     Raises:
         ValueError: if the parameter's sharding does not divide the state array.
     """
-    sharding = _known_sharding(parameter)
+    sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         _check_divides(sharding, parameter.shape, shape)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
@@ -47,7 +48,7 @@ def moment_zeros(
         the others: those that are averaged and have size 1, and heads that are split between
         devices.
     """
-    sharding = _known_sharding(parameter)
+    sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         sharding = _whole_where_uneven(sharding, shape)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
@@ -55,7 +56,7 @@ def moment_zeros(
 
 def place_moment(x: jax.Array, parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """``x`` placed as :func:`moment_zeros` places zeros of its shape."""
-    sharding = _known_sharding(parameter)
+    sharding = known_sharding(parameter)
     if isinstance(parameter, jax.core.Tracer):
         return place_like(x, parameter, x.shape)
     if isinstance(sharding, NamedSharding):
@@ -89,6 +90,52 @@ def contract(subscripts: str, *operands: jax.Array) -> jax.Array:
     )
 
 
+def zeros_sharded_on(
+    parameter: jax.Array | jax.ShapeDtypeStruct,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    axes: Collection[int],
+) -> jax.Array:
+    """Zeros that are sharded as ``parameter`` on ``axes`` and whole on the others.
+
+    Args:
+        parameter: the array (or its shape, or a tracer of it) that the state belongs to.
+        shape: the state array's shape, of the parameter's rank, and of its size on ``axes``.
+        dtype: the state array's dtype.
+        axes: those that state and parameter have in common.
+    """
+    sharding = known_sharding(parameter)
+    if isinstance(sharding, NamedSharding):
+        sharding = _only_on(sharding, len(shape), axes)
+    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+
+
+def place_on(x: jax.Array, parameter: jax.Array, axes: Collection[int]) -> jax.Array:
+    """``x`` placed as :func:`zeros_sharded_on` places it, where mesh axes are Explicit."""
+    sharding = explicit_sharding(x) or explicit_sharding(parameter)
+    if sharding is None:
+        return x
+    target = jax.typeof(parameter).sharding
+    return jax.sharding.reshard(x, _only_on(target, x.ndim, axes))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """``x`` whole on every device, where mesh axes are Explicit."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """The sharding that is part of the type of ``x``, with a name for each axis; None if none."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return None
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
 def whole_where_uneven(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``x``, whole on the axes whose sharding would not divide an array of ``shape``.
 
@@ -103,6 +150,12 @@ def place_like(x: jax.Array, parameter: jax.Array, shape: tuple[int, ...]) -> ja
     if not any(sharding.spec):
         return x
     return jax.sharding.reshard(x, _whole_where_uneven(sharding, shape))
+
+
+def _only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> NamedSharding:
+    spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
+    kept = [name if axis in axes else None for axis, name in enumerate(spec[:rank])]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def _whole_where_uneven(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
@@ -129,7 +182,8 @@ def unused_factor(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     return moment_zeros(parameter, (1,) * len(parameter.shape), jnp.uint8)
 
 
-def _known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
+def known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
+    """Where ``parameter`` lies; None if that is up to the compiler."""
     if isinstance(parameter, jax.core.Tracer):
         return jax.typeof(parameter).sharding
     sharding = getattr(parameter, "sharding", None)

@@ -20,9 +20,21 @@ from .config import Config, PretrainError
 Factory = Callable[..., optax.GradientTransformation]
 
 DEFAULT_LEARNING_RATE = 1e-3
-DEFAULT_LEARNING_RATES = {"microadam": 2e-3, "adam_sn": 1e-2, "adagrad_sn": 1.0}
-# What this script is for; the library's own default follows the paper, which fine-tunes.
-DEFAULT_OPTIONS = {"microadam": {"layout": "pretrain"}}
+DEFAULT_LEARNING_RATES = {"microadam": 2e-3, "adam_sn": 1e-2, "adagrad_sn": 1.0} | dict.fromkeys(
+    ("galore", "fira", "apollo", "apollo_mini", "snsm"), 1e-2
+)
+# What this script is for; the library's own defaults follow the papers, which fine-tune, or whose
+# models are wider: a quarter of this one's width is 32.
+DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
+    "microadam": {"layout": "pretrain"},
+    "galore": {"subspace": microadam_jax.svd(32)},
+    "fira": {"subspace": microadam_jax.svd(32)},
+    "snsm": {"subspace": microadam_jax.svd(32)},
+    "apollo": {"subspace": microadam_jax.gaussian(32)},
+    "grass": {"subspace": microadam_jax.top_k_rows(32)},
+    "ldadam": {"subspace": microadam_jax.power_iteration(32)},
+    "dct_adamw": {"subspace": microadam_jax.dct_columns(32)},
+}
 
 
 def factories() -> dict[str, Factory]:

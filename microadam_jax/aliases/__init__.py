@@ -1,6 +1,7 @@
 """The published methods, one chain each."""
 
 from microadam_jax.aliases.efcp import lowrank_mfac, mfac, sparse_ggt, sparse_mfac
+from microadam_jax.aliases.galore import apollo, apollo_mini, fira, galore
 from microadam_jax.aliases.low_bit import (
     adam_mini4bit,
     adam_mini8bit,
@@ -10,6 +11,7 @@ from microadam_jax.aliases.low_bit import (
     adamw_fp8,
 )
 from microadam_jax.aliases.shared_moments import adagrad_sn, adam_mini, adam_sn, came
+from microadam_jax.aliases.subspace import dct_adamw, grass, ldadam, snsm
 from microadam_jax.aliases.windowed import MicroAdamLayout, microadam
 
 __all__ = [
@@ -23,10 +25,18 @@ __all__ = [
     "adamw4bit_factored",
     "adamw8bit",
     "adamw_fp8",
+    "apollo",
+    "apollo_mini",
     "came",
+    "dct_adamw",
+    "fira",
+    "galore",
+    "grass",
+    "ldadam",
     "lowrank_mfac",
     "mfac",
     "microadam",
+    "snsm",
     "sparse_ggt",
     "sparse_mfac",
 ]

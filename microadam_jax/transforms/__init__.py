@@ -12,26 +12,43 @@ from microadam_jax.transforms.factored_adam import (
 from microadam_jax.transforms.ggt import scale_by_ggt
 from microadam_jax.transforms.gram_window import GramWindowState
 from microadam_jax.transforms.mfac import scale_by_mfac
+from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
+from microadam_jax.transforms.subspace_momentum import SubspaceMomentumState, subspace_momentum
+from microadam_jax.transforms.uncorrected_adam import (
+    CorrectBiasState,
+    ScaleByUncorrectedAdamState,
+    correct_bias,
+    scale_by_uncorrected_adam,
+)
 from microadam_jax.transforms.window import Window
-from microadam_jax.transforms.window_adam import ScaleByWindowAdamState, scale_by_window_adam
+from microadam_jax.transforms.window_adam import (
+    ScaleByWindowAdamState,
+    scale_by_window_adam,
+)
 
 __all__ = [
     "CompressState",
+    "CorrectBiasState",
     "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
     "GramWindowState",
+    "ProjectGradientsState",
     "QuantizedState",
     "ScaleByAdamMiniState",
     "ScaleByCameState",
     "ScaleByFactoredAdamState",
     "ScaleBySubsetNormState",
+    "ScaleByUncorrectedAdamState",
     "ScaleByWindowAdamState",
+    "SubspaceMomentumState",
     "Window",
     "compress",
+    "correct_bias",
     "decay_updated_weights",
     "error_feedback",
+    "project_gradients",
     "quantize_state",
     "scale_by_adam_mini",
     "scale_by_came",
@@ -39,6 +56,8 @@ __all__ = [
     "scale_by_ggt",
     "scale_by_mfac",
     "scale_by_subset_norm",
+    "scale_by_uncorrected_adam",
     "scale_by_window_adam",
+    "subspace_momentum",
     "to_dense",
 ]

@@ -16,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from microadam_jax import (
     Axes,
     Blocks,
+    Matrices,
     MicroAdamLayout,
     Partition,
+    Refresh,
     Storage,
     Subsets,
     Window,
@@ -31,23 +33,38 @@ from microadam_jax import (
     adamw8bit,
     adamw_fp8,
     affine4,
+    apollo,
     came,
     compress,
+    dct_adamw,
+    dct_columns,
     dynamic4,
     dynamic8,
     error_feedback,
+    fira,
     float8,
+    galore,
+    gaussian,
+    grass,
+    ldadam,
     lowrank_mfac,
     mfac,
     microadam,
+    power_iteration,
     power_sgd,
+    project_gradients,
     quantize_state,
     rank1_linear4,
+    sampled_rows,
     scale_by_window_adam,
+    snsm,
     sparse_ggt,
     sparse_mfac,
+    srht,
+    svd,
     to_dense,
     top_k,
+    top_k_rows,
 )
 
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)
@@ -68,6 +85,7 @@ def stored(codec: Any) -> Storage:
 
 
 THREE = Window(3, "float32")
+MATRICES = Matrices(partition=PARTITION)
 MU8, NU8 = stored(dynamic8(64)), stored(dynamic8(64, signed=False))
 MU4 = stored(dynamic4(64, rounding="stochastic"))
 
@@ -87,6 +105,8 @@ class Entry:
         couples: whether every leaf's update depends on all leaves, through inner products of
             whole models: these are summed over devices, a leaf alone is another model, and a bad
             gradient reaches every leaf.
+        projects: whether states have a rank in place of an axis of the parameter; a new basis may
+            need the gradient of all devices.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -95,6 +115,7 @@ class Entry:
     shares: bool = False
     coarse: bool = False
     couples: bool = False
+    projects: bool = False
 
     def make(self) -> optax.GradientTransformation:
         return self.factory(**self.arguments)
@@ -112,6 +133,11 @@ def feedback(alpha: float | None, seed: int, residual: Any) -> optax.GradientTra
 
 def quantized_adamw(learning_rate: float) -> optax.GradientTransformation:
     return quantize_state(optax.adamw(learning_rate), {"mu": MU8, "nu": NU8})
+
+
+def projected_momentum(decay: float) -> optax.GradientTransformation:
+    refresh = Refresh(2, moments="reset")
+    return project_gradients(optax.trace(decay), sampled_rows(4), refresh, matrices=MATRICES)
 
 
 ENTRIES = {
@@ -178,6 +204,27 @@ ENTRIES = {
         shares=True,
         couples=True,
     ),
+    "galore": Entry(
+        galore,
+        {"learning_rate": 1e-2, "subspace": svd(4), "refresh": Refresh(3), "matrices": MATRICES},
+        projects=True,
+    ),
+    "ldadam": Entry(
+        ldadam,
+        {"learning_rate": 1e-2, "subspace": power_iteration(4), "matrices": MATRICES},
+        projects=True,
+    ),
+    "grass": Entry(
+        grass,
+        {"learning_rate": 1e-2, "subspace": top_k_rows(4), "matrices": MATRICES},
+        projects=True,
+    ),
+    "snsm": Entry(
+        snsm,
+        {"learning_rate": 1e-2, "subspace": svd(4), "matrices": MATRICES},
+        shares=True,
+        projects=True,
+    ),
     "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}, decays=False),
 }
 
@@ -212,6 +259,31 @@ VARIANTS = {
     "adamw8bit, as published": Entry(adamw8bit, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "adam_mini8bit": Entry(
         adam_mini8bit, {"learning_rate": 1e-2, "partition": PARTITION}, shares=True
+    ),
+    "fira, staggered": Entry(
+        fira,
+        {
+            "learning_rate": 1e-2,
+            "subspace": srht(4),
+            "refresh": Refresh(3, stagger=True, moments="rotate"),
+            "matrices": MATRICES,
+        },
+        shares=True,
+        projects=True,
+    ),
+    "apollo": Entry(
+        apollo,
+        {"learning_rate": 1e-2, "subspace": gaussian(4), "matrices": MATRICES},
+        shares=True,
+        projects=True,
+    ),
+    "dct_adamw": Entry(
+        dct_adamw,
+        {"learning_rate": 1e-2, "subspace": dct_columns(4), "matrices": MATRICES},
+        projects=True,
+    ),
+    "project_gradients, sampled rows": Entry(
+        projected_momentum, {"decay": 0.9}, decays=False, projects=True
     ),
 }
 

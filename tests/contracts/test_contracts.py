@@ -103,12 +103,13 @@ def test_each_state_field_is_a_tree_of_arrays_like_the_parameters(entry: Entry) 
     assert_equal(placed, state)
     for leaf, parameter in _with_parameters(tx, state, params):
         leading = zip(leaf.shape, parameter.shape[:-1], strict=False)
-        assert all(n == size or (entry.shares and n == 1) for n, size in leading)
+        assert all(n == size or entry.projects or (entry.shares and n == 1) for n, size in leading)
         assert leaf.ndim >= parameter.ndim
         assert leaf.size or not parameter.size
         assert leaf.dtype in (
             jnp.uint8,
             jnp.int16,
+            jnp.int32,
             jnp.float8_e4m3fn,
             jnp.bfloat16,
             jnp.float32,

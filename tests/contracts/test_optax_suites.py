@@ -52,6 +52,10 @@ RATES = {
     "sparse_mfac": 1e-1,
     "lowrank_mfac": 1e-1,  # of leaves so small that it is mfac
     "sparse_ggt": 1e-2,
+    "galore": 1e-1,
+    "ldadam": 1e-1,
+    "snsm": 1e-1,
+    "fira": 1e-1,
 }
 OPTIONS = {
     # M-FAC's step grows while gradients shrink, up to g / damping: without noise it wants more.

@@ -1,0 +1,78 @@
+"""How well do subspace methods of one rank pre-train, beside AdamW in float32?
+
+python -m benchmarks.subspaces --out runs/subspaces.csv --seeds 0 1 2
+
+All keep Adam on the embedding and on norms, and SNSM alone projects the output head, as published.
+"""
+
+from collections.abc import Callable
+
+import optax
+
+from benchmarks.sweep import Setting, sweep
+from microadam_jax import (
+    Discard,
+    FeedBack,
+    Matrices,
+    Refresh,
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    dct_columns,
+    fira,
+    galore,
+    gaussian,
+    grass,
+    ldadam,
+    power_iteration,
+    sampled_rows,
+    snsm,
+    svd,
+    top_k_rows,
+)
+
+RANK = 32  # a quarter of the model's width, as in the papers
+EVERY = 50
+
+
+def plainly(factory: Callable[..., optax.GradientTransformation], **options: object) -> Setting:
+    """The optimizer without weight decay, as all of them are compared here."""
+    return lambda rate: factory(rate, weight_decay=0.0, **options)
+
+
+SETTINGS: dict[str, Setting] = {
+    "AdamW": plainly(optax.adamw),
+    "GaLore": plainly(galore, subspace=svd(RANK), refresh=Refresh(EVERY)),
+    "Fira": plainly(fira, subspace=svd(RANK), refresh=Refresh(EVERY)),
+    "APOLLO": plainly(apollo, subspace=gaussian(RANK), refresh=Refresh(EVERY)),
+    "APOLLO-Mini": plainly(apollo_mini, refresh=Refresh(EVERY)),
+    "SNSM": plainly(snsm, subspace=svd(RANK), refresh=Refresh(EVERY, first=1, moments="reset")),
+    "SNSM, moments rotated": plainly(
+        snsm, subspace=svd(RANK), refresh=Refresh(EVERY, first=1, moments="rotate_first")
+    ),
+    "SNSM, rows": plainly(
+        snsm,
+        subspace=top_k_rows(RANK),
+        refresh=Refresh(EVERY, first=1, moments="reset"),
+        matrices=Matrices(side="larger", square="out"),
+    ),
+    "Grass": plainly(grass, subspace=top_k_rows(RANK), refresh=Refresh(EVERY, moments="reset")),
+    "Grass, sampled": plainly(
+        grass, subspace=sampled_rows(RANK), refresh=Refresh(EVERY, moments="reset")
+    ),
+    "LDAdam": plainly(ldadam, subspace=power_iteration(RANK)),
+    "LDAdam, bfloat16 feedback": plainly(
+        ldadam, subspace=power_iteration(RANK), complement=FeedBack(dtype="bfloat16")
+    ),
+    "LDAdam, no feedback": plainly(ldadam, subspace=power_iteration(RANK), complement=Discard()),
+    "DCT-AdamW": plainly(dct_adamw, subspace=dct_columns(RANK)),
+}
+ADAM, SCALED, ROWS, NORMS = (1e-3, 2e-3), (5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2), (1e-2, 2e-2, 5e-2)
+GRIDS = {"AdamW": ADAM, "LDAdam": ADAM, "DCT": ADAM, "Grass": ROWS, "SNSM": NORMS}
+RATES = {
+    name: next((grid for start, grid in GRIDS.items() if name.startswith(start)), SCALED)
+    for name in SETTINGS
+}
+
+if __name__ == "__main__":
+    sweep(__doc__.splitlines()[0], SETTINGS, RATES)

@@ -1,0 +1,300 @@
+"""GaLore, and what scales the rest of the gradient as it scales the subspace: Fira, APOLLO."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from optax import GradientTransformationExtraArgs, ScalarOrSchedule
+
+from microadam_jax.subspace import (
+    OUTPUT_HEAD,
+    Complement,
+    Discard,
+    Matrices,
+    NormMatchedRest,
+    Refresh,
+    ScaledGradient,
+    Subspace,
+    gaussian,
+    svd,
+)
+from microadam_jax.transforms import (
+    correct_bias,
+    decay_updated_weights,
+    project_gradients,
+    scale_by_uncorrected_adam,
+)
+
+Mask = Any | Callable[[optax.Params], Any] | None
+HIDDEN = Matrices(exclude=OUTPUT_HEAD)  # all linear maps but the last, as most papers have it
+
+
+def galore(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    scale: ArrayLike = 0.25,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = svd(128),
+    refresh: Refresh = Refresh(200),
+    complement: Complement = Discard(),
+    matrices: Matrices = HIDDEN,
+) -> GradientTransformationExtraArgs:
+    r"""GaLore: Adam in the leading singular subspace of each gradient matrix.
+
+    With the basis :math:`P`, renewed every :math:`T` steps, and :math:`R_t = P^T G_t`,
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) R_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) R_t^2 \\
+        \theta_{t+1} &= (1 - \eta_t \lambda) \left( \theta_t - \eta_t \alpha
+            \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} P \frac{m_t}{\sqrt{v_t} + \epsilon} \right)
+
+    It is the chain of :func:`project_gradients` around :func:`scale_by_uncorrected_adam`,
+    :func:`correct_bias` and decay of the updated weights. Embeddings, norms, biases and the
+    output head keep Adam, as published. The moments are kept as they are when the basis changes.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule; 0.01 in the paper's pre-training.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the uncorrected root; the released code's, the paper has 1e-8.
+        scale: :math:`\alpha`, of projected matrices.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found; the rank is there.
+        refresh: :math:`T` and what becomes of the moments.
+        complement: what is done with the rest of the gradient; nothing in GaLore.
+        matrices: which parameters are projected; the smaller side is compressed.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import galore, memory_report, svd
+        >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
+        >>> report = memory_report(galore(1e-2, subspace=svd(256)), params)
+        >>> round(report.bytes_per_parameter, 2)  # (2 r n + r n) / n^2 float32 numbers
+        3.0
+
+    Reference: Zhao et al., GaLore (ICML 2024, arXiv 2403.03507), Algorithm 2.
+    """
+    return optax.chain(
+        project_gradients(
+            scale_by_uncorrected_adam(b1, b2, eps),
+            subspace,
+            refresh,
+            complement,
+            scale=scale,
+            matrices=matrices,
+            b1=b1,
+            b2=b2,
+        ),
+        correct_bias(b1, b2),
+        optax.scale_by_learning_rate(learning_rate),
+        decay_updated_weights(learning_rate, weight_decay, mask),
+    )
+
+
+def fira(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    scale: ArrayLike = 0.25,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = svd(128),
+    refresh: Refresh = Refresh(200),
+    complement: Complement = NormMatchedRest(),
+    matrices: Matrices = HIDDEN,
+) -> GradientTransformationExtraArgs:
+    r"""Fira: GaLore, and what it misses, scaled as Adam scaled the subspace.
+
+    With :math:`N_t = m_t / (\sqrt{v_t} + \epsilon)` in the subspace and, for each column,
+    :math:`\phi = \lVert N_t \rVert / (\lVert R_t \rVert + 10^{-8})`,
+
+    .. math::
+
+        S_t &= \mathrm{limit}\bigl(\phi \circ (G_t - \alpha P R_t)\bigr) \\
+        \theta_{t+1} &= (1 - \eta_t \lambda) \left( \theta_t - \eta_t
+            \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} (\alpha P N_t + S_t) \right)
+
+    where limit shortens a matrix to 1.01 times its last length. It is :func:`galore` with another
+    complement, and keeps one more number for each matrix.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule; 0.01 in the paper's pre-training.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the uncorrected root.
+        scale: :math:`\alpha`; 0.25, and 0.0625 in the paper's largest models.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found; the rank is there.
+        refresh: how often, and what becomes of the moments.
+        complement: what is done with the rest of the gradient.
+        matrices: which parameters are projected; the smaller side is compressed.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import fira, svd
+        >>> tx = fira(1e-2, subspace=svd(2))
+        >>> state = tx.init({"kernel": jnp.zeros((8, 4))})
+        >>> state[0].complement.previous_norm["kernel"].shape
+        (1, 1)
+
+    Reference: Chen et al., Fira (NeurIPS 2025).
+    """
+    return galore(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        scale,
+        weight_decay,
+        mask,
+        subspace=subspace,
+        refresh=refresh,
+        complement=complement,
+        matrices=matrices,
+    )
+
+
+def apollo(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    scale: ArrayLike = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = gaussian(256),
+    refresh: Refresh = Refresh(200),
+    complement: Complement = ScaledGradient(),
+    matrices: Matrices = HIDDEN,
+) -> GradientTransformationExtraArgs:
+    r"""APOLLO: the gradient, each of its columns scaled as Adam would scale a random projection.
+
+    With normal numbers :math:`P` of variance :math:`1/r`, drawn anew every :math:`T` steps,
+    :math:`R_t = P^T G_t` and its :math:`N_t = m_t / (\sqrt{v_t} + \epsilon)`,
+
+    .. math::
+
+        \phi &= \lVert N_t \rVert / (\lVert R_t \rVert + 10^{-8}) \text{ of each column} \\
+        \theta_{t+1} &= (1 - \eta_t \lambda) \left( \theta_t - \eta_t
+            \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+            \sqrt{s}\; \mathrm{limit}(\phi \circ G_t) \right)
+
+    where limit shortens a matrix to 1.01 times its last length. The basis is drawn from its seed
+    in every step and takes no memory. Derived from the paper's formulas alone.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule; 0.01 in the paper's pre-training.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the uncorrected root.
+        scale: :math:`s`.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found; the paper's rank is a quarter of a model's width.
+        refresh: how often, and what becomes of the moments.
+        complement: how the gradient is scaled.
+        matrices: which parameters are projected; the smaller side is compressed.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import apollo, gaussian, memory_report
+        >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
+        >>> report = memory_report(apollo(1e-2, subspace=gaussian(256)), params)
+        >>> round(report.bytes_per_parameter, 2)  # no basis
+        2.0
+
+    Reference: Zhu et al., APOLLO (MLSys 2025, arXiv 2412.05270).
+    """
+    return galore(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        jnp.sqrt(scale),
+        weight_decay,
+        mask,
+        subspace=subspace,
+        refresh=refresh,
+        complement=complement,
+        matrices=matrices,
+    )
+
+
+def apollo_mini(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    scale: ArrayLike = 128.0,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = gaussian(1),
+    refresh: Refresh = Refresh(200),
+    matrices: Matrices = HIDDEN,
+) -> GradientTransformationExtraArgs:
+    r"""APOLLO-Mini: the gradient, each matrix scaled as Adam would scale one random projection.
+
+    It is :func:`apollo` with rank 1, one :math:`\phi` for the whole matrix and a larger
+    :math:`s`; see there.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule; 0.01 in the paper's pre-training.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the uncorrected root.
+        scale: :math:`s`.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found.
+        refresh: how often, and what becomes of the moments.
+        matrices: which parameters are projected; the smaller side is compressed.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import apollo_mini, memory_report
+        >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
+        >>> round(memory_report(apollo_mini(1e-2), params).bytes_per_parameter, 3)
+        0.008
+
+    Reference: Zhu et al., APOLLO (MLSys 2025, arXiv 2412.05270).
+    """
+    return apollo(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        scale,
+        weight_decay,
+        mask,
+        subspace=subspace,
+        refresh=refresh,
+        complement=ScaledGradient(whole=True),
+        matrices=matrices,
+    )

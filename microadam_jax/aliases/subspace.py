@@ -1,0 +1,295 @@
+"""Subspaces of rows, of cosines, that move in every step, or with subset norms."""
+
+import jax
+import optax
+from jax.typing import ArrayLike
+from optax import GradientTransformationExtraArgs, ScalarOrSchedule
+
+from microadam_jax.aliases.galore import HIDDEN, Mask
+from microadam_jax.subsets import Subsets
+from microadam_jax.subspace import (
+    OUTPUT_HEAD,
+    Complement,
+    Discard,
+    FeedBack,
+    Matrices,
+    Refresh,
+    Subspace,
+    dct_columns,
+    power_iteration,
+    svd,
+    top_k_rows,
+)
+from microadam_jax.transforms import decay_updated_weights, project_gradients, subspace_momentum
+
+
+def grass(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    scale: ArrayLike = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = top_k_rows(128),
+    refresh: Refresh = Refresh(200, moments="reset"),
+    matrices: Matrices = HIDDEN,
+) -> GradientTransformationExtraArgs:
+    r"""Grass: Adam on selected rows of each gradient matrix; the others wait.
+
+    With the selected rows :math:`\sigma_j` and their weights :math:`\rho_j`, renewed every
+    :math:`T` steps,
+
+    .. math::
+
+        R_{t,j} &= \rho_j G_{t,\sigma_j}, \qquad N_t = \mathrm{Adam}(R_t) \\
+        \theta_{t+1,\sigma_j} &= \theta_{t,\sigma_j} - \eta_t \alpha \rho_j N_{t,j}
+            - \eta_t \lambda \theta_{t,\sigma_j}
+
+    and Adam starts anew with other rows; all rows decay. No code of this method was ever released:
+    scope, :math:`\epsilon` and the interval are GaLore's and Optax's.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the corrected root.
+        scale: :math:`\alpha`, of projected matrices.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: which rows: :func:`top_k_rows`, :func:`sampled_rows` or :func:`uniform_rows`.
+        refresh: :math:`T` and what becomes of the moments.
+        matrices: which parameters are projected. Rows are taken from the smaller side; with
+            ``Matrices(side="larger")`` the state is smaller still.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import grass, sampled_rows
+        >>> tx = grass(1e-2, subspace=sampled_rows(2))
+        >>> state = tx.init({"kernel": jnp.zeros((4, 8))})
+        >>> state[0].basis.indices["kernel"].shape, state[0].inner_state.mu["kernel"].shape
+        ((2, 1), (2, 8))
+
+    Reference: Muhamed et al., Grass (EMNLP 2024, arXiv 2406.17660).
+    """
+    return optax.chain(
+        project_gradients(
+            optax.scale_by_adam(b1, b2, eps),
+            subspace,
+            refresh,
+            scale=scale,
+            matrices=matrices,
+            b1=b1,
+            b2=b2,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def ldadam(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.908,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = power_iteration(16),
+    refresh: Refresh = Refresh(1, moments="rotate", momentum_share=0.908),
+    complement: Complement = FeedBack(),
+    matrices: Matrices = Matrices(square="out", exclude=OUTPUT_HEAD),
+) -> GradientTransformationExtraArgs:
+    r"""LDAdam: Adam in a subspace that moves in every step, with moments that follow it.
+
+    With the error :math:`E`, :math:`c_i = 1 - \beta_i^{t-1}` and :math:`Q = P_t^T P_{t-1}`,
+
+    .. math::
+
+        a &= G_t + E, \quad
+            b = \rho P_{t-1} m / c_1 + (1 - \rho) a, \quad
+            P_t = \mathrm{QR}(b\, (b^T P_{t-1})) \\
+        E &\leftarrow a - P_t P_t^T a
+            + \frac{\beta_1}{1 - \beta_1} (P_{t-1} m - P_t Q m) \\
+        v &\leftarrow c_2 \left| (Q \circ Q) \left( \frac{v}{c_2} - \frac{m^2}{c_1^2} \right)
+            + \frac{(Q m)^2}{c_1^2} \right|, \quad m \leftarrow Q m \\
+        \theta_{t+1} &= \theta_t - \eta_t \bigl( P_t\,\mathrm{Adam}(P_t^T a) + \lambda \theta_t
+            \bigr)
+
+    The first basis is the leading singular subspace. Clip gradients before this, not after. The
+    error takes as much memory as the parameters in float32: ``FeedBack(dtype="bfloat16")`` halves
+    it, and ``complement=Discard()`` does without.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the corrected root.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found; the rank is there.
+        refresh: how often, what becomes of the moments, and :math:`\rho`.
+        complement: what is done with the rest of the gradient.
+        matrices: which parameters are projected: all linear maps but the output head.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import ldadam, power_iteration
+        >>> tx = ldadam(1e-3, subspace=power_iteration(2))
+        >>> state = tx.init({"kernel": jnp.zeros((8, 4))})
+        >>> state[0].basis.vectors["kernel"].shape, state[0].complement.residual["kernel"].shape
+        ((2, 4), (8, 4))
+
+    Reference: Robert et al., LDAdam (ICLR 2025, arXiv 2410.16103).
+    """
+    return optax.chain(
+        project_gradients(
+            optax.scale_by_adam(b1, b2, eps),
+            subspace,
+            refresh,
+            complement,
+            matrices=matrices,
+            b1=b1,
+            b2=b2,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def dct_adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = dct_columns(128),
+    refresh: Refresh = Refresh(1, moments="rotate"),
+    complement: Complement = Discard(),
+    matrices: Matrices = HIDDEN,
+) -> GradientTransformationExtraArgs:
+    r"""DCT-AdamW: Adam on the columns of a cosine transform that the gradient is largest in.
+
+    With the orthogonal transform :math:`Q` and its columns :math:`P` with the largest
+    :math:`\lVert Q_j^T G_t \rVert_1`, chosen in every step,
+
+    .. math::
+
+        \theta_{t+1} = \theta_t - \eta_t \bigl( P\,\mathrm{Adam}(P^T G_t) + \lambda \theta_t \bigr)
+
+    The moments of a column that stays chosen stay, those of a new one start at zero. Only the
+    indices of the columns are kept, and no singular vectors are computed.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the corrected root.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found; the rank is there.
+        refresh: how often, and what becomes of the moments. In the released code, to let them
+            follow is an option; without it they depend on the order that a sort left.
+        complement: ``FeedBack(momentum=False)`` is the released code's error feedback.
+        matrices: which parameters are projected; the smaller side is compressed. The released code
+            leaves out those with a side of 32000 or more.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import dct_adamw, dct_columns
+        >>> tx = dct_adamw(1e-3, subspace=dct_columns(2))
+        >>> tx.init({"kernel": jnp.zeros((8, 4))})[0].basis.indices["kernel"].shape
+        (1, 2)
+
+    Reference: FFT-based dynamic subspace selection (arXiv 2505.17967).
+    """
+    return optax.chain(
+        project_gradients(
+            optax.scale_by_adam(b1, b2, eps),
+            subspace,
+            refresh,
+            complement,
+            matrices=matrices,
+            b1=b1,
+            b2=b2,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def snsm(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike | None = 0.999,
+    eps: ArrayLike = 1e-6,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    *,
+    subspace: Subspace = svd(128),
+    refresh: Refresh = Refresh(200, first=1, moments="reset"),
+    subsets: Subsets = Subsets(),
+    matrices: Matrices = Matrices(),
+) -> GradientTransformationExtraArgs:
+    r"""SNSM: momentum in a subspace, the raw gradient outside, over the norms of subsets.
+
+    With the basis :math:`P` and the subset :math:`S(i)` of element :math:`i`,
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) P^T g_t, \qquad
+        n_t = P m_t + (g_t - P P^T g_t) \\
+        v_{t,S} &= \beta_2 v_{t-1,S} + (1 - \beta_2) \sum_{i \in S} g_{t,i}^2 \\
+        \theta_{t+1,i} &= (1 - \eta_t \lambda) \left( \theta_{t,i}
+            - \eta_t \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+            \cdot \frac{n_{t,i}}{\sqrt{v_{t,S(i)}} + \epsilon} \right)
+
+    It is the chain of :func:`subspace_momentum` and :func:`decay_updated_weights`. All linear maps
+    are projected, the output head too; embeddings, norms and biases keep Adam, as published. As
+    with :func:`adam_sn`, the learning rate is about ten times Adam's; warm it up.
+
+    Args:
+        learning_rate: :math:`\eta_t`, a number or a schedule.
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1); None for AdaGrad.
+        eps: :math:`\epsilon`, beside the uncorrected root.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        subspace: how :math:`P` is found; the rank is there.
+        refresh: how often, and what becomes of the momentum.
+        subsets: what the subsets are, and whether squares are summed or averaged.
+        matrices: which parameters are projected. With ``Matrices(side="larger", square="out")``
+            and :func:`top_k_rows` or :func:`uniform_rows`, the state is the smallest.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax
+        >>> from microadam_jax import memory_report, snsm, svd
+        >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
+        >>> report = memory_report(snsm(1e-2, subspace=svd(256)), params)
+        >>> round(report.bytes_per_parameter, 3)
+        2.004
+
+    Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (ICML 2025, arXiv 2411.07120).
+    """
+    return optax.chain(
+        subspace_momentum(
+            b1, b2, eps, subspace=subspace, refresh=refresh, subsets=subsets, matrices=matrices
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+        decay_updated_weights(learning_rate, weight_decay, mask),
+    )

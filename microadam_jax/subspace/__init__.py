@@ -1,0 +1,48 @@
+"""Subspaces of gradients: which matrices, what spans them, when they change, and the rest."""
+
+from microadam_jax.subspace.complement import (
+    Complement,
+    Discard,
+    FeedBack,
+    NormMatchedRest,
+    RawRest,
+    ScaledGradient,
+    SignOfRest,
+)
+from microadam_jax.subspace.dense import (
+    gaussian,
+    orthogonal_gaussian,
+    power_iteration,
+    randomized_svd,
+    srht,
+    svd,
+)
+from microadam_jax.subspace.matrices import OUTPUT_HEAD, Matrices, MatrixDimensionNumbers
+from microadam_jax.subspace.refresh import Refresh
+from microadam_jax.subspace.selected import dct_columns, sampled_rows, top_k_rows, uniform_rows
+from microadam_jax.subspace.subspace import Subspace
+
+__all__ = [
+    "OUTPUT_HEAD",
+    "Complement",
+    "Discard",
+    "FeedBack",
+    "Matrices",
+    "MatrixDimensionNumbers",
+    "NormMatchedRest",
+    "RawRest",
+    "Refresh",
+    "ScaledGradient",
+    "SignOfRest",
+    "Subspace",
+    "dct_columns",
+    "gaussian",
+    "orthogonal_gaussian",
+    "power_iteration",
+    "randomized_svd",
+    "sampled_rows",
+    "srht",
+    "svd",
+    "top_k_rows",
+    "uniform_rows",
+]

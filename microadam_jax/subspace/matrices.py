@@ -1,0 +1,172 @@
+"""Which parameters are matrices, and which side of them is compressed."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from microadam_jax.axes import AxisBlocks, Shape, Sides
+from microadam_jax.memory import remark
+from microadam_jax.partition import Assignment, Partition
+from microadam_jax.subspace.view import MatrixView
+from microadam_jax.trees import KeyPath, path_name
+
+OUTPUT_HEAD = r"(lm_head|head|logits|logits_dense|output_projection|classifier)/[^/]+"
+SIDES = ("smaller", "larger", "in", "out")
+
+
+class MatrixDimensionNumbers(NamedTuple):
+    """The axes of a linear map; what is in neither is a batch of maps.
+
+    Attributes:
+        reduction_axis: the input axes, which a forward pass sums over.
+        output_axis: the output axes.
+    """
+
+    reduction_axis: int | tuple[int, ...]
+    output_axis: int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    r"""Which parameters are matrices, and which side of them a subspace lies in.
+
+    Linear maps are known by their names, as for :class:`Partition`, convolutions and kernels
+    ``(embed, heads, head_dim)`` among them. A parameter of two axes that no rule names is taken
+    for a kernel ``(in, out)``. Embeddings, norms, biases and whatever else is no linear map are
+    no matrices. Layers that are stacked along an axis are matrices of their own.
+
+    Args:
+        side: what is compressed: the ``"smaller"`` side, as in GaLore, the ``"larger"``, as
+            where rows are selected, the inputs ``"in"`` or the outputs ``"out"``.
+        square: which of the two is compressed where both sides have one size.
+        exclude: a regular expression for the ends of paths, whole components of them, of
+            parameters that are left alone.
+        dimension_numbers: pairs of such a pattern and the axes of a linear map. They count
+            before the names.
+        partition: the rules of the names; None stands for those of :func:`transformer_rules`.
+
+    Raises:
+        ValueError: if a value is none of those, or a pattern is no regular expression.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax import Matrices, MatrixDimensionNumbers
+        >>> gate = ("gating_einsum", MatrixDimensionNumbers(1, 2))  # (2, in, out): a batch of 2
+        >>> matrices = Matrices(exclude="lm_head/kernel", dimension_numbers=(gate,))
+        >>> params = {"gating_einsum": jnp.zeros((2, 8, 32)), "lm_head": {"kernel": jnp.eye(4)}}
+        >>> {path: view and (view.rows, view.columns) for path, view in matrices.list(params)}
+        {'gating_einsum': (8, 32), 'lm_head/kernel': None}
+    """
+
+    side: Literal["smaller", "larger", "in", "out"] = "smaller"
+    square: Literal["in", "out"] = "in"
+    exclude: str | None = None
+    dimension_numbers: tuple[tuple[str, MatrixDimensionNumbers], ...] = ()
+    partition: Partition | None = None
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise ValueError(f"Matrices.side must be one of {SIDES}; got {self.side!r}.")
+        if self.square not in ("in", "out"):
+            raise ValueError(f"Matrices.square must be 'in' or 'out'; got {self.square!r}.")
+        for pattern in (self.exclude or "", *(pattern for pattern, _ in self.dimension_numbers)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"The matrices' pattern {pattern!r} is bad: {error}.") from error
+
+    def assign(self, params: Any) -> Callable[[KeyPath, Any], "Assigned"]:
+        """A function from a leaf's path and the leaf to how it is seen.
+
+        Args:
+            params: the tree of the leaves: its Flax boxes may name the axes.
+        """
+        assignment_of = (self.partition or Partition()).assign(params)
+
+        def assign(path: KeyPath, leaf: Any) -> Assigned:
+            assignment = assignment_of(path, leaf)
+            if 0 in leaf.shape or len(leaf.shape) < 2:
+                return Assigned(assignment, None, "no matrix")
+            if self.exclude is not None and _ends(self.exclude, assignment.path):
+                return Assigned(assignment, None, "excluded by its name")
+            sides = self._sides(assignment)
+            if sides is None:
+                return Assigned(assignment, None, "no matrix")
+            # What shares a norm is asked of the sharing, which must know the map too.
+            sharing = assignment.sharing
+            if sharing.matrix is None:
+                axes = tuple(((size, True),) for size in assignment.shape)
+                sharing = AxisBlocks(axes, sides)
+            return Assigned(
+                dataclasses.replace(assignment, sharing=sharing),
+                self._view(assignment.shape, sides),
+                "",
+            )
+
+        return assign
+
+    def list(self, params: Any) -> list[tuple[str, MatrixView | None]]:
+        """Each parameter's path and how it is seen; None where it is left alone."""
+        assign = self.assign(params)
+        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        return [(path_name(path), assign(path, leaf).view) for path, leaf in leaves]
+
+    def _sides(self, assignment: Assignment) -> Sides | None:
+        for pattern, numbers in self.dimension_numbers:
+            if _ends(pattern, assignment.path):
+                return _checked(numbers, assignment)
+        if assignment.sharing.matrix is not None:
+            return assignment.sharing.matrix
+        axes = [i for i in range(len(assignment.shape)) if i != assignment.layer_axis]
+        if assignment.rule is not None or len(axes) != 2:
+            return None
+        return (axes[0],), (axes[1],)
+
+    def _view(self, shape: Shape, sides: Sides) -> MatrixView:
+        inputs, outputs = sides
+        n_in, n_out = (math.prod(shape[i] for i in side) for side in sides)
+        side = self.side
+        if side in ("smaller", "larger"):
+            side = "in" if (n_in < n_out) == (side == "smaller") else "out"
+            side = self.square if n_in == n_out else side
+        return MatrixView(shape, *((inputs, outputs) if side == "in" else (outputs, inputs)))
+
+
+class Assigned(NamedTuple):
+    """How a parameter is seen.
+
+    Attributes:
+        assignment: its rule, where its ``sharing`` knows the linear map.
+        view: its matrices; None if it is left alone.
+        reason: why it is.
+    """
+
+    assignment: Assignment
+    view: MatrixView | None
+    reason: str
+
+    def remark(self, path: KeyPath) -> None:
+        """Tells the memory report of a parameter that is left alone."""
+        if self.view is None:
+            remark(path, f"{self.reason}, not projected")
+
+
+def _ends(pattern: str, path: str) -> bool:
+    return re.search(rf"(?:^|/)(?:{pattern})$", path) is not None
+
+
+def _checked(numbers: MatrixDimensionNumbers, assignment: Assignment) -> Sides:
+    rank = len(assignment.shape)
+    reduction, output = ((x,) if isinstance(x, int) else tuple(x) for x in numbers)
+    named = (*reduction, *output)
+    axes = [axis % rank for axis in named if -rank <= axis < rank]
+    if not reduction or not output or len(set(axes)) < len(named):
+        raise ValueError(
+            f"{numbers} does not describe {assignment.path!r} of shape {assignment.shape}: name "
+            "different axes that it has, at least one for each side."
+        )
+    return tuple(axes[: len(reduction)]), tuple(axes[len(reduction) :])

@@ -1,0 +1,160 @@
+"""The bases of all matrices in a tree: made, renewed and kept."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from microadam_jax.memory import remark
+from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros
+from microadam_jax.subspace.basis import Basis
+from microadam_jax.subspace.matrices import Assigned, Matrices
+from microadam_jax.subspace.refresh import Refresh
+from microadam_jax.subspace.subspace import Arrays, Slots, Subspace
+from microadam_jax.subspace.view import MatrixView
+from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Which matrices are projected, on what, and when that changes.
+
+    Attributes:
+        matrices: which parameters are matrices.
+        subspace: how a basis is found.
+        refresh: when.
+    """
+
+    matrices: Matrices
+    subspace: Subspace
+    refresh: Refresh
+
+    def assign(self, params: Any) -> Callable[[KeyPath, Any], "Projected"]:
+        """A function from a leaf's path and the leaf to its part in this projection."""
+        assign = self.matrices.assign(params)
+        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        assigned = {path: assign(path, leaf) for path, leaf in leaves}
+        projected = [path for path, each in assigned.items() if each.view is not None]
+        offsets = {
+            path: self.refresh.offset(index, len(projected)) for index, path in enumerate(projected)
+        }
+        return lambda path, leaf: Projected(self, path, assigned[path], offsets.get(path, 0))
+
+    def zeros(self, params: Any) -> tuple[Any, ...]:
+        """A tree for each array that is kept of a basis."""
+        assign = self.assign(params)
+
+        def of(path: KeyPath, parameter: Any) -> Arrays:
+            leaf = assign(path, parameter)
+            leaf.remark(parameter)
+            return leaf.zeros(parameter, self.slots(leaf.assigned.view))
+
+        return map_with_path(of, len(self.slots(None)), params)
+
+    def slots(self, view: MatrixView | None) -> Slots:
+        """What is kept of the basis of a parameter."""
+        return self.subspace.layouts(1 if view is None else self.subspace.size(view))
+
+
+class Projected(NamedTuple):
+    """One parameter's part in a projection.
+
+    Attributes:
+        projection: the projection.
+        path: the parameter's path.
+        assigned: how it is seen.
+        offset: how many steps earlier it has its turn.
+    """
+
+    projection: Projection
+    path: KeyPath
+    assigned: Assigned
+    offset: int
+
+    def zeros(self, parameter: Any, slots: Slots) -> Arrays:
+        """State arrays; of what is no matrix, one number each that is not used."""
+        view = self.assigned.view
+        if view is None:
+            shape = (1,) * len(parameter.shape)
+            return tuple(moment_zeros(parameter, shape, dtype) for _, dtype in slots)
+        return tuple(view.zeros(parameter, layout, dtype) for layout, dtype in slots)
+
+    def due(self, count: jax.Array) -> jax.Array | bool:
+        """Whether this step has a new basis."""
+        refresh = self.projection.refresh
+        return refresh.every == 1 or refresh.due(count, self.offset)
+
+    def basis(self, view: MatrixView, kept: Arrays, count: jax.Array) -> Basis:
+        """The basis of folded arrays that were kept in the step after ``count`` others."""
+        subspace = self.projection.subspace
+        shape = (*(view.shape[i] for i in view.batch), view.rows, subspace.size(view))
+        return subspace.basis(kept, shape, self._key(count))
+
+    def renew(self, matrix: Callable[[], jax.Array], kept: Arrays, count: jax.Array) -> Arrays:
+        """A new basis if it is due; else the one that there is.
+
+        Args:
+            matrix: computes what the new basis is to approximate.
+            kept: folded arrays.
+            count: steps taken.
+        """
+        if not kept:
+            return kept
+
+        def find() -> Arrays:
+            new = self.projection.subspace.find(matrix(), kept, count == 0, self._key(count))
+            return tuple(_placed_as(x, old) for x, old in zip(new, kept, strict=True))
+
+        return when(self.due(count), find, lambda: kept)
+
+    def remark(self, parameter: Any) -> None:
+        """Tells the memory report what is not as one might expect."""
+        self.assigned.remark(self.path)
+        view, subspace = self.assigned.view, self.projection.subspace
+        if view is None:
+            return
+        if subspace.rank >= view.rows:
+            remark(self.path, f"rank {subspace.rank} of {view.rows} rows, not compressed")
+        sharding = known_sharding(parameter)
+        if subspace.gathers and isinstance(sharding, NamedSharding) and any(sharding.spec):
+            every = self.projection.refresh.every
+            steps = "every step" if every == 1 else f"every {every} steps"
+            remark(self.path, f"gradient gathered {steps} for a new basis")
+
+    def _key(self, count: jax.Array) -> jax.Array:
+        return leaf_key(0, self.projection.refresh.epoch(count, self.offset), self.path)
+
+
+def when(due: jax.Array | bool, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """``lax.cond``, without the other branch where it is known."""
+    if isinstance(due, bool):
+        return then() if due else otherwise()
+    return jax.lax.cond(due, then, otherwise)
+
+
+def folded(view: MatrixView, arrays: Arrays) -> Arrays:
+    """The matrices of state arrays."""
+    return tuple(view.fold(x) for x in arrays)
+
+
+def unfolded(
+    view: MatrixView, arrays: Arrays, slots: Slots, parameter: jax.Array
+) -> Iterator[jax.Array]:
+    """State arrays of matrices, in the dtypes they are kept in."""
+    for x, (layout, dtype) in zip(arrays, slots, strict=True):
+        yield view.unfold(x, layout, parameter).astype(dtype)
+
+
+def _placed_as(x: jax.Array, old: jax.Array) -> jax.Array:
+    sharding = explicit_sharding(old) or explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, jax.typeof(old).sharding.spec))
+
+
+def float32(x: jax.Array) -> jax.Array:
+    """``x`` in float32, in which all of it is computed."""
+    return x.astype(jnp.float32)

@@ -1,0 +1,101 @@
+"""When a subspace is found anew, and what becomes of the moments in it."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.subspace.basis import PRECISION
+
+MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    r"""When a subspace is found anew, and what becomes of the moments in it.
+
+    Args:
+        every: :math:`T`, the number of steps between two bases; 1 for a new one in every step.
+        first: the published ways to count. 0: with the 0-based step, 0, T, 2T and so on. 1: with
+            the 1-based step, 1, T, 2T and so on, so that the first interval is one step shorter.
+        stagger: spreads the refreshes of different parameters over the interval, so that no step
+            has to do all of them. The first step finds every basis in any case.
+        moments: ``"keep"``, as they are, whatever they mean in the new basis. ``"reset"``, to
+            where they started. ``"rotate_first"``: the first moment becomes :math:`P^T P_{old} m`.
+            ``"rotate"``: both follow, by LDAdam's rule; see :func:`project_gradients`.
+            ``"released"``, for :func:`subspace_momentum` alone, is what its authors' code does in
+            place of a reset: old numbers are used in the new basis once more, and zeros are kept
+            for the step after. Results then depend on the signs of singular vectors.
+        momentum_share: :math:`\rho` in the matrix that the new basis is found for,
+            :math:`\rho P_{old} \hat m + (1 - \rho) G`; None: the gradient.
+
+    Raises:
+        ValueError: if a value is none of those.
+    """
+
+    every: int = 200
+    first: Literal[0, 1] = 0
+    stagger: bool = False
+    moments: Literal["keep", "reset", "rotate_first", "rotate", "released"] = "keep"
+    momentum_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"Refresh.every must be a whole number from 1 on; got {self.every!r}.")
+        if self.first not in (0, 1):
+            raise ValueError(f"Refresh.first must be 0 or 1; got {self.first!r}.")
+        if self.moments not in MOMENTS:
+            raise ValueError(f"Refresh.moments must be one of {MOMENTS}; got {self.moments!r}.")
+        if self.momentum_share is not None and not 0 <= self.momentum_share <= 1:
+            raise ValueError(
+                "Refresh.momentum_share must lie in [0, 1], or be None for the gradient alone; "
+                f"got {self.momentum_share!r}."
+            )
+
+    @property
+    def needs_decay_rates(self) -> bool:
+        """Whether a bias has to be corrected."""
+        return self.moments == "rotate" or self.momentum_share is not None
+
+    def offset(self, index: int, total: int) -> int:
+        """How many steps earlier the parameter ``index`` of ``total`` has its turn."""
+        return index * self.every // total if self.stagger else 0
+
+    def due(self, count: jax.Array, offset: int) -> jax.Array:
+        """Whether the step after ``count`` others finds a new basis."""
+        return (count == 0) | ((count + self.first + offset) % self.every == 0)
+
+    def epoch(self, count: jax.Array, offset: int) -> jax.Array:
+        """A number that is another one for each basis."""
+        return (count + self.first + offset) // self.every
+
+
+def rotate_first(overlap: jax.Array, mu: jax.Array) -> jax.Array:
+    r"""The first moment in the new basis, :math:`Q m` with :math:`Q = P^T P_{old}`."""
+    return jnp.matmul(overlap, mu, precision=PRECISION)
+
+
+def rotate_second(
+    overlap: jax.Array, mu: jax.Array, nu: jax.Array, c1: jax.Array, c2: jax.Array
+) -> jax.Array:
+    r"""The second moment in the new basis, by LDAdam's rule.
+
+    .. math::
+
+        v \leftarrow c_2 \left| (Q \circ Q) \left( \frac{v}{c_2} - \frac{m^2}{c_1^2} \right)
+            + \frac{(Q m)^2}{c_1^2} \right|
+
+    Variances are mapped by squared coefficients, as if coordinates were independent, and the mean
+    is put back.
+
+    Args:
+        overlap: :math:`Q = P^T P_{old}`.
+        mu: :math:`m`, in the old basis.
+        nu: :math:`v`, in the old basis.
+        c1: the bias correction of :math:`m`, :math:`1 - \beta_1^k` after :math:`k` steps.
+        c2: that of :math:`v`.
+    """
+    variance = nu / c2 - jnp.square(mu / c1)
+    moved = jnp.matmul(jnp.square(overlap), variance, precision=PRECISION)
+    return c2 * jnp.abs(moved + jnp.square(rotate_first(overlap, mu) / c1))

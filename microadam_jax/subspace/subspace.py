@@ -1,0 +1,135 @@
+"""What a subspace is to the transformations: a way to find a basis, and what is kept of it."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from microadam_jax.subspace.basis import Basis, DenseBasis
+from microadam_jax.subspace.view import Layout, MatrixView
+
+Arrays = tuple[jax.Array, ...]
+Slots = tuple[tuple[Layout, DTypeLike], ...]  # of the arrays that are kept for a matrix
+
+
+class Vectors(NamedTuple):
+    """A basis as it is.
+
+    Attributes:
+        vectors: float32, the parameter's shape with the rank in place of the kept side.
+    """
+
+    vectors: Any
+
+
+class Indices(NamedTuple):
+    """A basis as a selection.
+
+    Attributes:
+        indices: int32, one for each basis vector, in place of the compressed side.
+    """
+
+    indices: Any
+
+
+class WeightedIndices(NamedTuple):
+    """A basis as a weighted selection.
+
+    Attributes:
+        indices: int32, one for each basis vector, in place of the compressed side.
+        weights: float32, of the same shape.
+    """
+
+    indices: Any
+    weights: Any
+
+
+class Seeded(NamedTuple):
+    """A basis that is drawn anew from its seed in every step, so that nothing is kept."""
+
+
+class Subspace(Protocol):
+    """How a subspace of each matrix is found.
+
+    Attributes:
+        Kept: the NamedTuple of what is kept of a basis.
+        gathers: whether a new basis needs the whole gradient on one device.
+    """
+
+    Kept: ClassVar[type]
+    gathers: ClassVar[bool]
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions it has, at most."""
+        ...
+
+    def size(self, view: MatrixView) -> int:
+        """How many dimensions it has in the matrices of ``view``."""
+        ...
+
+    def layouts(self, size: int) -> Slots:
+        """The layout and dtype of each array of ``Kept``."""
+        ...
+
+    def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
+        """A new basis.
+
+        Args:
+            matrix: float32, the folded matrices to approximate.
+            kept: what is kept of the old basis, folded; zeros at first.
+            first: whether there is no old basis.
+            key: a random key, another one for each basis.
+
+        Returns:
+            What to keep of it, folded.
+        """
+        ...
+
+    def basis(self, kept: Arrays, shape: tuple[int, ...], key: jax.Array) -> Basis:
+        """The basis of what is kept of it.
+
+        Args:
+            kept: what :meth:`find` returned.
+            shape: ``(*batch, rows, rank)``.
+            key: that of :meth:`find`.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepsVectors:
+    """A subspace whose basis is kept as it is."""
+
+    rank: int
+    Kept: ClassVar[type] = Vectors
+    gathers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Checks the rank."""
+        require_rank(self.rank)
+
+    def size(self, view: MatrixView) -> int:
+        """No more than the matrix has."""
+        return min(self.rank, view.rows, view.columns)
+
+    def layouts(self, size: int) -> Slots:
+        """One array of vectors."""
+        return ((Layout(rows=None, columns=size), jnp.float32),)
+
+    def basis(self, kept: Arrays, shape: tuple[int, ...], key: jax.Array) -> DenseBasis:
+        """The vectors."""
+        del shape, key
+        return DenseBasis(kept[0])
+
+
+def require_rank(rank: int) -> None:
+    """Refuses a rank that is no positive number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"The rank of a subspace must be a whole number from 1 on; got {rank!r}.")

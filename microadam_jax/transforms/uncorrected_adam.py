@@ -1,0 +1,126 @@
+"""Adam in two links, so that something can stand between its moments and their bias correction."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from microadam_jax.transforms.moments import moving_average, one_minus_power
+
+
+class ScaleByUncorrectedAdamState(NamedTuple):
+    """Adam's moments.
+
+    Attributes:
+        mu: float32 first moments, of the parameters' shapes.
+        nu: float32 second moments, of the parameters' shapes.
+    """
+
+    mu: Any
+    nu: Any
+
+
+class CorrectBiasState(NamedTuple):
+    """The age of the moments.
+
+    Attributes:
+        count: int32 scalar, steps taken.
+    """
+
+    count: jax.Array
+
+
+def scale_by_uncorrected_adam(
+    b1: ArrayLike = 0.9, b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by Adam's moments as they are, without correcting their bias.
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2 \\
+        u_t &= m_t / (\sqrt{v_t} + \epsilon)
+
+    With :func:`correct_bias` after it, it is Adam with an :math:`\epsilon` that is divided by
+    :math:`\sqrt{1 - \beta_2^t}`.
+
+    Args:
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+        eps: :math:`\epsilon`, beside the uncorrected root.
+
+    Returns:
+        The transformation.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from microadam_jax import correct_bias, scale_by_uncorrected_adam
+        >>> tx = optax.chain(scale_by_uncorrected_adam(), correct_bias())
+        >>> updates, _ = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.zeros(2)))
+        >>> print(updates.round(4))
+        [ 1. -1.]
+    """
+
+    def init(params: optax.Params) -> ScaleByUncorrectedAdamState:
+        def zeros() -> Any:
+            return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), params)
+
+        return ScaleByUncorrectedAdamState(zeros(), zeros())
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByUncorrectedAdamState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByUncorrectedAdamState]:
+        del params, extra_args
+        mu = jax.tree.map(lambda g, m: moving_average(b1, m, _float32(g)), updates, state.mu)
+        nu = jax.tree.map(
+            lambda g, v: moving_average(b2, v, jnp.square(_float32(g))), updates, state.nu
+        )
+        scaled = jax.tree.map(
+            lambda g, m, v: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), updates, mu, nu
+        )
+        return scaled, ScaleByUncorrectedAdamState(mu, nu)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def correct_bias(
+    b1: ArrayLike = 0.9, b2: ArrayLike = 0.999
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies updates by Adam's bias correction, :math:`\sqrt{1 - \beta_2^t}/(1 - \beta_1^t)`.
+
+    Args:
+        b1: :math:`\beta_1`, in [0, 1).
+        b2: :math:`\beta_2`, in [0, 1).
+
+    Returns:
+        The transformation.
+    """
+
+    def init(params: optax.Params) -> CorrectBiasState:
+        del params
+        return CorrectBiasState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates,
+        state: CorrectBiasState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, CorrectBiasState]:
+        del params, extra_args
+        count = jnp.asarray(optax.safe_increment(state.count))
+        correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
+        corrected = jax.tree.map(lambda u: (correction * _float32(u)).astype(u.dtype), updates)
+        return corrected, CorrectBiasState(count)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
