@@ -37,10 +37,10 @@ def scale_by_mfac(
     the number of filled rows.
 
     It is solved in the eigenbasis of :math:`K`. Directions with
-    :math:`\sigma^2 + m \lambda \le 2^{-22} \sqrt m\, \sigma_{\max}^2`, where float32 knows nothing
-    of :math:`\sigma^2`, are left out: gradients that repeat do no harm, and gradients that are
+    :math:`\sigma^2 + m \lambda \le 2^{-22} \sqrt m\, \sigma_{\max}^2`, where float32 knows
+    nothing of :math:`\sigma^2`, are left out: gradients that repeat do no harm, and a gradient
     less than :math:`2^{-11} m^{1/4}` times as long as another in the window, 1.2e-3 times for
-    :math:`m = 32`, have to wait until it is gone.
+    :math:`m = 32`, has to wait until that one is gone.
 
     All leaves share :math:`K`: a non-finite gradient in one spoils all of them until it has left
     the window, so wrap the chain in ``optax.apply_if_finite``.
