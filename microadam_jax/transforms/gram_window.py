@@ -100,7 +100,8 @@ def gram_window(
         )
         row = sum(jax.tree.leaves(products), jnp.zeros(window.length, jnp.float32))
         gram = state.gram.at[newest, :].set(row).at[:, newest].set(row)
-        y = coefficients(gram, newest, count)
+        # Of a matrix with NaN, LAPACK may return finite eigenvectors.
+        y = jnp.where(jnp.isfinite(gram).all(), coefficients(gram, newest, count), jnp.nan)
 
         def combine(
             path: KeyPath, update: Any, target: Any, left: jax.Array, right: jax.Array
