@@ -32,6 +32,7 @@ from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.partition import Partition, PartitionReport, explain_partition
+from microadam_jax.state_shardings import state_shardings
 from microadam_jax.subsets import Subsets
 from microadam_jax.transforms import (
     DecayUpdatedWeightsState,
@@ -109,6 +110,7 @@ __all__ = [
     "scale_by_factored_adam",
     "scale_by_subset_norm",
     "scale_by_window_adam",
+    "state_shardings",
     "to_dense",
     "top_k",
     "transformer_rules",

@@ -87,7 +87,7 @@ def train(
 
     param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     state_shapes = jax.eval_shape(optimizer.init, param_shapes)
-    shardings = (placement.params, placement.state(optimizer, state_shapes))
+    shardings = (placement.params, placement.state(optimizer, param_shapes))
     result = Result(rows, _count(param_shapes), _bytes(state_shapes), finished=True)
 
     start = checkpoints.latest_step if checkpoints else 0
