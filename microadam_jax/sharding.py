@@ -81,8 +81,8 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
     An axis of size 1 is whole too: its number belongs to all the devices along it.
     """
-    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))][: len(shape)]
-    for axis, size in enumerate(shape):
+    spec = [*sharding.spec][: len(shape)]
+    for axis, size in enumerate(shape[: len(spec)]):
         if size % shards_along(sharding.mesh, spec[axis]) or size == 1:
             spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))

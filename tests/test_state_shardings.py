@@ -63,7 +63,7 @@ def test_wrappers_are_looked_through(wrap: Any) -> None:
     tx = wrap(microadam(1e-3))
     shardings = state_shardings(tx, SHAPES, on(mesh_of(), {"w": P("fsdp", "tp"), "b": P()}))
     residual = optax.tree_utils.tree_get(shardings, "residual")
-    assert residual.codes["w"].spec == P("fsdp", "tp", None)
+    assert residual.codes["w"].spec == P("fsdp", "tp")
     assert optax.tree_utils.tree_get_all_with_path(shardings, "count")[0][1].spec == P()
     jax.tree.map(lambda *_: None, jax.eval_shape(tx.init, SHAPES), shardings)
 
@@ -119,12 +119,12 @@ class TestZero:
     def test_what_cannot_divide_stays_as_the_parameter(self) -> None:
         odd = {"w": jax.ShapeDtypeStruct((511, 7), jnp.float32)}
         found = state_shardings(adam_mini(1e-3), odd, on(mesh_of(), P()), zero_axis="data")
-        assert optax.tree_utils.tree_get(found, "mu")["w"].spec in (P(), P(None, None))
+        assert optax.tree_utils.tree_get(found, "mu")["w"].spec == P()
 
     def test_a_parameter_that_is_cut_along_it_already_stays(self) -> None:
         mesh = mesh_of()
         found = state_shardings(adam_mini(1e-3), SHAPES, on(mesh, P("data")), zero_axis="data")
-        assert optax.tree_utils.tree_get(found, "mu")["w"].spec == P("data", None)
+        assert optax.tree_utils.tree_get(found, "mu")["w"].spec == P("data")
 
     @pytest.mark.parametrize("name", ["microadam, all compressed", "adamw8bit"])
     def test_the_numbers_are_those_of_one_device(self, name: str) -> None:
@@ -158,7 +158,8 @@ def test_states_in_host_memory_are_fetched_for_the_step() -> None:
         return updates, state
 
     state = jax.device_put(jax.jit(tx.init, out_shardings=on_device)(sharded), on_host)
-    updates, state = jax.jit(step, out_shardings=(placed, on_device))(sharded, state)
+    updates, state = jax.jit(step, out_shardings=(placed, on_host))(sharded, state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == on_host
     expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
@@ -176,7 +177,7 @@ def test_mistakes(arguments: dict[str, str], sentence: str) -> None:
 
 
 def test_other_shardings_and_trees_without_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be of NamedSharding.*got a P"):
+    with pytest.raises(ValueError, match=r"must be of NamedSharding.*got a P"):
         state_shardings(microadam(1e-3), SHAPES, P())
     with pytest.raises(ValueError, match="no parameters"):
         state_shardings(microadam(1e-3), {}, {})
