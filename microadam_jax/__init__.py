@@ -32,6 +32,7 @@ from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.partition import Partition, PartitionReport, explain_partition
+from microadam_jax.state_format import require_state_format, state_format
 from microadam_jax.state_shardings import state_shardings
 from microadam_jax.subsets import Subsets
 from microadam_jax.transforms import (
@@ -105,11 +106,13 @@ __all__ = [
     "quantize_state",
     "rank1_dynamic4",
     "rank1_linear4",
+    "require_state_format",
     "scale_by_adam_mini",
     "scale_by_came",
     "scale_by_factored_adam",
     "scale_by_subset_norm",
     "scale_by_window_adam",
+    "state_format",
     "state_shardings",
     "to_dense",
     "top_k",

@@ -9,6 +9,8 @@ from pathlib import Path
 import optax
 from rich.console import Console
 
+from microadam_jax.state_format import STATE_FORMAT
+
 from . import config as configuration
 from . import optimizers
 from .checkpoints import Checkpoints
@@ -71,7 +73,11 @@ def _train_one(
     interruption: Interruption,
 ) -> Result:
     folder = config.out / label
-    identity = {**config.identity(), "tokens of the text": corpus.digest}
+    identity = {
+        **config.identity(),
+        "tokens of the text": corpus.digest,
+        "state format": STATE_FORMAT,
+    }
     with Checkpoints(folder / "checkpoints", identity) as checkpoints:
         metrics = MetricsFile(folder / "metrics.csv", checkpoints.latest_step)
         with progress(console, label, config.steps, metrics.rows) as show:

@@ -12,6 +12,7 @@ from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, top_k
 from microadam_jax.memory import remark
 from microadam_jax.sharding import unused_state
+from microadam_jax.state_format import setting
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 
@@ -86,6 +87,9 @@ def error_feedback(
     arrays = len(codec.Encoded._fields)
 
     def init(params: optax.Params) -> ErrorFeedbackState:
+        setting("residual", codec)
+        setting("compressor", compressor)
+
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
             for text in compressor.remarks(path, parameter):
                 remark(path, text)
