@@ -28,6 +28,7 @@ from microadam_jax.codecs import (
     rank1_linear4,
 )
 from microadam_jax.compressors import BlockSparse, top_k
+from microadam_jax.diagnostics import DiagnosticsState, with_diagnostics
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
@@ -65,6 +66,7 @@ __all__ = [
     "BlockSparse",
     "Blocks",
     "DecayUpdatedWeightsState",
+    "DiagnosticsState",
     "ErrorFeedbackState",
     "Fused",
     "MemoryReport",
@@ -117,4 +119,5 @@ __all__ = [
     "to_dense",
     "top_k",
     "transformer_rules",
+    "with_diagnostics",
 ]

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import optax
 from rich.console import Console
@@ -17,7 +18,7 @@ from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus, load_corpus
 from .interruption import Interruption
-from .metrics import MetricsFile, Row
+from .metrics import DiagnosticsFile, MetricsFile, Row
 from .partitioning import place
 from .progress import progress
 from .report import write_report
@@ -80,6 +81,10 @@ def _train_one(
     }
     with Checkpoints(folder / "checkpoints", identity) as checkpoints:
         metrics = MetricsFile(folder / "metrics.csv", checkpoints.latest_step)
+        extra: dict[str, Any] = {}
+        if config.diagnostics:
+            file = DiagnosticsFile(folder / "diagnostics.csv", checkpoints.latest_step)
+            extra["observe_state"] = file.append
         with progress(console, label, config.steps, metrics.rows) as show:
 
             def observe(rows: list[Row]) -> None:
@@ -94,6 +99,7 @@ def _train_one(
                 rows=metrics.rows,
                 observe=observe,
                 stop=interruption.requested,
+                **extra,
             )
 
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, top_k
+from microadam_jax.diagnostics import observe_feedback, observing
 from microadam_jax.memory import remark
 from microadam_jax.sharding import unused_state
 from microadam_jax.state_format import setting
@@ -117,7 +118,10 @@ def error_feedback(
             owed = codec.decode(codec.Encoded(*stored), gradient.shape)
             accumulated = gradient.astype(jnp.float32) + owed
             sent = compressor.compress(accumulated, target.dtype)
-            left = codec.encode(sent.rest_of(accumulated), key)
+            rest = sent.rest_of(accumulated)
+            left = codec.encode(rest, key)
+            if observing():
+                observe_feedback(path, accumulated, rest, codec.decode(left, gradient.shape))
             if alpha is not None:
                 owed = codec.decode(left, gradient.shape)
                 bypass = jnp.asarray(alpha, jnp.float32) * owed
