@@ -85,5 +85,6 @@ def boxed_like(moments: Any, before: Any) -> Any:
 def _content(node: Any) -> Any:
     if not is_box(node):
         return node
-    (content,) = jax.tree.leaves(node) or [None]
-    return content
+    leaves = jax.tree.leaves(node) or [None]
+    # Between links there may be a pytree node in a box, the survivors of a compressor.
+    return leaves[0] if len(leaves) == 1 else node.value

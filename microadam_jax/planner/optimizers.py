@@ -33,7 +33,7 @@ def optimizer(text: str) -> optax.GradientTransformation:
             f"There is no optimizer {name!r}.{hint} This library has {', '.join(sorted(known))}; "
             "Optax's are known too."
         )
-    options = dict(setting.partition("=")[::2] for setting in settings)
+    options = {key: value for key, _, value in (setting.partition("=") for setting in settings)}
     try:
         return factory(1e-3, **{key: _value(value) for key, value in options.items()})
     except TypeError as error:
