@@ -13,16 +13,17 @@ from microadam_jax.trees import path_name
 AXES = ("data", "fsdp", "tp")
 ROWS = ("data", "fsdp")  # what the sequences of a batch are dealt out over
 
-# By the end of the path; kernels of layers have the layer axis in front.
+# By the end of the path; kernels of layers have the layer axis in front. The last axis is cut over
+# tp at most: a row has too few blocks for 64 devices, and states that cannot be cut are whole.
 _SPECS = {
-    "embed_tokens/embedding": P("tp", "fsdp"),
+    "embed_tokens/embedding": P(("tp", "fsdp")),
     "q_proj/kernel": P(None, "fsdp", "tp"),
     "k_proj/kernel": P(None, "fsdp", "tp"),
     "v_proj/kernel": P(None, "fsdp", "tp"),
-    "o_proj/kernel": P(None, "tp", "fsdp"),
+    "o_proj/kernel": P(None, ("tp", "fsdp")),
     "gate_proj/kernel": P(None, "fsdp", "tp"),
     "up_proj/kernel": P(None, "fsdp", "tp"),
-    "down_proj/kernel": P(None, "tp", "fsdp"),
+    "down_proj/kernel": P(None, ("tp", "fsdp")),
     "lm_head/kernel": P("fsdp", "tp"),
 }
 
