@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain test lint format types pytest docs docs-serve clean
+.PHONY: help pretrain test lint format types pytest matrix docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -42,6 +42,9 @@ types: $(call installed,lint) ## Types
 pytest: $(call installed,tests) ## Tests, and the examples in docstrings and pages (ARGS="-k name")
 	@echo "Tests (pytest, Python $(VERSION)) ..."
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+matrix: $(call installed,tests) ## Every method in every trainer and on every mesh (minutes)
+	@$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
 
 docs: $(call installed,docs) ## Build the pages into site/; a broken link is an error
 	@echo "Pages (mkdocs) ..."

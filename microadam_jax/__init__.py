@@ -40,11 +40,14 @@ from microadam_jax.codecs import (
     rank1_linear4,
 )
 from microadam_jax.compressors import BlockSparse, LowRank, power_sgd, top_k
+from microadam_jax.diagnostics import DiagnosticsState, with_diagnostics
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.partition import Partition, PartitionReport, explain_partition
 from microadam_jax.selected_gradients import grass_dense
+from microadam_jax.state_format import require_state_format, state_format
+from microadam_jax.state_shardings import state_shardings
 from microadam_jax.subsets import Subsets
 from microadam_jax.subspace import (
     OUTPUT_HEAD,
@@ -113,6 +116,7 @@ __all__ = [
     "CompressState",
     "CorrectBiasState",
     "DecayUpdatedWeightsState",
+    "DiagnosticsState",
     "Discard",
     "ErrorFeedbackState",
     "FeedBack",
@@ -186,6 +190,7 @@ __all__ = [
     "randomized_svd",
     "rank1_dynamic4",
     "rank1_linear4",
+    "require_state_format",
     "sampled_rows",
     "scale_by_adam_mini",
     "scale_by_came",
@@ -199,6 +204,8 @@ __all__ = [
     "sparse_ggt",
     "sparse_mfac",
     "srht",
+    "state_format",
+    "state_shardings",
     "subspace_momentum",
     "svd",
     "to_dense",
@@ -206,4 +213,5 @@ __all__ = [
     "top_k_rows",
     "transformer_rules",
     "uniform_rows",
+    "with_diagnostics",
 ]

@@ -1,4 +1,7 @@
-"""``python -m microadam_jax memory llama2-7b``: what each optimizer keeps for a model."""
+"""What optimizers keep for a model, and what a training step needs per device.
+
+``python -m microadam_jax memory llama2-7b``, ``python -m microadam_jax plan --model llama2-7b``
+"""
 
 import argparse
 
@@ -27,6 +30,7 @@ from microadam_jax.aliases import (
 )
 from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
 from microadam_jax.models import MODELS, model_shapes
+from microadam_jax.planner import command as plan
 from microadam_jax.subspace import Matrices, gaussian, power_iteration, svd, top_k_rows
 
 RANK = 512
@@ -67,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     memory.add_argument("model", choices=sorted(MODELS), help="a model of the registry")
     memory.add_argument("--fields", action="store_true", help="each optimizer's state by field")
     memory.set_defaults(run=lambda options: print_memory(options.model, fields=options.fields))
+    plan.add_flags(commands.add_parser("plan", help="memory of a training step per device"))
     options = parser.parse_args(arguments)
     options.run(options)
 

@@ -110,9 +110,8 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
         # A fresh function each time: eval_shape would answer a known one from its cache,
         # without running it, and no remark would be heard.
         state = jax.eval_shape(lambda params: tx.init(params), params)
-    parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     fields: Counter[str] = Counter()
-    for name, leaf in _named_leaves(state, parameter_paths):
+    for name, leaf in named_leaves(state, params):
         fields[name] += leaf.size * jnp.dtype(leaf.dtype).itemsize
     return MemoryReport(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
@@ -148,8 +147,9 @@ def _recording() -> Generator[dict[str, list[str]]]:
         _remarks.reset(token)
 
 
-def _named_leaves(state: Any, parameter_paths: set[KeyPath]) -> Iterator[tuple[str, Any]]:
+def named_leaves(state: Any, params: optax.Params) -> Iterator[tuple[str, Any]]:
     """Each array of the state with the name of its field: its path less its parameter's."""
+    parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         field = next(
             (path[:cut] for cut in range(len(path) + 1) if path[cut:] in parameter_paths), path

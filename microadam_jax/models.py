@@ -44,13 +44,18 @@ def model_shapes(name: str, dtype: DTypeLike = jnp.float32) -> Shapes:
     return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), MODELS[name]())
 
 
-def llama(*, hidden: int, intermediate: int, layers: int, vocab: int = 32000) -> Shapes:
-    """A Llama decoder: SwiGLU, RMSNorm, no biases, one key head per query head, untied output.
+def llama(
+    *, hidden: int, intermediate: int, layers: int, vocab: int = 32000, kv_width: int | None = None
+) -> Shapes:
+    """A Llama decoder: SwiGLU, RMSNorm, no biases, untied output.
+
+    ``kv_width`` is that of keys and values where several query heads share one key head.
 
     Dimensions: Touvron et al., Llama 2 (arXiv 2307.09288) and its released ``config.json`` files
-    for 7B and 13B; the ``configs/llama_*.json`` of GaLore (arXiv 2403.03507) for 60M to 1B.
+    for 7B, 13B and 70B; the ``configs/llama_*.json`` of GaLore (arXiv 2403.03507) for 60M to 1B.
     """
-    attention = {f"{name}_proj": _linear(hidden, hidden) for name in "qkvo"}
+    attention = {f"{name}_proj": _linear(hidden, hidden) for name in "qo"}
+    attention |= {f"{name}_proj": _linear(hidden, kv_width or hidden) for name in "kv"}
     mlp = {
         "gate_proj": _linear(hidden, intermediate),
         "up_proj": _linear(hidden, intermediate),
@@ -195,6 +200,7 @@ MODELS: Mapping[str, Callable[[], Shapes]] = MappingProxyType(
     {
         "llama2-7b": partial(llama, hidden=4096, intermediate=11008, layers=32),
         "llama2-13b": partial(llama, hidden=5120, intermediate=13824, layers=40),
+        "llama2-70b": partial(llama, hidden=8192, intermediate=28672, layers=80, kv_width=1024),
         "llama-60m": partial(llama, hidden=512, intermediate=1376, layers=8),
         "llama-130m": partial(llama, hidden=768, intermediate=2048, layers=12),
         "llama-350m": partial(llama, hidden=1024, intermediate=2736, layers=24),

@@ -6,7 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jax.typing import DTypeLike
 
 
@@ -50,7 +57,7 @@ def moment_zeros(
     """
     sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
-        sharding = _whole_where_uneven(sharding, shape)
+        sharding = fitted(sharding, shape)
     return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
 
 
@@ -60,7 +67,7 @@ def place_moment(x: jax.Array, parameter: jax.Array | jax.ShapeDtypeStruct) -> j
     if isinstance(parameter, jax.core.Tracer):
         return place_like(x, parameter, x.shape)
     if isinstance(sharding, NamedSharding):
-        sharding = _whole_where_uneven(sharding, x.shape)
+        sharding = fitted(sharding, x.shape)
     return x if sharding is None else jax.device_put(x, sharding)
 
 
@@ -149,7 +156,7 @@ def place_like(x: jax.Array, parameter: jax.Array, shape: tuple[int, ...]) -> ja
     sharding = jax.typeof(parameter).sharding
     if not any(sharding.spec):
         return x
-    return jax.sharding.reshard(x, _whole_where_uneven(sharding, shape))
+    return jax.sharding.reshard(x, fitted(sharding, shape))
 
 
 def _only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> NamedSharding:
@@ -158,14 +165,22 @@ def _only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> Named
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
-def _whole_where_uneven(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    for axis, size in enumerate(shape):
-        names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-        shards = math.prod(sharding.mesh.shape[name] for name in names or () if name)
-        if size % shards or size == 1:
+def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """A parameter's sharding for an array of ``shape``, whole on the axes it does not divide.
+
+    An axis of size 1 is whole too: its number belongs to all the devices along it.
+    """
+    spec = [*sharding.spec][: len(shape)]
+    for axis, size in enumerate(shape[: len(spec)]):
+        if size % shards_along(sharding.mesh, spec[axis]) or size == 1:
             spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def shards_along(mesh: Mesh | AbstractMesh, entry: Any) -> int:
+    """Into how many pieces an entry of a ``PartitionSpec`` cuts its axis."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(mesh.shape[name] for name in names if name)
 
 
 def unused_state(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:

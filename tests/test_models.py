@@ -11,6 +11,7 @@ from microadam_jax.models import MODELS, model_shapes
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
     "llama-60m": 58_073_600,
     "llama-130m": 134_105_856,
     "bert-base": 109_482_240,

@@ -5,9 +5,12 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import optax
 from rich.console import Console
+
+from microadam_jax.state_format import STATE_FORMAT
 
 from . import config as configuration
 from . import optimizers
@@ -15,7 +18,7 @@ from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus, load_corpus
 from .interruption import Interruption
-from .metrics import MetricsFile, Row
+from .metrics import DiagnosticsFile, MetricsFile, Row
 from .partitioning import place
 from .progress import progress
 from .report import write_report
@@ -71,9 +74,17 @@ def _train_one(
     interruption: Interruption,
 ) -> Result:
     folder = config.out / label
-    identity = {**config.identity(), "tokens of the text": corpus.digest}
+    identity = {
+        **config.identity(),
+        "tokens of the text": corpus.digest,
+        "state format": STATE_FORMAT,
+    }
     with Checkpoints(folder / "checkpoints", identity) as checkpoints:
         metrics = MetricsFile(folder / "metrics.csv", checkpoints.latest_step)
+        extra: dict[str, Any] = {}
+        if config.diagnostics:
+            file = DiagnosticsFile(folder / "diagnostics.csv", checkpoints.latest_step)
+            extra["observe_state"] = file.append
         with progress(console, label, config.steps, metrics.rows) as show:
 
             def observe(rows: list[Row]) -> None:
@@ -88,6 +99,7 @@ def _train_one(
                 rows=metrics.rows,
                 observe=observe,
                 stop=interruption.requested,
+                **extra,
             )
 
 

@@ -94,6 +94,9 @@ class Config:
     """Number of batches, always the same, of one evaluation."""
     log_every: int = 10
     """Steps between looks at the losses, which stay on the device in between."""
+    diagnostics: bool = False
+    """Write diagnostics.csv: what compression does to attention, feed-forward and other
+    parameters at each look at the losses."""
     save_every: int = 500
     """Steps between checkpoints."""
     out: Path = Path("runs/pretrain")

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import optax
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -48,6 +50,27 @@ class MetricsFile:
         """Adds rows to the file."""
         with self.path.open("a", newline="") as stream:
             csv.writer(stream).writerows(map(dataclasses.astuple, rows))
+
+
+class DiagnosticsFile:
+    """What compression did to each group of parameters, in a CSV file."""
+
+    FIELDS = ("update_norm", "kept_mass", "residual_norm", "quantization_error")
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Opens a file, and forgets what it says about steps after `last_step`."""
+        lines = path.read_text().splitlines()[1:] if path.exists() else []
+        kept = [line for line in lines if int(line.partition(",")[0]) <= last_step]
+        path.write_text("\n".join([",".join(("step", "group", *self.FIELDS)), *kept, ""]))
+        self.path = path
+
+    def append(self, step: int, state: optax.OptState) -> None:
+        """Adds the numbers in a state of `microadam_jax.with_diagnostics`."""
+        fields = [optax.tree_utils.tree_get(state, field) for field in self.FIELDS]
+        with self.path.open("a", newline="") as stream:
+            csv.writer(stream).writerows(
+                [step, group, *(float(field[group]) for field in fields)] for group in fields[0]
+            )
 
 
 def _read(path: Path) -> list[Row]:

@@ -70,6 +70,10 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
         optimizer = _call(label, name, _learning_rate(config, peaks[label]), chosen)
         if config.clip:
             optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+        if config.diagnostics:
+            optimizer = microadam_jax.with_diagnostics(
+                optimizer, {"attention": "attention/", "feed-forward": "mlp/"}
+            )
         built[label] = optimizer
     return built
 

@@ -1,13 +1,14 @@
 """Where parameters, optimizer state and batches live on a mesh of devices."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from microadam_jax import state_shardings
 
 from .config import Config, PretrainError
 from .model import Params, init_params
@@ -45,37 +46,17 @@ class Placement:
     params: Params
     batches: NamedSharding
 
-    def state(self, optimizer: optax.GradientTransformation, shapes: optax.OptState) -> Any:
+    def state(self, optimizer: optax.GradientTransformation, params: Params) -> Any:
         """Places the state that belongs to a parameter where the parameter is.
 
         Args:
             optimizer: The optimizer.
-            shapes: The shapes of its state.
+            params: The shapes of the parameters.
 
         Returns:
             A `NamedSharding` for each leaf; what belongs to no parameter is everywhere.
         """
-        sizes = self.mesh.shape
-
-        def place_leaf(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-            # Leaves of this library can always take the parameter's spec; the factored ones of
-            # Adafactor, for instance, have fewer axes or other sizes.
-            axes = zip(leaf.shape, sharding.spec, strict=False)
-            kept = (axis if axis and size % sizes[axis] == 0 else None for size, axis in axes)
-            return NamedSharding(self.mesh, P(*kept))
-
-        def place_leaves(leaves: Any, sharding: NamedSharding) -> Any:
-            return jax.tree.map(functools.partial(place_leaf, sharding), leaves)
-
-        return optax.tree.map_params(
-            optimizer,
-            place_leaves,
-            shapes,
-            self.params,
-            transform_non_params=lambda _: NamedSharding(self.mesh, P()),
-            # Whatever stands where a parameter would: an array, a list of them, nothing.
-            is_leaf=lambda node: not isinstance(node, dict),
-        )
+        return state_shardings(optimizer, params, self.params)
 
 
 def place(config: Config, vocab: int) -> Placement:

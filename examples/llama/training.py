@@ -59,6 +59,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     rows: Sequence[Row] = (),
     observe: Callable[[list[Row]], None] = lambda rows: None,
+    observe_state: Callable[[int, optax.OptState], None] = lambda step, state: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Trains the model of a configuration.
@@ -71,6 +72,7 @@ def train(
         checkpoints: Where to continue from and to save to.
         rows: The rows up to the latest checkpoint.
         observe: Is shown new rows, every `log_every` steps.
+        observe_state: Is then shown the step and the optimizer's state.
         stop: Is asked after each step whether to save and return.
 
     Returns:
@@ -87,7 +89,7 @@ def train(
 
     param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     state_shapes = jax.eval_shape(optimizer.init, param_shapes)
-    shardings = (placement.params, placement.state(optimizer, state_shapes))
+    shardings = (placement.params, placement.state(optimizer, param_shapes))
     result = Result(rows, _count(param_shapes), _bytes(state_shapes), finished=True)
 
     start = checkpoints.latest_step if checkpoints else 0
@@ -135,6 +137,7 @@ def train(
             new[-1] = dataclasses.replace(new[-1], held_out_loss=held_out_loss)
         rows += new
         observe(new)
+        observe_state(step, state)
         if saving and checkpoints:
             checkpoints.save(step, (params, state))
         if stopping and not done:

@@ -11,8 +11,10 @@ from jax.typing import ArrayLike
 from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, top_k
+from microadam_jax.diagnostics import observe_feedback, observing
 from microadam_jax.memory import remark
 from microadam_jax.sharding import unused_state
+from microadam_jax.state_format import setting
 from microadam_jax.transforms.compress import first_carried
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
@@ -92,6 +94,9 @@ def error_feedback(
     carried_arrays = len(compressor.Carried._fields)
 
     def init(params: optax.Params) -> ErrorFeedbackState:
+        setting("residual", codec)
+        setting("compressor", compressor)
+
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
             for text in compressor.remarks(path, parameter):
                 remark(path, text)
@@ -121,7 +126,10 @@ def error_feedback(
             owed = codec.decode(codec.Encoded(*residual), gradient.shape)
             accumulated = gradient.astype(jnp.float32) + owed
             sent = compressor.compress(accumulated, target.dtype, carried)
-            left = codec.encode(sent.rest_of(accumulated), key)
+            rest = sent.rest_of(accumulated)
+            left = codec.encode(rest, key)
+            if observing():
+                observe_feedback(path, accumulated, rest, codec.decode(left, gradient.shape))
             if alpha is not None:
                 owed = codec.decode(left, gradient.shape)
                 bypass = jnp.asarray(alpha, jnp.float32) * owed

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
 from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.state_format import setting
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
@@ -85,6 +86,8 @@ def scale_by_window_adam(
     window = as_window(window)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:
+        setting("window", f"{window.length} in {window.dtype}")
+
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
             if compressor.keeps_dense(path, parameter):
                 moments = state_zeros(parameter, (*parameter.shape, 2), jnp.float32)

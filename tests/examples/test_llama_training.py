@@ -176,7 +176,7 @@ def test_state_lives_where_its_parameter_does() -> None:
     config = dataclasses.replace(SMALL, hidden=2048, mesh="fsdp=2,tensor=2")
     placement = place(config, vocab=256)
     optimizer = microadam(1e-3)
-    shapes = jax.eval_shape(lambda: optimizer.init(init_params(config.model(256), 0)))
+    shapes = jax.eval_shape(lambda: init_params(config.model(256), 0))
     shardings = placement.state(optimizer, shapes)
     windows = optax.tree.get(shardings, "window_values")
     assert windows["layers"]["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor")

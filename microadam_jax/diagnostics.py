@@ -1,0 +1,165 @@
+"""What compression does to each group of parameters, recorded in the state."""
+
+import contextvars
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_jax.boxes import box_path
+from microadam_jax.trees import KeyPath, path_name
+
+Squares = dict[str, jax.Array]
+
+_observed: contextvars.ContextVar[list[tuple[KeyPath, Squares]] | None] = contextvars.ContextVar(
+    "observed", default=None
+)
+
+
+class DiagnosticsState(NamedTuple):
+    """The latest step in numbers, and the state of what was measured.
+
+    Each field but the last has one float32 scalar for each group.
+
+    Attributes:
+        update_norm: the norm of the update.
+        kept_mass: which part of the squared norm of gradient and old residual was sent on; NaN
+            where there is no error feedback.
+        residual_norm: the norm of the residual as it is stored; NaN likewise.
+        quantization_error: the norm of what storing changed in the residual, over the norm of
+            the residual before; NaN likewise.
+        inner_state: of the transformation.
+    """
+
+    update_norm: dict[str, jax.Array]
+    kept_mass: dict[str, jax.Array]
+    residual_norm: dict[str, jax.Array]
+    quantization_error: dict[str, jax.Array]
+    inner_state: Any
+
+
+def observing() -> bool:
+    """Whether links should tell what they do."""
+    return _observed.get() is not None
+
+
+def observe_feedback(
+    path: KeyPath, accumulated: jax.Array, rest: jax.Array, stored: jax.Array
+) -> None:
+    """Tells the diagnostics what error feedback did with the leaf at ``path``.
+
+    Args:
+        path: of the leaf.
+        accumulated: the gradient and the old residual, float32.
+        rest: the part of it that was not sent.
+        stored: what the codec made of the rest.
+    """
+    observed = _observed.get()
+    if observed is not None:
+        arrays = {"accumulated": accumulated, "rest": rest, "stored": stored}
+        arrays["error"] = rest - stored
+        observed.append((path, {name: jnp.sum(jnp.square(x)) for name, x in arrays.items()}))
+
+
+def with_diagnostics(
+    inner: optax.GradientTransformation, groups: Mapping[str, str] = MappingProxyType({})
+) -> optax.GradientTransformationExtraArgs:
+    """Records what each step of ``inner`` does, without changing it.
+
+    Read the fields of :class:`DiagnosticsState` with ``optax.tree_utils.tree_get``. Measuring
+    decodes the residual once more, so leave it out of a run that has to be fast or small. Put
+    ``optax.apply_if_finite`` and ``optax.MultiSteps`` around it and not inside.
+
+    Args:
+        inner: any transformation.
+        groups: for each name of a group a regular expression, found anywhere in a path such as
+            ``"layers/attention/query/kernel"``; the first match counts. All other leaves are
+            the group ``"other"``.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: if a pattern is no regular expression.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from microadam_jax import microadam, with_diagnostics
+        >>> tx = with_diagnostics(microadam(1e-3), {"attention": "query|key|value"})
+        >>> params = {"query": jnp.ones((16, 256)), "norm": jnp.ones(256)}
+        >>> _, state = tx.update(params, tx.init(params), params)
+        >>> kept = optax.tree_utils.tree_get(state, "kept_mass")
+        >>> print({group: round(float(mass), 4) for group, mass in kept.items()})
+        {'attention': 0.0156, 'other': nan}
+    """
+    inner = optax.with_extra_args_support(inner)
+    patterns: dict[str, re.Pattern[str]] = {}
+    for name, pattern in groups.items():
+        try:
+            patterns[name] = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"The pattern {pattern!r} of group {name!r} is bad: {error}."
+            ) from error
+    names = (*patterns, "other")
+
+    def group_of(path: KeyPath) -> str:
+        text = path_name(box_path(path))
+        return next((name for name, p in patterns.items() if p.search(text)), "other")
+
+    def total(entries: list[tuple[KeyPath, Squares]], quantity: str) -> dict[str, jax.Array]:
+        sums = dict.fromkeys(names, jnp.zeros([], jnp.float32))
+        for path, squares in entries:
+            sums[group_of(path)] += squares[quantity]
+        return sums
+
+    def init(params: optax.Params) -> DiagnosticsState:
+        def zeros() -> dict[str, jax.Array]:
+            return {name: jnp.zeros([], jnp.float32) for name in names}
+
+        return DiagnosticsState(zeros(), zeros(), zeros(), zeros(), inner.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: DiagnosticsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, DiagnosticsState]:
+        observed: list[tuple[KeyPath, Squares]] = []
+        token = _observed.set(observed)
+        try:
+            updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        finally:
+            _observed.reset(token)
+        leaves = jax.tree.leaves_with_path(updates)
+        squares = [(p, {"update": jnp.sum(jnp.square(u.astype(jnp.float32)))}) for p, u in leaves]
+        fed_back = {group_of(path) for path, _ in observed}
+
+        def where_fed_back(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            nan = jnp.full([], jnp.nan, jnp.float32)
+            return {name: values[name] if name in fed_back else nan for name in names}
+
+        sums = {q: total(observed, q) for q in ("accumulated", "rest", "stored", "error")}
+        return updates, DiagnosticsState(
+            jax.tree.map(jnp.sqrt, total(squares, "update")),
+            where_fed_back(jax.tree.map(_part_sent, sums["rest"], sums["accumulated"])),
+            where_fed_back(jax.tree.map(jnp.sqrt, sums["stored"])),
+            where_fed_back(jax.tree.map(_relative, sums["error"], sums["rest"])),
+            inner_state,
+        )
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def _part_sent(rest: jax.Array, accumulated: jax.Array) -> jax.Array:
+    # Where there was nothing to send, all of it was.
+    return 1 - rest / jnp.where(accumulated == 0, 1, accumulated)
+
+
+def _relative(error: jax.Array, rest: jax.Array) -> jax.Array:
+    return jnp.sqrt(error / jnp.where(rest == 0, 1, rest))

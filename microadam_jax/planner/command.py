@@ -1,0 +1,141 @@
+"""``python -m microadam_jax plan``: its flags, its table and its chart."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from microadam_jax.memory import GIB, format_table
+from microadam_jax.models import MODELS
+from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
+from microadam_jax.planner.chart import draw
+from microadam_jax.planner.compiled import CompiledPlan, compiled_plan
+from microadam_jax.planner.llama import stacked_model
+from microadam_jax.planner.meshes import parse_mesh
+from microadam_jax.planner.optimizers import optimizer
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``plan``."""
+    parser.add_argument("--model", required=True, choices=sorted(MODELS))
+    parser.add_argument(
+        "--optimizer",
+        default="adamw,adam_mini,adamw8bit,microadam,adam_mini4bit",
+        help="names, separated by commas, with options as microadam:layout=pretrain",
+    )
+    parser.add_argument("--mesh", default="", help="such as fsdp=64,tp=4; by default one device")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--topology", help="compile for these TPUs, such as v5e:16x16")
+    parser.add_argument("--batch", type=int, default=256, help="sequences in a compiled step")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens in a sequence")
+    parser.add_argument("--memory-per-device", type=float, metavar="GIB", help="what fits in this")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the table as bars")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the table that the flags ask for; a mistake in them ends the program."""
+    # Nothing is computed here, so that no accelerator need be taken, or looked for.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        model = stacked_model(options.model, options.dtype)
+        mesh = parse_mesh(options.mesh)
+        chosen = {name: optimizer(name) for name in options.optimizer.split(",")}
+        shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+        print(f"{model.name}: {model.parameters:,} parameters in {options.dtype}, mesh {shape}")
+        if options.topology is None:
+            plans = {name: arithmetic_plan(model, tx, mesh) for name, tx in chosen.items()}
+            print_arithmetic(plans, options.memory_per_device)
+            parts = {
+                name: {"parameters": p.parameters, "gradients": p.gradients, "state": p.state}
+                for name, p in plans.items()
+            }
+        else:
+            compiled = {
+                name: compiled_plan(model, tx, mesh, options.topology, options.batch, options.seq)
+                for name, tx in chosen.items()
+            }
+            where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
+            print(f"compiled for {where}, each layer recomputed in the backward pass")
+            print_compiled(compiled, options.memory_per_device)
+            parts = {name: _parts(plan) for name, plan in compiled.items()}
+        if options.chart:
+            draw(parts, options.memory_per_device, options.chart)
+            print(f"chart: {options.chart}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def print_arithmetic(plans: dict[str, Plan], memory: float | None) -> None:
+    """Parameters, gradients and state on each device, and whether they fit."""
+    header = ("GiB per device", "parameters", "gradients", "state", "total", *_fits(memory))
+    rows = [
+        (
+            name,
+            *map(_gib, (plan.parameters, plan.gradients, plan.state, plan.total)),
+            *_verdict(plan.total, memory),
+        )
+        for name, plan in plans.items()
+    ]
+    print("\n".join(format_table([header, *rows])))
+    print("Activations come on top; --topology compiles a step and counts them too.")
+
+
+def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None:
+    """What the compiler says, and the collectives of the program."""
+    names = ("parameters", "gradients *", "state", "other temporaries", "total", "fits")
+    rows = []
+    for name, compiled in plans.items():
+        parts = _parts(compiled)
+        fits = "no" if compiled.limit else "yes"
+        if memory is not None and compiled.total > memory * GIB:
+            fits = "no"
+        if compiled.limit:
+            fits += f", of {compiled.limit / GIB:.2f}"
+        other = parts.get("other temporaries")
+        gradients = parts.get("gradients")
+        rows.append(
+            (
+                name,
+                _gib(compiled.plan.parameters),
+                "?" if gradients is None else _gib(gradients),
+                _gib(compiled.plan.state),
+                "?" if other is None else _gib(other),
+                _gib(compiled.total),
+                fits,
+            )
+        )
+    print("\n".join(format_table([("GiB per device", *names), *rows])))
+    print("* at most: the compiler may use up a gradient before the next one is there.")
+    for name, compiled in plans.items():
+        found = ", ".join(f"{count} {kind}" for kind, count in compiled.collectives.items())
+        if compiled.limit is None:
+            print(f"{name}: collectives in the program (those of a layer once): {found or 'none'}")
+
+
+def _parts(compiled: CompiledPlan) -> dict[str, int]:
+    plan = compiled.plan
+    if compiled.temporaries is None:
+        rest = max(0, compiled.total - plan.parameters - plan.state)
+        return {"parameters": plan.parameters, "state": plan.state, "temporaries": rest}
+    gradients = min(plan.gradients, compiled.temporaries)
+    return {
+        "parameters": plan.parameters,
+        "gradients": gradients,
+        "state": plan.state,
+        "other temporaries": compiled.temporaries - gradients,
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _fits(memory: float | None) -> tuple[str, ...]:
+    return () if memory is None else (f"fits {memory:g}",)
+
+
+def _verdict(total: int, memory: float | None) -> tuple[str, ...]:
+    return () if memory is None else ("yes" if total <= memory * GIB else "no",)

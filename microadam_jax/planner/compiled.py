@@ -1,0 +1,151 @@
+"""A training step compiled for the real device, which need not be there."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
+from microadam_jax.planner.llama import Model, loss
+from microadam_jax.planner.meshes import AXES, ROWS, parameter_shardings
+from microadam_jax.state_shardings import state_shardings
+
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledPlan:
+    """What the compiler says of one training step, in bytes on each device.
+
+    Attributes:
+        plan: the arithmetic of parameters, gradients and state.
+        temporaries: what lives during the step only: gradients, activations and all else. None
+            where the compiler gave up.
+        total: the program's memory; where it does not fit, what the compiler would have needed.
+        limit: the device's memory where the compiler gave up for want of it.
+        collectives: how many of each kind are in the program. One in the loop over layers counts
+            once.
+    """
+
+    plan: Plan
+    temporaries: int | None
+    total: int
+    limit: int | None
+    collectives: dict[str, int]
+
+
+def compiled_plan(
+    model: Model,
+    tx: optax.GradientTransformation,
+    mesh: dict[str, int],
+    topology: str,
+    batch: int,
+    seq: int,
+) -> CompiledPlan:
+    """Compiles forward pass, backward pass and update for TPUs.
+
+    Args:
+        model: a Llama of :func:`stacked_model`.
+        tx: the optimizer.
+        mesh: sizes of the axes data, fsdp and tp.
+        topology: of the TPUs, such as ``"v5e:16x16"``.
+        batch: sequences in a step.
+        seq: tokens in a sequence.
+
+    Raises:
+        ValueError: if libtpu is not installed or does not know the topology, if the mesh does
+            not have its number of devices or does not divide the batch, or if the model is no
+            Llama.
+    """
+    if not model.llama:
+        raise ValueError(f"There is no training step for {model.name}; take a Llama.")
+    devices = _devices(topology)
+    if len(devices) != math.prod(mesh.values()):
+        raise ValueError(
+            f"--topology {topology} has {len(devices)} devices and --mesh "
+            f"{','.join(f'{k}={v}' for k, v in mesh.items())} has {math.prod(mesh.values())}; "
+            "make them equal."
+        )
+    rows = math.prod(mesh[axis] for axis in ROWS)
+    if batch % rows:
+        raise ValueError(f"--batch {batch} does not divide over data times fsdp, {rows}.")
+    plan = arithmetic_plan(model, tx, mesh)
+    try:
+        program = _compile(
+            model, tx, Mesh(np.reshape(devices, tuple(mesh.values())), AXES), batch, seq
+        )
+    except jax.errors.JaxRuntimeError as error:
+        sizes = _TOO_LARGE.search(str(error))
+        if sizes is None:
+            raise
+        used, limit = (float(sizes[i]) * _UNITS[sizes[i + 1]] for i in (1, 3))
+        return CompiledPlan(plan, None, int(used), int(limit), {})
+    memory = program.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return CompiledPlan(
+        plan,
+        memory.temp_size_in_bytes,
+        kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        None,
+        dict(Counter(_COLLECTIVE.findall(program.as_text())).most_common()),
+    )
+
+
+def _compile(
+    model: Model, tx: optax.GradientTransformation, mesh: Mesh, batch: int, seq: int
+) -> Any:
+    where = parameter_shardings(model.params, mesh)
+    where_state = state_shardings(tx, model.params, where)
+
+    def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(params, tokens, mesh)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    def placed(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), shapes, shardings)
+
+    state = jax.eval_shape(lambda params: tx.init(params), model.params)
+    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32, sharding=NamedSharding(mesh, P(ROWS)))
+    jitted = jax.jit(
+        step, donate_argnums=(0, 1), out_shardings=(where, where_state, NamedSharding(mesh, P()))
+    )
+    # The devices are not those of this process, so that links cannot count them by themselves.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jitted.trace(placed(model.params, where), placed(state, where_state), tokens)
+    return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def _devices(topology: str) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology {topology} needs the TPU compiler, which runs without a TPU: "
+            "pip install libtpu. Without --topology the table is arithmetic."
+        )
+    # libtpu looks for the machine's own TPUs, and locks them, unless it is told otherwise.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"libtpu does not know --topology {topology}, which must be such as v5e:16x16: {reason}"
+        ) from error

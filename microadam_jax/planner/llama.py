@@ -1,0 +1,122 @@
+"""A Llama whose layers are stacked for a scan, as a function of parameter shapes."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from microadam_jax.models import model_shapes
+from microadam_jax.planner.meshes import ROWS
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of the registry.
+
+    Attributes:
+        name: its name there.
+        params: shapes of its parameters, a Llama's with the layer axis in front.
+        llama: whether there is a training step for it.
+    """
+
+    name: str
+    params: Params
+    llama: bool
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+
+
+def stacked_model(name: str, dtype: DTypeLike = jnp.float32) -> Model:
+    """The shapes of a model; a Llama's layers are stacked, so that a step compiles in seconds.
+
+    Raises:
+        ValueError: if there is no model of that name.
+
+    Examples:
+        >>> from microadam_jax.planner import stacked_model
+        >>> model = stacked_model("llama2-7b", "bfloat16")
+        >>> model.params["layers"]["mlp"]["down_proj"]["kernel"]
+        ShapeDtypeStruct(shape=(32, 11008, 4096), dtype=bfloat16)
+    """
+    params = model_shapes(name, dtype)
+    if not name.startswith("llama"):
+        return Model(name, params, llama=False)
+    layers = params["layers"]
+    stack = jax.tree.map(lambda leaf: leaf.update(shape=(len(layers), *leaf.shape)), layers["0"])
+    return Model(name, params | {"layers": stack}, llama=True)
+
+
+def loss(params: Params, tokens: jax.Array, mesh: Mesh) -> jax.Array:
+    """The mean cross entropy of each next token; activations are bfloat16.
+
+    Each layer is computed again in the backward pass, which keeps its input alone.
+
+    Args:
+        params: of :func:`stacked_model`.
+        tokens: int32 ``(batch, position)``.
+        mesh: with the axes data, fsdp and tp.
+    """
+    rows = NamedSharding(mesh, P(ROWS))
+
+    def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        x = jax.lax.with_sharding_constraint(x, rows)
+        x += _attention(weights["self_attn"], _rms_norm(weights["input_layernorm"], x))
+        x += _mlp(weights["mlp"], _rms_norm(weights["post_attention_layernorm"], x))
+        return jax.lax.with_sharding_constraint(x, rows), None
+
+    x = params["embed_tokens"]["embedding"].astype(jnp.bfloat16)[tokens]
+    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
+    logits = _linear(params["lm_head"], _rms_norm(params["norm"], x)).astype(jnp.float32)
+    logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P(ROWS, None, "tp")))
+    # A one-hot product and not a gather: the vocabulary is cut over tp.
+    targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=jnp.bfloat16)
+    picked = jnp.sum(logits[:, :-1] * targets, axis=-1)
+    return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked)
+
+
+def _linear(weights: Params, x: jax.Array) -> jax.Array:
+    return x @ weights["kernel"].astype(x.dtype)
+
+
+def _rms_norm(weights: Params, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-5)
+    return (wide * scale * weights["scale"].astype(jnp.float32)).astype(x.dtype)
+
+
+def _attention(weights: Params, x: jax.Array) -> jax.Array:
+    # The registry does not say how projections split into heads; these widths are the published
+    # ones.
+    width = 128 if x.shape[-1] >= 4096 else 64
+
+    def heads(name: str) -> jax.Array:
+        return _linear(weights[name], x).reshape(*x.shape[:-1], -1, width)
+
+    query, key, value = _rotate(heads("q_proj")), _rotate(heads("k_proj")), heads("v_proj")
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    return _linear(weights["o_proj"], mixed.reshape(x.shape))
+
+
+def _rotate(x: jax.Array) -> jax.Array:
+    positions, width = x.shape[1], x.shape[-1]
+    frequencies = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = (jnp.arange(positions, dtype=jnp.float32)[:, None] * frequencies)[:, None, :]
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _mlp(weights: Params, x: jax.Array) -> jax.Array:
+    gate = jax.nn.silu(_linear(weights["gate_proj"], x))
+    return _linear(weights["down_proj"], gate * _linear(weights["up_proj"], x))

@@ -1,0 +1,132 @@
+"""Where each array of an optimizer's state lies, before there is one."""
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from microadam_jax.boxes import without_boxes
+from microadam_jax.sharding import fitted, shards_along
+from microadam_jax.trees import KeyPath
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    param_shardings: Any,
+    *,
+    zero_axis: str | None = None,
+    memory_kind: str | None = None,
+) -> Any:
+    """A sharding for every array of an optimizer's state.
+
+    Use it as the ``out_shardings`` of ``jax.jit(tx.init)`` and of the training step, and as the
+    target of a restore. A state array lies as its parameter does, and whole on the axes that the
+    parameter's sharding does not divide: the averaged axes of a shared second moment, or the rows
+    and columns of ``optax.adafactor``. What belongs to no parameter is on every device.
+
+    Args:
+        tx: any Optax transformation, in whatever wrappers.
+        params: the parameters, or ``jax.ShapeDtypeStruct`` of them; nothing is allocated.
+        param_shardings: a tree of ``NamedSharding`` for them, or a prefix of one. Flax's boxes
+            may be there or not.
+        zero_axis: a mesh axis along which parameters are replicated, such as ``"data"``, and over
+            which states are to be cut (ZeRO-1). It goes to the first axis of a parameter that
+            leaves all its state arrays whole blocks; where there is none, they stay as the
+            parameter.
+        memory_kind: ``"pinned_host"`` keeps what belongs to parameters in the host's memory. The
+            step must then fetch it with ``jax.device_put`` and the shardings of this function
+            without ``memory_kind``.
+
+    Returns:
+        Shardings in the structure of ``tx.init(params)``.
+
+    Raises:
+        ValueError: if there is no sharding to take the mesh from, if ``zero_axis`` is no axis of
+            it, or if its devices do not have such a memory.
+
+    Examples:
+        >>> import jax, optax
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> from microadam_jax import adamw8bit, state_shardings
+        >>> mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
+        >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), "float32")}
+        >>> along_rows = {"w": NamedSharding(mesh, P("fsdp"))}
+        >>> state = state_shardings(adamw8bit(1e-3), params, along_rows)
+        >>> optax.tree_utils.tree_get(state, "mu")["dynamic8_b256"]["codes"]["w"].spec[0]
+        'fsdp'
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    # A prefix names a box by what stands in its place.
+    prefix = without_boxes(param_shardings)
+    columns = jax.tree.leaves(jax.tree.broadcast(prefix, params))
+    shardings = {path: sharding for (path, _), sharding in zip(leaves, columns, strict=True)}
+    mesh = _mesh_of(columns)
+    _require_memory(mesh, memory_kind)
+    state = jax.eval_shape(lambda params: tx.init(params), params)
+    if zero_axis is not None:
+        _require_axis(mesh, zero_axis)
+        shapes: dict[KeyPath, list[tuple[int, ...]]] = {path: [leaf.shape] for path, leaf in leaves}
+        for path, leaf in jax.tree.leaves_with_path(state):
+            if (owner := _owner(path, shardings)) is not None:
+                shapes[owner].append(leaf.shape)
+        shardings = {path: _cut(shardings[path], zero_axis, own) for path, own in shapes.items()}
+
+    def place(path: KeyPath, leaf: Any) -> NamedSharding:
+        owner = _owner(path, shardings)
+        if owner is None:
+            return NamedSharding(mesh, PartitionSpec())
+        sharding = fitted(shardings[owner], leaf.shape)
+        return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
+
+    return jax.tree.map_with_path(place, state)
+
+
+def _owner(path: KeyPath, parameters: Container[KeyPath]) -> KeyPath | None:
+    """The path of the parameter that a state array belongs to: the end of the array's own."""
+    return next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in parameters), None)
+
+
+def _cut(sharding: NamedSharding, name: str, shapes: Sequence[tuple[int, ...]]) -> NamedSharding:
+    """``sharding`` with ``name`` on the first axis along which it divides all ``shapes``."""
+    mesh = sharding.mesh
+    spec = [*sharding.spec, *[None] * (len(shapes[0]) - len(sharding.spec))]
+    if name in jax.tree.leaves(spec):
+        return sharding
+    for axis, entry in enumerate(spec):
+        pieces = shards_along(mesh, entry) * mesh.shape[name]
+        sizes = [shape[axis] for shape in shapes if axis < len(shape)]
+        if sizes[0] > 1 and all(size == 1 or size % pieces == 0 for size in sizes):
+            names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            spec[axis] = (*names, name) if names else name
+            return NamedSharding(mesh, PartitionSpec(*spec))
+    return sharding
+
+
+def _mesh_of(shardings: Sequence[Any]) -> Mesh:
+    wrong = [sharding for sharding in shardings if not isinstance(sharding, NamedSharding)]
+    if wrong or not shardings:
+        given = f"a {type(wrong[0]).__name__}" if wrong else "none, because there are no parameters"
+        raise ValueError(
+            f"param_shardings must be of NamedSharding, which know their mesh; got {given}."
+        )
+    return shardings[0].mesh
+
+
+def _require_axis(mesh: Mesh, name: str) -> None:
+    if name not in mesh.shape:
+        raise ValueError(
+            f"zero_axis {name!r} is no axis of the mesh, which has {', '.join(mesh.shape)}."
+        )
+
+
+def _require_memory(mesh: Mesh, kind: str | None) -> None:
+    try:
+        NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+    except ValueError as error:
+        raise ValueError(
+            f"memory_kind {kind!r} is none of these devices: {error} Leave memory_kind out to keep "
+            "the state in their own memory."
+        ) from error

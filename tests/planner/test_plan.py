@@ -1,0 +1,116 @@
+"""The planner's arithmetic, its training step, and its command line."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from microadam_jax import memory_report, microadam
+from microadam_jax.__main__ import main
+from microadam_jax.memory import GIB
+from microadam_jax.planner import arithmetic_plan, compiled_plan, parse_mesh, stacked_model
+from microadam_jax.planner.llama import loss
+from microadam_jax.planner.optimizers import optimizer
+
+PLAN = ["plan", "--model", "llama-60m"]
+
+
+def test_one_device_holds_what_the_memory_report_counts() -> None:
+    model = stacked_model("llama-60m")
+    plan = arithmetic_plan(model, microadam(1e-3), parse_mesh(""))
+    assert plan.parameters == plan.gradients == 4 * model.parameters
+    assert plan.state == memory_report(microadam(1e-3), model.params).total
+
+
+def test_a_mesh_divides_kernels_and_leaves_norms_whole() -> None:
+    model = stacked_model("llama-60m", "bfloat16")
+    norms = (2 * 8 + 1) * 512
+    plan = arithmetic_plan(model, optax.adam(1e-3), parse_mesh("fsdp=4,tp=2"))
+    assert plan.parameters == 2 * ((model.parameters - norms) / 8 + norms)
+    assert plan.state == 2 * plan.parameters + 4
+    replicated = arithmetic_plan(model, optax.adam(1e-3), parse_mesh("data=8"))
+    assert replicated.parameters == 2 * model.parameters
+
+
+def test_llama2_70b_has_eight_key_heads() -> None:
+    layers = stacked_model("llama2-70b").params["layers"]
+    assert layers["self_attn"]["k_proj"]["kernel"].shape == (80, 8192, 1024)
+
+
+def test_the_step_starts_at_the_loss_of_a_guess() -> None:
+    """It differentiates, and shares key heads as Llama 2 70B does."""
+    mesh = jax.make_mesh(
+        (1, 2, 2),
+        ("data", "fsdp", "tp"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[:4],
+    )
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> dict[str, jax.Array]:
+        return {"kernel": jnp.asarray(0.02 * random.standard_normal(shape), jnp.float32)}
+
+    norm = {"scale": jnp.ones((2, 128))}
+    params = {
+        "embed_tokens": {"embedding": draw(64, 128)["kernel"]},
+        "layers": {
+            "input_layernorm": norm,
+            "self_attn": {
+                "q_proj": draw(2, 128, 128),
+                "k_proj": draw(2, 128, 64),
+                "v_proj": draw(2, 128, 64),
+                "o_proj": draw(2, 128, 128),
+            },
+            "post_attention_layernorm": norm,
+            "mlp": {
+                "gate_proj": draw(2, 128, 192),
+                "up_proj": draw(2, 128, 192),
+                "down_proj": draw(2, 192, 128),
+            },
+        },
+        "norm": {"scale": jnp.ones(128)},
+        "lm_head": draw(128, 64),
+    }
+    tokens = jnp.asarray(random.integers(64, size=(2, 16)), jnp.int32)
+    value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(p, tokens, mesh)))(params)
+    assert value == pytest.approx(np.log(64), rel=0.05)
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chart = tmp_path / "chart.png"
+    flags = ["--optimizer", "adamw,microadam:layout=pretrain", "--memory-per-device", "0.6"]
+    main([*PLAN, *flags, "--chart", str(chart)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["adamw"][-2:] == [f"{16 * 58_073_600 / GIB:.2f}", "no"]
+    assert rows["microadam:layout=pretrain"][-1] == "yes"
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--mesh", "rows=2"], "must be a list such as fsdp=64,tp=4"),
+        (["--optimizer", "microadan"], "Did you mean microadam"),
+        (["--optimizer", "microadam:layers=2"], "unexpected keyword argument 'layers'"),
+        (["--model", "gpt2", "--mesh", "fsdp=2"], "take a Llama"),
+    ],
+)
+def test_mistakes(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*PLAN, *flags])
+    assert sentence in capsys.readouterr().err
+
+
+def test_without_libtpu_the_error_says_what_to_install() -> None:
+    if importlib.util.find_spec("libtpu"):
+        pytest.skip("libtpu is installed")
+    with pytest.raises(ValueError, match="pip install libtpu"):
+        compiled_plan(
+            stacked_model("llama-60m"), optimizer("adamw"), parse_mesh("fsdp=4"), "v5e:2x2", 8, 64
+        )
