@@ -26,6 +26,8 @@ def run(
     arrays: tuple[jax.Array, ...],
     scalars: tuple[jax.Array, ...] = (),
     *,
+    rank: int,
+    padded: bool,
     spec: PartitionSpec | None = None,
 ) -> Any:
     """Runs an operation whose arrays and results all lie as ``spec`` says, block by block.
@@ -40,7 +42,9 @@ def run(
             cannot take these shapes, or None.
         arrays: leading axes lie as those of the first.
         scalars: the same on every device.
-        spec: how the first array is sharded over the mesh in use, where the types do not tell.
+        rank: axes of the tensor, of which the last is cut into blocks.
+        padded: whether the last block exceeds the row.
+        spec: how the tensor is sharded over the mesh in use, where the types do not tell.
 
     Raises:
         NotImplementedError: if a named implementation cannot run; says why.
@@ -48,6 +52,8 @@ def run(
     if implementation == "xla":
         return xla(*arrays, *scalars)
     place = _placement(arrays[0], spec, named=implementation is not None)
+    if padded and isinstance(place, PartitionSpec) and any(place[rank - 1 :]):
+        place = "the last axis is sharded and its last block padded, so shards cut blocks"
     if implementation is not None:
         kernel, reason = kernels[implementation]
         reason = reason or (place if isinstance(place, str) else None)
@@ -86,7 +92,10 @@ def _placement(
     if mesh.size == 1 or types == {AxisType.Manual}:
         return None
     if types == {AxisType.Explicit}:
-        return jax.typeof(array).sharding.spec
+        axes = list(jax.typeof(array).sharding.spec)
+        while axes and axes[-1] is None:
+            axes.pop()
+        return PartitionSpec(*axes)
     if spec is not None:
         return spec
     return (

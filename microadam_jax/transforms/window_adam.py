@@ -13,7 +13,8 @@ from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, top_k
 from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path, path_name
-from pallas_kernels.window_update import window_adam
+from pallas_kernels.dispatch import check_implementation
+from pallas_kernels.window_update import window_adam, window_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,17 @@ class Window:
             up to 6.5 times over the first :math:`1 / (1 - \beta_2)` steps. True divides by
             :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window, with no such
             growth and thus another learning rate.
+        implementation: of the dense update: None picks by device and shape, ``"xla"`` and
+            ``"mosaic_tpu"`` force one.
     """
 
     length: int = 10
     dtype: str = "bfloat16"
     normalized: bool = False
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
+        check_implementation("Window", self.implementation)
         if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(f"Window.length must be a positive int; got {self.length!r}.")
         if self.dtype not in ("bfloat16", "float32"):
@@ -156,9 +161,19 @@ def scale_by_window_adam(
                 )
             values = _write_row(values, sent.values, newest)
             indices = _write_row(indices, sent.indices, newest)
-            blocks = window_adam(values, indices, mu_weights, nu_weights, eps, sent.layout.size)
-            scaled = sent.with_bypass(merge(blocks, sent.layout, sent.shape))
-            return scaled.astype(sent.dtype), values, indices
+            statistics = values, indices, mu_weights, nu_weights, eps
+            if not sent.shape:
+                blocks = window_adam(*statistics, sent.layout.size)
+                scaled = merge(blocks, sent.layout, sent.shape)
+            else:
+                scaled = window_update(
+                    *statistics,
+                    size=sent.layout.size,
+                    n=sent.shape[-1],
+                    dtype=sent.dtype if sent.bypass is None else jnp.float32,
+                    implementation=window.implementation,
+                )
+            return sent.with_bypass(scaled).astype(sent.dtype), values, indices
 
         def dense(
             gradient: jax.Array, target: jax.Array, moments: jax.Array, unused: jax.Array

@@ -70,13 +70,13 @@ def topk_compress(
         functools.partial(reference.compress, k=k),
         {"mosaic_tpu": (kernel, mosaic_tpu.unsupported(gradient.shape, size, k))},
         (gradient, codes, low, high),
+        rank=gradient.ndim,
+        padded=gradient.shape[-1] % size != 0,
         spec=spec,
     )
 
 
-def _check(
-    gradient: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array, k: int
-) -> None:
+def _check(gradient: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array, k: int) -> None:
     if gradient.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(
             f"The gradient must be float32, bfloat16 or float16; got {gradient.dtype}. Cast it."

