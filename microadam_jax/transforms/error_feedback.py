@@ -112,7 +112,7 @@ def error_feedback(
                 return gradient, *stored
             if alpha is None and _is_fused(compressor, codec, gradient):
                 return _send_fused(compressor, gradient, target, *stored)
-            if getattr(compressor, "implementation", None) not in (None, "xla"):
+            if isinstance(compressor, TopK) and compressor.implementation not in (None, "xla"):
                 raise NotImplementedError(
                     f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
                     "with residual=Affine4(buckets=compressor.blocks), rounded to nearest with "

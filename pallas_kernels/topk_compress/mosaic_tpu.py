@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.topk_compress.reference import LEVELS, PADDING, TAKEN
-from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE
+from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost
 
 MAX_K = 7  # what a tile emits, 2 k + 2 numbers for each block, fits in 128 columns
 
@@ -65,21 +65,24 @@ def compress(
         packed = pl.BlockSpec((None, tile, ROWS, SIZE // 2), lambda o, r, b: (o, b, r, 0))
     each = pl.BlockSpec((None, tile, ROWS), lambda o, r, b: (o, b, r))
     sent = pl.BlockSpec((None, k, tile, ROWS), lambda o, r, b: (o, 0, b, r))
+    operands = (gradient, codes, low, high)
+    results = [
+        jax.ShapeDtypeStruct((outer, k, count, rows), jnp.float32),
+        jax.ShapeDtypeStruct((outer, k, count, rows), jnp.int32),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (codes, low, high)),
+    ]
     values, indices, codes, low, high = pl.pallas_call(
         functools.partial(_kernel, k=k, n=n, rows_inside=rows_inside),
         grid=grid,
         in_specs=[wide, packed, each, each],
         out_specs=[sent, sent, packed, each, each],
-        out_shape=[
-            jax.ShapeDtypeStruct((outer, k, count, rows), jnp.float32),
-            jax.ShapeDtypeStruct((outer, k, count, rows), jnp.int32),
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (codes, low, high)),
-        ],
+        out_shape=results,
         input_output_aliases={1: 2, 2: 3, 3: 4},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        cost_estimate=cost((20 + 6 * k) * gradient.size, (*operands, *results)),
         interpret=interpret,
         name="topk_compress",
-    )(gradient, codes, low, high)
+    )(*operands)
     values, indices = (
         jnp.moveaxis(x, (1, 2, 3), (3, 2, 1)).reshape(*lead, rows, count, k)
         for x in (values, indices)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE
+from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost
 
 MAX_ENTRIES = 64  # of a block's window; comparing all with all grows with the square
 
@@ -55,17 +55,19 @@ def window_update(
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     # float16 is nothing that the compiler stores.
     stored = jnp.dtype(jnp.float32) if dtype == jnp.float16 else jnp.dtype(dtype)
+    result = jax.ShapeDtypeStruct((outer, rows, n), stored)
     update = pl.pallas_call(
         functools.partial(_kernel, k=k),
         grid=(outer, pl.cdiv(rows, ROWS), pl.cdiv(count, tile)),
         in_specs=[scalars, scalars, scalars, each, each],
         out_specs=pl.BlockSpec((None, ROWS, tile * SIZE), lambda o, r, b: (o, r, b)),
-        out_shape=jax.ShapeDtypeStruct((outer, rows, n), stored),
+        out_shape=result,
         scratch_shapes=[
             pltpu.VMEM((entries, tile, ROWS), jnp.int32),
             pltpu.VMEM((entries, tile, ROWS), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        cost_estimate=cost(2 * entries * result.size, (values, indices, result)),
         interpret=interpret,
         name="window_update",
     )(mu_weights, nu_weights, jnp.reshape(eps, (1,)), values, indices)
