@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
+IMPLEMENTATIONS = ("xla", "mosaic_tpu")
 
 
 def check_implementation(owner: str, implementation: str | None) -> None:
@@ -100,8 +100,7 @@ def _placement(
         return spec
     return (
         "the mesh has Auto axes, so the placement of the arrays is not known, and a kernel does "
-        "not partition itself; use Explicit axes, which jax.make_mesh makes by default, or pass "
-        "shardings="
+        "not partition itself; use Explicit axes, which jax.make_mesh makes by default"
     )
 
 
