@@ -15,11 +15,11 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain test lint format types pytest matrix docs docs-serve clean
+.PHONY: help pretrain test test-targets pytest-targets lint format types pytest matrix docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 pretrain: $(call installed,examples $(ACCELERATOR)) ## Pre-train a small Llama (flags: ARGS="--help")
 	@$(BIN)/python examples/pretrain_llama.py $(ARGS)
@@ -45,6 +45,14 @@ pytest: $(call installed,tests) ## Tests, and the examples in docstrings and pag
 
 matrix: $(call installed,tests) ## Every method in every trainer and on every mesh (minutes)
 	@$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
+
+# An environment of its own: with these plugins, JAX would look for their devices in every test.
+test-targets: ## Compile the kernels for TPUs and a GPU, neither of which need be there
+	@$(MAKE) --no-print-directory pytest-targets VENV=$(VENV)-targets
+
+pytest-targets: $(call installed,targets)
+	@echo "Compiling for TPUs and GPUs (pytest, Python $(VERSION)) ..."
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/targets $(ARGS)
 
 docs: $(call installed,docs) ## Build the pages into site/; a broken link is an error
 	@echo "Pages (mkdocs) ..."

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
-from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
-
-LEVELS = 15  # steps between the sixteen levels of four bits
+from pallas_kernels.topk_compress import decode, encode, extremes
 
 
 class AffineCodes(NamedTuple):
@@ -117,30 +115,17 @@ class Affine4:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
         layout = self.buckets.layout_of(x)
         bucket = _repeat_into_padding(split(x, layout), layout)
-        low, high = jnp.min(bucket, axis=-1), jnp.max(bucket, axis=-1)
+        low, high = extremes(bucket)
         if self.statistics == "bfloat16":
             low, high = _bfloat16_below(low), -_bfloat16_below(-high)
-        step = _step(low, high)[..., None]
         xi = 0.5 if key is None else dither(key, bucket.shape)
-        level = jnp.floor((bucket - low[..., None]) / jnp.where(step > 0, step, 1) + xi)
-        level = jnp.where(step > 0, jnp.clip(level, 0, LEVELS), 0)
-        return AffineCodes(
-            codes=pack_nibbles(level.astype(jnp.uint8)),
-            low=low.astype(self.statistics),
-            high=high.astype(self.statistics),
-        )
+        codes, low, high = encode(bucket, low, high, xi)
+        return AffineCodes(codes, low.astype(self.statistics), high.astype(self.statistics))
 
     def decode(self, encoded: AffineCodes, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
         row = shape[-1] if shape else 1
-        low = encoded.low.astype(jnp.float32)[..., None]
-        high = encoded.high.astype(jnp.float32)[..., None]
-        level = unpack_nibbles(encoded.codes).astype(jnp.float32)
-        # The absolute value changes nothing and keeps compilers from fusing the product with the
-        # sum, which they do in some loops and not in others: the residual is the same to the
-        # last bit on any number of devices. They see through lax.reduce_precision.
-        above = jnp.abs(level * _step(low, high))
-        return merge(above + low, self.buckets.layout(row), shape)
+        return merge(decode(*encoded), self.buckets.layout(row), shape)
 
 
 def affine4(
@@ -158,10 +143,6 @@ def affine4(
         The codec.
     """
     return Affine4(as_blocks(bucket), rounding, statistics)
-
-
-def _step(low: jax.Array, high: jax.Array) -> jax.Array:
-    return (high - low) / LEVELS
 
 
 def _repeat_into_padding(bucket: jax.Array, layout: BlockLayout) -> jax.Array:

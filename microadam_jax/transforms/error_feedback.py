@@ -1,7 +1,7 @@
 """Error feedback: what compression drops is added to the next gradient."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,15 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like
-from microadam_jax.codecs import Codec, as_codec
-from microadam_jax.compressors import Compressor, top_k
+from microadam_jax.codecs import Affine4, Codec, as_codec
+from microadam_jax.compressors import BlockSparse, Compressor, TopK, top_k
 from microadam_jax.diagnostics import observe_feedback, observing
 from microadam_jax.memory import remark
 from microadam_jax.sharding import unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.compress import first_carried
-from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+from microadam_jax.trees import KeyPath, leaf_key, map_with_path, path_name
+from pallas_kernels.topk_compress import topk_compress
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -121,6 +122,15 @@ def error_feedback(
         ) -> tuple[Any, ...]:
             if compressor.keeps_dense(path, gradient):
                 return gradient, *stored
+            if alpha is None and not observing() and _is_fused(compressor, codec, gradient):
+                return _send_fused(compressor, gradient, target, *stored)
+            if isinstance(compressor, TopK) and compressor.implementation not in (None, "xla"):
+                raise NotImplementedError(
+                    f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
+                    "with residual=Affine4(buckets=compressor.blocks), rounded to nearest with "
+                    "float32 statistics, alpha=None, and one axis or more. Leave "
+                    "TopK.implementation at None to use 'xla' elsewhere."
+                )
             residual, carried = stored[:arrays], stored[arrays:]
             key = leaf_key(seed, state.count, path) if codec.needs_key else None
             owed = codec.decode(codec.Encoded(*residual), gradient.shape)
@@ -149,3 +159,29 @@ def error_feedback(
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def _is_fused(compressor: Compressor, codec: Codec, gradient: jax.Array) -> TypeGuard[TopK]:
+    """Whether residual and Top-K share their blocks, so that one operation does both."""
+    return (
+        isinstance(compressor, TopK)
+        and codec == Affine4(compressor.blocks)
+        and gradient.ndim > 0
+        and gradient.size > 0
+    )
+
+
+def _send_fused(
+    compressor: TopK, gradient: jax.Array, target: jax.Array, *stored: jax.Array
+) -> tuple[Any, ...]:
+    layout = compressor.blocks.layout_of(gradient)
+    # What no kernel reads, such as float64.
+    narrow = gradient if gradient.dtype.itemsize <= 4 else gradient.astype(jnp.float32)
+    values, indices, *left = topk_compress(
+        narrow,
+        *stored,
+        k=compressor.survivors(layout.size),
+        implementation=compressor.implementation,
+    )
+    sent = BlockSparse(values, indices, None, gradient.shape, jnp.dtype(target.dtype), layout)
+    return sent, *left

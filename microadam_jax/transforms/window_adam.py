@@ -14,7 +14,7 @@ from microadam_jax.state_format import setting
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
-from pallas_kernels.window_update import window_adam
+from pallas_kernels.window_update import window_adam, window_update
 
 
 class ScaleByWindowAdamState(NamedTuple):
@@ -121,9 +121,19 @@ def scale_by_window_adam(
                     f"{compressor}. Give the same compressor to both links."
                 )
             values, indices = sent.write((values, indices), newest)
-            blocks = window_adam(values, indices, mu_weights, nu_weights, eps, sent.layout.size)
-            scaled = sent.with_bypass(merge(blocks, sent.layout, sent.shape))
-            return scaled.astype(sent.dtype), values, indices
+            statistics = values, indices, mu_weights, nu_weights, eps
+            if not sent.shape:
+                blocks = window_adam(*statistics, sent.layout.size)
+                scaled = merge(blocks, sent.layout, sent.shape)
+            else:
+                scaled = window_update(
+                    *statistics,
+                    size=sent.layout.size,
+                    n=sent.shape[-1],
+                    dtype=sent.dtype if sent.bypass is None else jnp.float32,
+                    implementation=window.implementation,
+                )
+            return sent.with_bypass(scaled).astype(sent.dtype), values, indices
 
         def dense(
             gradient: jax.Array, target: jax.Array, moments: jax.Array, unused: jax.Array

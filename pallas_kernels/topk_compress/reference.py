@@ -1,12 +1,101 @@
-"""Exact Top-K of each block: by magnitude, ties to the lowest index."""
+"""Error feedback on blocks: decode the residual, add, select the Top-K, encode the rest."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.window_update.reference import expand
+
 MAX_UNROLLED = 8  # survivors up to which the rounds are written out, one after the other
+LEVELS = 15  # steps between the sixteen levels of four bits
 TAKEN, PADDING = -2.0, -1.0  # stand below every magnitude, and the taken below the padding
+
+
+def compress(
+    gradient: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    r"""Sends the Top-K of gradient plus residual, and keeps the rest in four bits.
+
+    .. math::
+
+        a &= g + Q^{-1}(e) \\
+        c &= \mathrm{TopK}(a) \\
+        e &\leftarrow Q(a - c)
+
+    where :math:`Q` has sixteen levels from a block's minimum to its maximum, :func:`encode`.
+
+    Args:
+        gradient: ``(*lead, n)`` float32, bfloat16 or float16.
+        codes: ``(*lead, blocks, size / 2)`` uint8, two to a byte.
+        low: ``(*lead, blocks)`` float32, the value of level 0.
+        high: ``(*lead, blocks)`` float32, the value of level 15.
+        k: survivors per block.
+
+    Returns:
+        ``(*lead, blocks, k)`` float32 values and int32 indices of :math:`c`, and the new
+        ``codes``, ``low`` and ``high``.
+    """
+    n, size, count = gradient.shape[-1], 2 * codes.shape[-1], low.shape[-1]
+    padding = count * size - n
+    x = gradient.astype(jnp.float32)
+    if padding:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    x = x.reshape(*low.shape, size) + decode(codes, low, high)
+    in_row = None
+    if padding:
+        in_row = (jnp.arange(count * size, dtype=jnp.int32) < n).reshape(count, size)
+        x = jnp.where(in_row, x, 0.0)
+    values, indices = select_top_k(x, k, in_row)
+    # Not a difference: infinity less infinity would stay behind as NaN.
+    rest = jnp.where(expand(values[..., None, :], indices[..., None, :], size) != 0, 0.0, x)
+    if in_row is not None:
+        # The first element changes neither extreme.
+        rest = jnp.where(in_row, rest, rest[..., :1])
+    return values, indices, *encode(rest, *extremes(rest))
+
+
+def extremes(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least and the greatest value of each block, both NaN if it holds one."""
+    # Whether a reduction passes a NaN on depends on the device and on what it is fused with.
+    nan = jnp.any(jnp.isnan(blocks), axis=-1)
+    low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
+    return jnp.where(nan, jnp.nan, low), jnp.where(nan, jnp.nan, high)
+
+
+def decode(codes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The float32 blocks ``(..., size)`` of codes ``(..., size / 2)``: ``low`` to ``high``."""
+    level = jnp.concatenate([codes & 0xF, codes >> 4], axis=-1).astype(jnp.float32)
+    low, high = (x.astype(jnp.float32)[..., None] for x in (low, high))
+    # The absolute value changes nothing and keeps compilers from fusing the product with the
+    # sum, which they do in some loops and not in others: the residual is the same to the
+    # last bit on any number of devices. They see through lax.reduce_precision.
+    return jnp.abs(level * ((high - low) / LEVELS)) + low
+
+
+def encode(
+    blocks: jax.Array, low: jax.Array, high: jax.Array, xi: jax.typing.ArrayLike = 0.5
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""The nearest of sixteen levels, :math:`\min(15, \lfloor (x - low) / u + \xi \rfloor)`.
+
+    Element ``j`` of a block goes to the low half of byte ``j``, element ``j + size / 2`` to the
+    high half. All levels of a block without a finite, positive step :math:`u` are 0.
+
+    Args:
+        blocks: ``(..., size)`` float32.
+        low: ``(...)`` float32, the value of level 0.
+        high: ``(...)`` float32, the value of level 15.
+        xi: 1/2 rounds to nearest, a uniform number in [0, 1) stochastically.
+
+    Returns:
+        ``(..., size / 2)`` uint8 codes, ``low`` and ``high``.
+    """
+    step = ((high - low) / LEVELS)[..., None]
+    usable = (step > 0) & (step < jnp.inf)
+    level = jnp.floor((blocks - low[..., None]) / jnp.where(usable, step, 1) + xi)
+    level = jnp.where(usable, jnp.clip(level, 0, LEVELS), 0).astype(jnp.uint8)
+    first, second = jnp.split(level, 2, axis=-1)
+    return first | (second << 4), low, high
 
 
 def select_top_k(

@@ -51,6 +51,25 @@ def values_at(values: jax.Array, indices: jax.Array, positions: jax.Array, size:
     )
 
 
+def window_update(
+    values: jax.Array,
+    indices: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+    eps: jax.typing.ArrayLike,
+    *,
+    size: int,
+    n: int,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """:func:`window_adam` for the tensor ``(*lead, n)``, in ``dtype``, without padding."""
+    blocks = window_adam(values, indices, mu_weights, nu_weights, eps, size)
+    if blocks.shape[-2] * size != n:
+        rows = blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * size)
+        return rows[..., :n].astype(dtype)
+    return blocks.reshape(*blocks.shape[:-2], n).astype(dtype)
+
+
 def window_adam(
     values: jax.Array,
     indices: jax.Array,

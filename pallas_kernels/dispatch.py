@@ -1,0 +1,121 @@
+"""Which implementation of an operation runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+IMPLEMENTATIONS = ("xla", "mosaic_tpu")
+
+
+def check_implementation(owner: str, implementation: str | None) -> None:
+    """Raises ValueError unless ``implementation`` is None or one of the known names."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{owner}.implementation must be None, which picks by device, or one of "
+            f"{IMPLEMENTATIONS}; got {implementation!r}."
+        )
+
+
+def run(
+    operation: str,
+    implementation: str | None,
+    xla: Callable[..., Any],
+    kernels: Mapping[str, tuple[Callable[..., Any], str | None]],
+    arrays: tuple[jax.Array, ...],
+    scalars: tuple[jax.Array, ...] = (),
+    *,
+    rank: int,
+    padded: bool,
+    spec: PartitionSpec | None = None,
+) -> Any:
+    """Runs an operation whose arrays and results all lie as ``spec`` says, block by block.
+
+    Args:
+        operation: its name, for errors.
+        implementation: None picks the kernel for the device the program is compiled for, and
+            ``xla`` where there is none, where it does not take the shapes, or where the arrays
+            may be sharded in a way that only the compiler knows.
+        xla: the reference; it takes ``(*arrays, *scalars)``.
+        kernels: by implementation: the kernel, which takes the same, and the reason why it
+            cannot take these shapes, or None.
+        arrays: leading axes lie as those of the first.
+        scalars: the same on every device.
+        rank: axes of the tensor, of which the last is cut into blocks.
+        padded: whether the last block exceeds the row.
+        spec: how the tensor is sharded over the mesh in use, where the types do not tell.
+
+    Raises:
+        NotImplementedError: if a named implementation cannot run; says why.
+    """
+    if implementation == "xla":
+        return xla(*arrays, *scalars)
+    place = _placement(arrays[0], spec, named=implementation is not None)
+    if padded and isinstance(place, PartitionSpec) and any(place[rank - 1 :]):
+        place = "the last axis is sharded and its last block padded, so shards cut blocks"
+    if implementation is not None:
+        kernel, reason = kernels[implementation]
+        reason = reason or (place if isinstance(place, str) else None)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{operation}: {implementation!r} cannot run here: {reason}. implementation=None "
+                "falls back on 'xla' in such a case."
+            )
+        return _mapped(kernel, place, arrays, scalars)
+    able = {
+        platform: kernels[name][0]
+        for platform, name in (("tpu", "mosaic_tpu"),)
+        if name in kernels and kernels[name][1] is None
+    }
+    if isinstance(place, str) or not able:
+        return xla(*arrays, *scalars)
+
+    def bind(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *operands: _mapped(
+            kernel, place, operands[: len(arrays)], operands[len(arrays) :]
+        )
+
+    branches = {platform: bind(kernel) for platform, kernel in able.items()}
+    return jax.lax.platform_dependent(*arrays, *scalars, **branches, default=xla)
+
+
+def _placement(
+    array: jax.Array, spec: PartitionSpec | None, *, named: bool
+) -> str | PartitionSpec | None:
+    """The spec to map over, None where all is on one device, or why neither is known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        # Who names a kernel knows; should the arrays be sharded after all, the compiler says so.
+        return None if named or jax.device_count() == 1 else "no mesh is set"
+    types = set(mesh.axis_types)
+    if mesh.size == 1 or types == {AxisType.Manual}:
+        return None
+    if types == {AxisType.Explicit}:
+        axes = list(jax.typeof(array).sharding.spec)
+        while axes and axes[-1] is None:
+            axes.pop()
+        return PartitionSpec(*axes)
+    if spec is not None:
+        return spec
+    return (
+        "the mesh has Auto axes, so the placement of the arrays is not known, and a kernel does "
+        "not partition itself; use Explicit axes, which jax.make_mesh makes by default"
+    )
+
+
+def _mapped(
+    kernel: Callable[..., Any],
+    spec: PartitionSpec | str | None,
+    arrays: tuple[jax.Array, ...],
+    scalars: tuple[jax.Array, ...],
+) -> Any:
+    if spec is None:
+        return kernel(*arrays, *scalars)
+    assert isinstance(spec, PartitionSpec)
+    return jax.shard_map(
+        kernel,
+        in_specs=(*[spec] * len(arrays), *[PartitionSpec()] * len(scalars)),
+        out_specs=spec,
+        check_vma=False,
+    )(*arrays, *scalars)

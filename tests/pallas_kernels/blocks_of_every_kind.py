@@ -1,0 +1,47 @@
+"""Inputs that every kernel must treat as its reference does."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+SIZE = 256
+SHAPES = {
+    "one tile": (128, 512),
+    "odd rows": (37, 256),
+    "many rows": (261, 256),
+    "padded": (5, 700),
+    "many blocks": (3, 9 * 256),
+    "leading axes": (2, 3, 9, 512),
+}
+
+
+def blocks_of(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    x = random.standard_normal(shape).astype(np.float32)
+    if kind == "zero":
+        return np.zeros(shape, np.float32)
+    if kind == "constant":
+        return np.full(shape, -0.375, np.float32)
+    if kind == "tied":
+        return random.integers(-2, 3, shape).astype(np.float32)
+    if kind == "huge range":
+        return x * np.float32(10) ** random.integers(-37, 37, shape).astype(np.float32)
+    if kind == "not finite":
+        x[..., 0, 3:5] = np.nan, np.inf
+        x[..., -1, 10:17] = np.nan
+        x[..., 1, 20:30] = np.inf
+        x[..., 2, :30:4] = -np.inf
+    return x
+
+
+KINDS = ("normal", "zero", "constant", "tied", "huge range", "not finite")
+
+
+def residual_of(shape: tuple[int, ...], seed: int = 1) -> tuple[Any, Any, Any]:
+    random = np.random.default_rng(seed)
+    blocks = (*shape[:-1], -(-shape[-1] // SIZE))
+    codes = random.integers(0, 256, (*blocks, SIZE // 2), dtype=np.uint8)
+    low = random.standard_normal(blocks).astype(np.float32) - 1
+    high = low + np.abs(random.standard_normal(blocks).astype(np.float32))
+    return jnp.asarray(codes), jnp.asarray(low), jnp.asarray(high)

@@ -1,0 +1,50 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microadam_jax import Window, top_k
+from pallas_kernels.topk_compress import topk_compress
+from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of
+
+
+def kernel_on_mesh(mode: AxisType, shape: tuple[int, ...], spec: P, told: P | None = None) -> None:
+    arguments = (jnp.asarray(blocks_of("normal", shape)), *residual_of(shape))
+    run = functools.partial(topk_compress, k=3, spec=told)
+    expected = run(*arguments, implementation="xla")
+    mesh = jax.make_mesh((2, 2), ("a", "b"), (mode,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(arguments, NamedSharding(mesh, spec))
+        kernel = functools.partial(run, implementation="mosaic_tpu", interpret=True)
+        found = jax.jit(kernel)(*placed)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert found[1].sharding.spec[: len(spec)] == tuple(spec)
+
+
+def test_explicit_axes_place_the_kernel() -> None:
+    kernel_on_mesh(AxisType.Explicit, (4, 512), P("a", "b"))
+
+
+def test_auto_axes_refuse_a_named_kernel() -> None:
+    with pytest.raises(NotImplementedError, match="cannot run here: the mesh has Auto"):
+        kernel_on_mesh(AxisType.Auto, (4, 512), P("a", "b"))
+
+
+def test_on_auto_axes_the_spec_may_be_told() -> None:
+    kernel_on_mesh(AxisType.Auto, (4, 512), P("a", "b"), told=P("a", "b"))
+
+
+def test_shards_that_cut_a_block_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="last block padded"):
+        kernel_on_mesh(AxisType.Explicit, (4, 500), P("a", "b"))
+
+
+def test_unknown_implementations_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"TopK.implementation must be None.*got 'cuda'"):
+        top_k(implementation="cuda")
+    with pytest.raises(ValueError, match=r"Window.implementation must be None.*got 'cuda'"):
+        Window(implementation="cuda")

@@ -1,0 +1,93 @@
+"""Each kernel through the real compiler of each device, in place and without copies."""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.topk_compress import topk_compress
+from pallas_kernels.window_update import window_update
+
+MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar is no matter
+
+
+def compiled(
+    function: Callable[..., Any], mesh: Mesh, platform: str, *arrays: Any, donate: tuple[int, ...]
+) -> Any:
+    placed = NamedSharding(mesh, PartitionSpec())
+    arrays = tuple(jax.ShapeDtypeStruct(*array, sharding=placed) for array in arrays)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jitted = jax.jit(function, donate_argnums=donate, out_shardings=placed)
+        return jitted.trace(*arrays).lower(lowering_platforms=(platform,)).compile()
+
+
+def compress_on_tpu(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+    blocks = (*shape[:-1], -(-shape[-1] // 256))
+    return compiled(
+        functools.partial(topk_compress, k=3, implementation="mosaic_tpu"),
+        mesh,
+        "tpu",
+        (shape, dtype),
+        ((*blocks, 128), jnp.uint8),
+        (blocks, jnp.float32),
+        (blocks, jnp.float32),
+        donate=(1, 2, 3),
+    )
+
+
+def is_in_place_without_copies(program: Any, state: int) -> None:
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= state
+    assert memory.temp_size_in_bytes <= 0.05 * state
+    assert MOVED.findall(program.as_text()) == []
+
+
+def test_topk_compress_on_every_tpu(tpu: Mesh) -> None:
+    shape = (512, 2048)
+    program = compress_on_tpu(tpu, shape, jnp.float32)
+    is_in_place_without_copies(program, math.prod(shape) * (128 + 8) // 256)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(256, 256), (512, 1024), (256, 11008), (2, 256, 2048)],
+    ids=["one block", "four blocks", "43 blocks", "stacked layers"],
+)
+def test_topk_compress_in_place_for_every_shape(v5e: Mesh, shape: tuple[int, ...]) -> None:
+    program = compress_on_tpu(v5e, shape, jnp.bfloat16)
+    is_in_place_without_copies(program, math.prod(shape) * (128 + 8) // 256)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_topk_compress_of_odd_and_padded_rows(v5e: Mesh, dtype: str) -> None:
+    assert "topk_compress" in compress_on_tpu(v5e, (37, 1000), dtype).as_text()
+
+
+def window_on_tpu(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+    window = (*shape[:-1], shape[-1] // 256, 10, 3)
+    update = functools.partial(
+        window_update, size=256, n=shape[-1], dtype=dtype, implementation="mosaic_tpu"
+    )
+    return compiled(
+        update,
+        mesh,
+        "tpu",
+        (window, jnp.bfloat16),
+        (window, jnp.uint8),
+        ((10,), jnp.float32),
+        ((10,), jnp.float32),
+        ((), jnp.float32),
+        donate=(),
+    )
+
+
+def test_window_update_on_every_tpu(tpu: Mesh) -> None:
+    program = window_on_tpu(tpu, (512, 2048), jnp.float32)
+    assert program.memory_analysis().temp_size_in_bytes == 0
+    assert MOVED.findall(program.as_text()) == []
