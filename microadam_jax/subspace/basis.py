@@ -42,7 +42,7 @@ class DenseBasis:
 
     def project(self, matrix: jax.Array) -> jax.Array:
         """Inner products with the vectors."""
-        return contract("...nr,...nl->...rl", self.vectors, matrix)
+        return inner_products(self.vectors, matrix)
 
     def back(self, low: jax.Array) -> jax.Array:
         """Sums of the vectors."""
@@ -51,7 +51,7 @@ class DenseBasis:
     def overlap(self, old: Basis) -> jax.Array:
         """Inner products of the vectors with each other."""
         assert isinstance(old, DenseBasis)
-        return contract("...nr,...ns->...rs", self.vectors, old.vectors)
+        return inner_products(self.vectors, old.vectors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,9 @@ class RowBasis:
         return low if self.weights is None else self.weights[..., None] * low
 
 
-def contract(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product that sums over the rows of both, which may lie on several devices."""
+def inner_products(left: jax.Array, right: jax.Array) -> jax.Array:
+    r""":math:`L^T R`, which sums over the rows of both: they may lie on several devices."""
+    equation = "...nr,...nl->...rl"
     known = explicit_sharding(left), explicit_sharding(right)
     sharding = known[1] or known[0]
     if sharding is None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.sharding import replicated
-from microadam_jax.subspace.basis import ColumnBasis, RowBasis, contract, row_norms
+from microadam_jax.subspace.basis import ColumnBasis, RowBasis, inner_products, row_norms
 from microadam_jax.subspace.subspace import Arrays, Indices, Slots, WeightedIndices, require_rank
 from microadam_jax.subspace.view import Layout, MatrixView
 
@@ -115,7 +115,7 @@ class CosineColumns(_Selection):
         rows = matrix.shape[-2]
         everything = _cosines(rows, jnp.arange(rows))
         batched = jnp.broadcast_to(everything, (*matrix.shape[:-2], rows, rows))
-        products = contract("...nr,...nl->...rl", batched, matrix)
+        products = inner_products(batched, matrix)
         return _largest(replicated(jnp.sum(jnp.abs(products), axis=-1)), kept)
 
     def basis(self, kept: Arrays, shape: tuple[int, ...], key: jax.Array) -> ColumnBasis:
