@@ -144,7 +144,9 @@ def test_masked_touches_only_what_it_should(entry: Entry) -> None:
         # Masked leaves take no part in the inner products: the same as a model without them.
         unmasked = jax.tree.map(lambda leaf, kept: leaf if kept else None, params, mask)
         alone, _ = run_on(entry.make(), unmasked, params)
-    assert_equal(updates["attention"]["kernel"], alone["attention"]["kernel"])
+    # Another program may sum a whole model's inner products in another order.
+    same = assert_close if entry.couples else assert_equal
+    same(updates["attention"]["kernel"], alone["attention"]["kernel"])
     assert_equal(updates["attention"]["bias"], gradients(params, 3)["attention"]["bias"])
     assert avals(state) == avals(tx.init(params))
 
