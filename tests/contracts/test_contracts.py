@@ -28,6 +28,11 @@ def assert_close(one: Any, other: Any) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), one, other)
 
 
+def assert_close_at_scale(one: jax.Array, other: jax.Array) -> None:
+    """Another program may sum a whole model's inner products in another order."""
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
 def run(tx: optax.GradientTransformation, params: Any, steps: int = 4) -> tuple[Any, Any]:
     """The last updates and the state after some jitted steps."""
     state = jax.jit(tx.init)(params)
@@ -144,8 +149,7 @@ def test_masked_touches_only_what_it_should(entry: Entry) -> None:
         # Masked leaves take no part in the inner products: the same as a model without them.
         unmasked = jax.tree.map(lambda leaf, kept: leaf if kept else None, params, mask)
         alone, _ = run_on(entry.make(), unmasked, params)
-    # Another program may sum a whole model's inner products in another order.
-    same = assert_close if entry.couples else assert_equal
+    same = assert_close_at_scale if entry.couples else assert_equal
     same(updates["attention"]["kernel"], alone["attention"]["kernel"])
     assert_equal(updates["attention"]["bias"], gradients(params, 3)["attention"]["bias"])
     assert avals(state) == avals(tx.init(params))
@@ -161,7 +165,8 @@ def test_partition(entry: Entry) -> None:
     if entry.couples:
         ours = jax.tree.map(lambda leaf: leaf if leaf.ndim > 1 else None, params)
         alone, _ = run_on(entry.make(), ours, params)
-    assert_equal(updates["stacked"], alone["stacked"])
+    same = assert_close_at_scale if entry.couples else assert_equal
+    same(updates["stacked"], alone["stacked"])
     assert not updates["scalar"].any()
 
 
