@@ -11,12 +11,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import adam_mini, adam_sn, came, memory_report, microadam
+from microadam_jax import (
+    adam_mini,
+    adam_mini4bit,
+    adam_mini8bit,
+    adam_sn,
+    adamw4bit,
+    adamw4bit_factored,
+    adamw8bit,
+    adamw_fp8,
+    came,
+    memory_report,
+    microadam,
+)
 
 OPTIMIZERS = {
     "AdamW": optax.adamw(1e-3),
     "Adam-mini": adam_mini(1e-3),
     "Adam-mini, first moment bfloat16": adam_mini(1e-3, mu_dtype="bfloat16"),
+    "Adam-mini, 8 bits": adam_mini8bit(1e-3),
+    "Adam-mini, 4 bits": adam_mini4bit(1e-3),
+    "AdamW, 8 bits": adamw8bit(1e-3),
+    "AdamW, FP8 expanded": adamw_fp8(1e-3),
+    "AdamW, 4 bits, blocks": adamw4bit(1e-3, nu_codec="linear4_unsigned"),
+    "AdamW, 4 bits, factored": adamw4bit_factored(1e-3),
     "AdamSN": adam_sn(1e-2),
     "CAME": came(1e-3),
     "MicroAdam, fast": microadam(1e-3),
