@@ -22,7 +22,8 @@ class Float8Codes(NamedTuple):
     """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements.
 
     Attributes:
-        codes: ``(*lead, blocks, size)`` float8.
+        codes: ``(*lead, blocks, size)`` uint8, the bits of the 8-bit numbers: CPUs would widen a
+            whole array of float8 to write a part of it.
         scales: ``(*lead, blocks)`` float32, by which the codes are multiplied.
     """
 
@@ -34,7 +35,8 @@ class ExpandedFloat8Codes(NamedTuple):
     """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements.
 
     Attributes:
-        codes: ``(*lead, blocks, size)`` float8.
+        codes: ``(*lead, blocks, size)`` uint8, the bits of the 8-bit numbers: CPUs would widen a
+            whole array of float8 to write a part of it.
         largest: ``(*lead, blocks)`` float32, the largest magnitudes.
         exponents: ``(*lead, blocks)`` uint8, in sixteenths; zero in a block of zeros.
     """
@@ -126,7 +128,7 @@ class Float8:
         codes = blocked_shape(parameter.shape, layout, layout.size)
         block = blocked_shape(parameter.shape, layout)
         state = [
-            state_zeros(parameter, codes, FORMATS[self.format]),
+            state_zeros(parameter, codes, jnp.uint8),
             state_zeros(parameter, block, jnp.float32),
         ]
         if self.expansion:
@@ -152,7 +154,7 @@ class Float8:
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
-        q = encoded.codes.astype(jnp.float32)
+        q = jax.lax.bitcast_convert_type(encoded.codes, FORMATS[self.format]).astype(jnp.float32)
         if self.expansion:
             ratio = jnp.abs(q) / self._largest
             root = _power(ratio, 1 / _exponent(encoded.exponents)[..., None])
@@ -179,7 +181,7 @@ class Float8:
         return jnp.where(largest == 0, 0, k).astype(jnp.uint8)
 
     def _round(self, y: jax.Array, xi: jax.Array | None, scales: jax.Array) -> jax.Array:
-        """``y`` in the format, clipped to its range."""
+        """The bits of ``y`` in the format, clipped to its range."""
         y = jnp.clip(y, -self._largest, self._largest)
         y = jnp.where(jnp.isnan(scales)[..., None], 0, y)
         if xi is not None:
@@ -187,7 +189,7 @@ class Float8:
             exponent = jnp.floor(jnp.log2(jnp.maximum(jnp.abs(y), float(info.tiny))))
             step = jnp.exp2(exponent - info.nmant)
             y = jnp.clip(jnp.floor(y / step + xi) * step, -self._largest, self._largest)
-        return y.astype(FORMATS[self.format])
+        return jax.lax.bitcast_convert_type(y.astype(FORMATS[self.format]), jnp.uint8)
 
 
 def float8(

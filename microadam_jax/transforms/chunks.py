@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from microadam_jax.codecs.rounding import Rows
 
@@ -75,7 +74,6 @@ class Turns:
         # Where the gradient is read for the last time, the update is written.
         in_place = shape.dtype == leaf.dtype
         wholes = tuple(x.shape for x in carried)
-        dtypes = tuple(x.dtype for x in carried)
         others = tuple(x.shape for x in rest)
         dealt_leaf = dealing.deal(leaf)
         dealt_rest = tuple(map(dealing.deal, rest))
@@ -87,18 +85,20 @@ class Turns:
             output, state, turn = before
             parts = functools.partial(dealing.take, chunk=chunk)
             first = parts(output if in_place else dealt_leaf, leaf.shape)
-            own = map(_as_type, map(parts, state, wholes), dtypes)
-            arguments = (chunk, tuple(own), (first, *map(parts, dealt_rest, others)))
+            arguments = (
+                chunk,
+                tuple(map(parts, state, wholes)),
+                (first, *map(parts, dealt_rest, others)),
+            )
             (new_output, new_state), turn = _apart(step_of, turn, arguments)
             put = functools.partial(dealing.put, chunk=chunk)
-            state = tuple(map(put, state, wholes, map(_as_bits, new_state)))
+            state = tuple(map(put, state, wholes, new_state))
             return put(output, leaf.shape, new_output), state, turn
 
         output = dealt_leaf if in_place else jnp.zeros_like(dealt_leaf, dtype=shape.dtype)
-        before = output, tuple(map(dealing.deal, map(_as_bits, carried))), self._turn
+        before = output, tuple(map(dealing.deal, carried)), self._turn
         output, state, self._turn = jax.lax.fori_loop(0, math.prod(cuts), body, before)
-        kept = map(_as_type, map(jnp.reshape, state, wholes), dtypes)
-        return output.reshape(leaf.shape), tuple(kept)
+        return output.reshape(leaf.shape), tuple(map(jnp.reshape, state, wholes))
 
 
 class _Dealing(NamedTuple):
@@ -163,17 +163,6 @@ class _Dealing(NamedTuple):
                 starts.append(number)
                 sizes.append(1)
         return starts, sizes, tuple(dealt)
-
-
-def _as_bits(x: jax.Array) -> jax.Array:
-    """8-bit floats as integers: CPUs would widen the whole array to write a part of it."""
-    if x.dtype.itemsize > 1 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return jax.lax.bitcast_convert_type(x, jnp.uint8)
-
-
-def _as_type(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _apart(step: Callable[..., Any], turn: jax.Array, arguments: Any) -> tuple[Any, jax.Array]:
