@@ -6,36 +6,31 @@ from typing import Any
 import jax
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from microadam_jax import adam_mini4bit, adamw8bit
 from tests.transforms.test_quantize import llama_100m
 
-OPTIMIZERS = pytest.mark.parametrize("make", [adamw8bit, adam_mini4bit])
-
 
 def temporaries(make: Callable[..., optax.GradientTransformation], mesh: Mesh, on: str) -> float:
     """Those of a step with gradient and state donated, of the state's size."""
-    whole = NamedSharding(mesh, P())
+    here = SingleDeviceSharding(mesh.devices.flat[0])
 
     def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
     tx, params = make(1e-3, weight_decay=0.1), placed(llama_100m())
     state = placed(jax.eval_shape(lambda p: tx.init(p), params))
-    step = jax.jit(tx.update, donate_argnums=(0, 1), out_shardings=whole)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = step.trace(params, state, params).lower(lowering_platforms=(on,)).compile()
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    program = step.trace(params, state, params).lower(lowering_platforms=(on,)).compile()
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     return program.memory_analysis().temp_size_in_bytes / kept
 
 
-@OPTIMIZERS
-def test_on_a_tpu(make: Callable[..., optax.GradientTransformation], v5e: Mesh) -> None:
-    assert temporaries(make, v5e, "tpu") < 0.1
+def test_adamw8bit_on_a_tpu(v5e: Mesh) -> None:
+    assert temporaries(adamw8bit, v5e, "tpu") < 0.1
 
 
-@OPTIMIZERS
+@pytest.mark.parametrize("make", [adamw8bit, adam_mini4bit])
 def test_on_a_gpu(make: Callable[..., optax.GradientTransformation], h200: Mesh) -> None:
     assert temporaries(make, h200, "cuda") < 0.1
