@@ -10,6 +10,15 @@ ROWS = 128  # rows of the tensor in a tile
 BLOCKS = 8  # blocks of a row in a tile
 
 
+def unsupported(shape: tuple[int, ...], size: int) -> str | None:
+    """Why a tensor of ``shape``, in blocks of ``size``, does not fit the tiles, or None."""
+    if size != SIZE:
+        return f"blocks must have {SIZE} elements; these have {size}"
+    if len(shape) < 2 or 0 in shape:
+        return f"the tensor needs two axes or more, none of them empty; its shape is {shape}"
+    return None
+
+
 def cost(operations: int, arrays: Sequence[Any]) -> pl.CostEstimate:
     """What a kernel costs that reads or writes each of ``arrays`` once, for XLA's schedule.
 

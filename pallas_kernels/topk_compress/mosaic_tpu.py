@@ -7,6 +7,7 @@ axes are short, and no copy stands between the kernel and the state.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_tiles
 from pallas_kernels.topk_compress.reference import LEVELS, PADDING, TAKEN
 from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost
 
@@ -22,13 +24,9 @@ MAX_K = 7  # what a tile emits, 2 k + 2 numbers for each block, fits in 128 colu
 
 def unsupported(shape: tuple[int, ...], size: int, k: int) -> str | None:
     """Why this kernel cannot run on a tensor of ``shape``, or None."""
-    if size != SIZE:
-        return f"blocks must have {SIZE} elements; these have {size}"
     if k > MAX_K:
         return f"at most {MAX_K} elements of a block are selected; asked for {k}"
-    if len(shape) < 2 or 0 in shape:
-        return f"the tensor needs two axes or more, none of them empty; its shape is {shape}"
-    return None
+    return tpu_tiles.unsupported(shape, size)
 
 
 def compress(
@@ -43,9 +41,7 @@ def compress(
     """As :func:`pallas_kernels.topk_compress.reference.compress`, for blocks of 256."""
     *lead, rows, n = gradient.shape
     count = low.shape[-1]
-    outer = 1
-    for axis in lead:
-        outer *= axis
+    outer = math.prod(lead)
     dtype = gradient.dtype
     gradient = gradient.reshape(outer, rows, n)
     if dtype == jnp.float16:  # which the compiler does not load

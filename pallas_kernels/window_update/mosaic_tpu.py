@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_tiles
 from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost
 
 MAX_ENTRIES = 64  # of a block's window; comparing all with all grows with the square
@@ -20,13 +21,9 @@ MAX_ENTRIES = 64  # of a block's window; comparing all with all grows with the s
 
 def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
     """Why this kernel cannot run on a tensor of ``shape``, or None."""
-    if size != SIZE:
-        return f"blocks must have {SIZE} elements; these have {size}"
     if entries > MAX_ENTRIES:
         return f"the window of a block may hold {MAX_ENTRIES} entries; it holds {entries}"
-    if len(shape) < 2 or 0 in shape:
-        return f"the tensor needs two axes or more, none of them empty; its shape is {shape}"
-    return None
+    return tpu_tiles.unsupported(shape, size)
 
 
 def window_update(

@@ -115,7 +115,6 @@ def test_each_state_field_is_a_tree_of_arrays_like_the_parameters(entry: Entry) 
             jnp.uint8,
             jnp.int16,
             jnp.int32,
-            jnp.float8_e4m3fn,
             jnp.bfloat16,
             jnp.float32,
         )
