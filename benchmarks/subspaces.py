@@ -7,6 +7,7 @@ All keep Adam on the embedding and on norms, and SNSM alone projects the output 
 
 from collections.abc import Callable
 
+import jax
 import optax
 
 from benchmarks.sweep import Setting, sweep
@@ -40,8 +41,24 @@ def plainly(factory: Callable[..., optax.GradientTransformation], **options: obj
     return lambda rate: factory(rate, weight_decay=0.0, **options)
 
 
+def quarter(rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with the learning rates that GaLore's scale of 1/4 leaves: all in full but its matrices."""
+
+    def labels(params: optax.Params) -> optax.Params:
+        return jax.tree.map_with_path(
+            lambda path, _: (
+                "matrix" if path[-1].key == "kernel" and path[-2].key != "head" else "other"
+            ),
+            params,
+        )
+
+    matrix = optax.adamw(lambda count: rate(count) / 4, weight_decay=0.0)
+    return optax.partition({"matrix": matrix, "other": optax.adamw(rate, weight_decay=0.0)}, labels)
+
+
 SETTINGS: dict[str, Setting] = {
     "AdamW": plainly(optax.adamw),
+    "AdamW, matrices at a quarter": quarter,
     "GaLore": plainly(galore, subspace=svd(RANK), refresh=Refresh(EVERY)),
     "Fira": plainly(fira, subspace=svd(RANK), refresh=Refresh(EVERY)),
     "APOLLO": plainly(apollo, subspace=gaussian(RANK), refresh=Refresh(EVERY)),
@@ -68,7 +85,14 @@ SETTINGS: dict[str, Setting] = {
     "DCT-AdamW": plainly(dct_adamw, subspace=dct_columns(RANK)),
 }
 ADAM, SCALED, ROWS, NORMS = (1e-3, 2e-3), (5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2), (1e-2, 2e-2, 5e-2)
-GRIDS = {"AdamW": ADAM, "LDAdam": ADAM, "DCT": ADAM, "Grass": ROWS, "SNSM": NORMS}
+GRIDS = {
+    "AdamW, matrices": SCALED,
+    "AdamW": ADAM,
+    "LDAdam": ADAM,
+    "DCT": ADAM,
+    "Grass": ROWS,
+    "SNSM": NORMS,
+}
 RATES = {
     name: next((grid for start, grid in GRIDS.items() if name.startswith(start)), SCALED)
     for name in SETTINGS
