@@ -42,7 +42,7 @@ def plainly(factory: Callable[..., optax.GradientTransformation], **options: obj
 
 
 def quarter(rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with the learning rates that GaLore's scale of 1/4 leaves: all in full but its matrices."""
+    """AdamW as GaLore's scale leaves it: its matrices at a quarter of the learning rate."""
 
     def labels(params: optax.Params) -> optax.Params:
         return jax.tree.map_with_path(
