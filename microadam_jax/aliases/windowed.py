@@ -13,6 +13,7 @@ from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.compressors import TopK, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
+from microadam_jax.transforms.descent import descend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +114,10 @@ def microadam(
                 "MicroAdamLayout."
             )
         layout = MICROADAM_LAYOUTS[layout]
-    return optax.chain(
+    return descend(
         error_feedback(layout.compressor, layout.residual, alpha),
         scale_by_window_adam(layout.compressor, layout.window, b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
     )

@@ -1,5 +1,6 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,11 @@ from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
 from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.state_format import setting
+from microadam_jax.transforms.descent import Descent, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
-from pallas_kernels.window_update import window_adam, window_update
+from pallas_kernels.window_update import window_adam, window_apply, window_update
 
 
 class ScaleByWindowAdamState(NamedTuple):
@@ -100,6 +102,8 @@ def scale_by_window_adam(
         updates: optax.Updates,
         state: ScaleByWindowAdamState,
         params: optax.Params | None = None,
+        *,
+        finish: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByWindowAdamState]:
         del extra_args
@@ -112,7 +116,12 @@ def scale_by_window_adam(
         nu_weights = jnp.float32(1 - b2) * _power(b2, age) / one_minus_power(b2, horizon)
 
         def sparse(
-            path: KeyPath, sent: BlockSparse, values: jax.Array, indices: jax.Array
+            path: KeyPath,
+            sent: BlockSparse,
+            target: jax.Array,
+            finish: Callable[..., jax.Array],
+            values: jax.Array,
+            indices: jax.Array,
         ) -> tuple[jax.Array, ...]:
             if not sent.fits((values, indices)):
                 raise ValueError(
@@ -121,37 +130,62 @@ def scale_by_window_adam(
                     f"{compressor}. Give the same compressor to both links."
                 )
             values, indices = sent.write((values, indices), newest)
-            statistics = values, indices, mu_weights, nu_weights, eps
+            weights = mu_weights, nu_weights, eps
+            if (
+                isinstance(finish, Descent)
+                and finish.applies
+                and sent.shape
+                and sent.bypass is None
+            ):
+                moved = window_apply(
+                    values,
+                    indices,
+                    target,
+                    *weights,
+                    finish.step,
+                    finish.decay,
+                    size=sent.layout.size,
+                    implementation=window.implementation,
+                )
+                return moved, values, indices
             if not sent.shape:
-                blocks = window_adam(*statistics, sent.layout.size)
+                blocks = window_adam(values, indices, *weights, sent.layout.size)
                 scaled = merge(blocks, sent.layout, sent.shape)
             else:
                 scaled = window_update(
-                    *statistics,
+                    values,
+                    indices,
+                    *weights,
                     size=sent.layout.size,
                     n=sent.shape[-1],
                     dtype=sent.dtype if sent.bypass is None else jnp.float32,
                     implementation=window.implementation,
                 )
-            return sent.with_bypass(scaled).astype(sent.dtype), values, indices
+            scaled = sent.with_bypass(scaled).astype(sent.dtype)
+            return finish(scaled, *read_by(finish, target)), values, indices
 
         def dense(
-            gradient: jax.Array, target: jax.Array, moments: jax.Array, unused: jax.Array
+            gradient: jax.Array,
+            target: jax.Array,
+            finish: Callable[..., jax.Array],
+            moments: jax.Array,
+            unused: jax.Array,
         ) -> tuple[jax.Array, ...]:
             gradient = gradient.astype(jnp.float32)
             mu = moving_average(b1, moments[..., 0], gradient)
             nu = moving_average(b2, moments[..., 1], jnp.square(gradient))
             mu_hat, nu_hat = mu / one_minus_power(b1, count), nu / one_minus_power(b2, count)
-            scaled = mu_hat / (jnp.sqrt(nu_hat) + eps)
-            return scaled.astype(target.dtype), jnp.stack([mu, nu], axis=-1), unused
+            scaled = (mu_hat / (jnp.sqrt(nu_hat) + eps)).astype(target.dtype)
+            moved = finish(scaled, *read_by(finish, target))
+            return moved, jnp.stack([mu, nu], axis=-1), unused
 
         def scale(
-            path: KeyPath, sent: Any, target: Any, *stored: jax.Array
+            path: KeyPath, sent: Any, target: Any, finish: Any, *stored: jax.Array
         ) -> tuple[jax.Array, ...]:
             if is_block_sparse(sent):
-                return sparse(path, sent, *stored)
+                return sparse(path, sent, target, finish, *stored)
             if not is_compressed(sent) and compressor.keeps_dense(path, sent):
-                return dense(sent, target, *stored)
+                return dense(sent, target, finish, *stored)
             kind = "low-rank" if is_compressed(sent) else "dense"
             raise ValueError(
                 f"scale_by_window_adam got a {kind} update for {path_name(path)!r}. Put "
@@ -164,6 +198,7 @@ def scale_by_window_adam(
             3,
             updates,
             updates if params is None else params,
+            finishes(finish, updates, is_leaf=is_compressed),
             state.window_values,
             state.window_indices,
             is_leaf=is_compressed,

@@ -62,11 +62,7 @@ def window_update(
 
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, AdamStats.
     """
-    if values.shape != indices.shape or not 0 <= values.shape[-3] * size - n < max(size, 1):
-        raise ValueError(
-            f"A row of {n} elements has {-(-n // size)} blocks of {size}, each with as many "
-            f"indices as values; got values {values.shape} and indices {indices.shape}."
-        )
+    check_shapes(values, indices, size, n)
     shape = (*values.shape[:-3], n)
     kernel = functools.partial(mosaic_tpu.window_update, dtype=dtype, interpret=interpret)
 
@@ -87,3 +83,12 @@ def window_update(
         padded=n % size != 0,
         spec=spec,
     )
+
+
+def check_shapes(values: jax.Array, indices: jax.Array, size: int, n: int) -> None:
+    """Raises ValueError unless the window is one of rows of ``n`` in blocks of ``size``."""
+    if values.shape != indices.shape or not 0 <= values.shape[-3] * size - n < max(size, 1):
+        raise ValueError(
+            f"A row of {n} elements has {-(-n // size)} blocks of {size}, each with as many "
+            f"indices as values; got values {values.shape} and indices {indices.shape}."
+        )
