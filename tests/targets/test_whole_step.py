@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Blocks, MicroAdamLayout, affine4, microadam, top_k
+from microadam_jax import Blocks, MicroAdamLayout, affine4, fused_apply, microadam, top_k
 
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
+KERNEL = re.compile(r"%([a-z_]+)[.\d]* = .* custom-call\(.*tpu_custom_call")
 BLOCKS = Blocks(256, shards=16)  # a row of 4096 has 16 blocks of 256, one for each chip
 MICROADAM = microadam(1e-3, layout=MicroAdamLayout(top_k(blocks=BLOCKS), affine4(BLOCKS)))
 TREE = {
@@ -53,13 +54,27 @@ def compiled(function: Callable[..., Any], mesh: Mesh, donate: tuple[int, ...]) 
 
 def test_the_update_of_microadam_is_local_and_in_place(tpu_mesh: Mesh) -> None:
     program = compiled(MICROADAM.update, tpu_mesh, donate=(0, 1))
-    text, memory = program.as_text(), program.memory_analysis()
-    assert "topk_compress" in text
-    assert "window_update" in text
-    assert COLLECTIVE.findall(text) == []
+    assert kernels(program) == {"topk_compress", "window_update"}
     _, state = arguments(tpu_mesh)
-    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / tpu_mesh.size
-    print(f"temporaries {memory.temp_size_in_bytes / kept:.4f} of the state")
+    is_local_and_in_place(program, tpu_mesh, state)
+
+
+@pytest.mark.parametrize("tpu_mesh", ["v5e:16x16"], indirect=True)
+def test_the_fused_step_of_microadam_is_local_and_in_place(tpu_mesh: Mesh) -> None:
+    program = compiled(fused_apply(MICROADAM), tpu_mesh, donate=(1, 2))
+    assert kernels(program) == {"topk_compress", "window_apply"}
+    is_local_and_in_place(program, tpu_mesh, arguments(tpu_mesh))
+
+
+def kernels(program: Any) -> set[str]:
+    return set(KERNEL.findall(program.as_text()))
+
+
+def is_local_and_in_place(program: Any, mesh: Mesh, donated: Any) -> None:
+    memory = program.memory_analysis()
+    assert COLLECTIVE.findall(program.as_text()) == []
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(donated)) / mesh.size
+    print(f"temporaries {memory.temp_size_in_bytes / kept:.4f} of what is donated")
     assert memory.alias_size_in_bytes >= kept
     assert memory.temp_size_in_bytes <= 0.05 * kept
 
