@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
-from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.descent import Descent, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
@@ -41,6 +41,8 @@ def scale_by_window_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    *,
+    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales sparse updates by Adam statistics recomputed from a window of them.
 
@@ -66,12 +68,15 @@ def scale_by_window_adam(
         b1: :math:`\beta_1`, in [0, 1).
         b2: :math:`\beta_2`, in [0, 1).
         eps: :math:`\epsilon`, outside the root and after the bias correction.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`microadam`.
 
     Returns:
         The transformation. Its state takes 0.35 bytes per parameter by default.
 
     Raises:
-        TypeError: if the window's length is a traced array.
+        TypeError: if the window's length is a traced array, or ``shardings`` holds anything but
+            ``NamedSharding``.
         ValueError: in ``update``, if an update was not made by ``compressor``.
 
     Examples:
@@ -86,6 +91,7 @@ def scale_by_window_adam(
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
     """
     window = as_window(window)
+    require_named(shardings)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:
         setting("window", f"{window.length} in {window.dtype}")
@@ -107,6 +113,7 @@ def scale_by_window_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByWindowAdamState]:
         del extra_args
+        placed = told(shardings, updates, is_compressed)
         count = jnp.asarray(optax.safe_increment(state.count))
         newest = state.count % window.length
         # Rows that no step has filled yet hold zeros, so their ages do not matter.
@@ -146,6 +153,7 @@ def scale_by_window_adam(
                     finish.decay,
                     size=sent.layout.size,
                     implementation=window.implementation,
+                    sharding=placed.get(path),
                 )
                 return moved, values, indices
             if not sent.shape:
@@ -160,6 +168,7 @@ def scale_by_window_adam(
                     n=sent.shape[-1],
                     dtype=sent.dtype if sent.bypass is None else jnp.float32,
                     implementation=window.implementation,
+                    sharding=placed.get(path),
                 )
             scaled = sent.with_bypass(scaled).astype(sent.dtype)
             return finish(scaled, *read_by(finish, target)), values, indices

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch
@@ -23,7 +23,7 @@ def window_update(
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
     interpret: bool = False,
-    spec: PartitionSpec | None = None,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
     r"""The dense Adam direction of a window of sparse gradients.
 
@@ -43,7 +43,7 @@ def window_update(
         dtype: of the result.
         implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
         interpret: runs the kernel as ordinary operations, on any device.
-        spec: how the tensor is sharded, on a mesh with Auto axes.
+        sharding: where the tensor lies, on a mesh with Auto axes.
 
     Returns:
         ``(*lead, n)``; elements absent from the window are zero.
@@ -81,7 +81,7 @@ def window_update(
         (mu_weights, nu_weights, jnp.asarray(eps, jnp.float32)),
         rank=len(shape),
         padded=n % size != 0,
-        spec=spec,
+        sharding=sharding,
     )
 
 

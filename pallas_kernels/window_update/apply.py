@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
@@ -25,7 +25,7 @@ def window_apply(
     size: int,
     implementation: str | None = None,
     interpret: bool = False,
-    spec: PartitionSpec | None = None,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
     r"""Moves parameters along the Adam direction of a window, which is written nowhere.
 
@@ -51,7 +51,7 @@ def window_apply(
         size: elements in a block.
         implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
         interpret: runs the kernel as ordinary operations, on any device.
-        spec: how the tensor is sharded, on a mesh with Auto axes.
+        sharding: where the tensor lies, on a mesh with Auto axes.
 
     Returns:
         The new parameters, in the shape and dtype of ``params``.
@@ -92,5 +92,5 @@ def window_apply(
         ),
         rank=params.ndim,
         padded=n % size != 0,
-        spec=spec,
+        sharding=sharding,
     )
