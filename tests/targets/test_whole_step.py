@@ -16,7 +16,8 @@ from microadam_jax import Blocks, MicroAdamLayout, affine4, fused_apply, microad
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
 KERNEL = re.compile(r"%([a-z_]+)[.\d]* = .* custom-call\(.*tpu_custom_call")
 BLOCKS = Blocks(256, shards=16)  # a row of 4096 has 16 blocks of 256, one for each chip
-MICROADAM = microadam(1e-3, layout=MicroAdamLayout(top_k(blocks=BLOCKS), affine4(BLOCKS)))
+LAYOUT = MicroAdamLayout(top_k(blocks=BLOCKS), affine4(BLOCKS))
+MICROADAM = microadam(1e-3, layout=LAYOUT)
 TREE = {
     "embed": ((32000, 4096), P("fsdp", "tp")),
     "attention": ((4096, 4096), P("fsdp", "tp")),
@@ -64,6 +65,18 @@ def test_the_fused_step_of_microadam_is_local_and_in_place(tpu_mesh: Mesh) -> No
     program = compiled(fused_apply(MICROADAM), tpu_mesh, donate=(1, 2))
     assert kernels(program) == {"topk_compress", "window_apply"}
     is_local_and_in_place(program, tpu_mesh, arguments(tpu_mesh))
+
+
+@pytest.mark.parametrize("tpu_mesh", ["v5e:16x16"], indirect=True)
+def test_on_auto_axes_kernels_run_where_shardings_say(tpu_mesh: Mesh) -> None:
+    mesh = Mesh(tpu_mesh.devices, tpu_mesh.axis_names)
+    params, state = arguments(mesh)
+    tx = microadam(1e-3, layout=LAYOUT, shardings={name: p.sharding for name, p in params.items()})
+    # No mesh is set: the shardings know theirs.
+    jitted = jax.jit(fused_apply(tx), donate_argnums=(1, 2))
+    program = jitted.trace(params, state, params).lower(lowering_platforms=("tpu",)).compile()
+    assert kernels(program) == {"topk_compress", "window_apply"}
+    is_local_and_in_place(program, mesh, (params, state))
 
 
 def kernels(program: Any) -> set[str]:
