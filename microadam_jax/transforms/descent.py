@@ -57,6 +57,11 @@ def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax
     return () if finish is as_it_is else (parameter,)
 
 
+def replaced_by(finish: Callable[..., jax.Array]) -> int:
+    """Which input a result takes the place of: the first, a gradient, or the last, a parameter."""
+    return -1 if isinstance(finish, Descent) and finish.applies else 0
+
+
 def descend(
     *links: GradientTransformationExtraArgs,
     learning_rate: ScalarOrSchedule,

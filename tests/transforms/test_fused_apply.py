@@ -12,7 +12,15 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import adam_mini8bit, adamw8bit, came, fused_apply, microadam
+from microadam_jax import (
+    adam_mini8bit,
+    adamw4bit_factored,
+    adamw8bit,
+    came,
+    fused_apply,
+    microadam,
+)
+from microadam_jax.transforms import chunks
 from tests.contracts.test_sharding import collectives
 
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 4)
@@ -59,8 +67,11 @@ def test_the_same_bits_as_two_passes(tx: optax.GradientTransformation, dtype: st
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("make", [adamw8bit, adam_mini8bit])
-def test_the_same_numbers_where_leaves_are_updated_in_turn(make: Any) -> None:
+@pytest.mark.parametrize("make", [adamw8bit, adam_mini8bit, adamw4bit_factored])
+def test_the_same_numbers_where_leaves_are_updated_in_chunks(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 2048)
     found, expected = both(make(SCHEDULE, weight_decay=0.1))
     # The sum with the parameter is contracted with the product before it in one pass alone.
     close = functools.partial(np.testing.assert_allclose, rtol=3e-7, atol=1e-8)
