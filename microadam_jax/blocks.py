@@ -110,8 +110,17 @@ def merge(blocks: jax.Array, layout: BlockLayout, shape: tuple[int, ...]) -> jax
     """Joins blocks ``(*lead, count, size)`` into a tensor of ``shape``, dropping the padding."""
     if layout.padding == 0:
         return blocks.reshape(shape)
-    rows = blocks.reshape(*blocks.shape[:-2], layout.count * layout.size)
-    return rows[..., : layout.row].reshape(shape)
+    return as_row(blocks)[..., : layout.row].reshape(shape)
+
+
+def as_row(blocks: jax.Array) -> jax.Array:
+    """Joins blocks ``(*lead, count, size)`` into ``(*lead, count * size)``, padding and all."""
+    return blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1])
+
+
+def as_blocks_of(row: jax.Array, count: int) -> jax.Array:
+    """The inverse of :func:`as_row`: cuts ``(*lead, n)`` into ``(*lead, count, n / count)``."""
+    return row.reshape(*row.shape[:-1], count, row.shape[-1] // max(count, 1))
 
 
 def in_row(layout: BlockLayout) -> jax.Array:

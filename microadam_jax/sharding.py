@@ -37,10 +37,25 @@ def state_zeros(
     Raises:
         ValueError: if the parameter's sharding does not divide the state array.
     """
+    require_whole(parameter, shape)
+    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=known_sharding(parameter))
+
+
+def require_whole(
+    parameter: jax.Array | jax.ShapeDtypeStruct, blocked_shape: tuple[int, ...]
+) -> None:
+    """Refuses a sharding that would cut through a block.
+
+    Args:
+        parameter: the array (or its shape, or a tracer of it) that the blocks belong to.
+        blocked_shape: its shape in blocks.
+
+    Raises:
+        ValueError: if the parameter's sharding does not divide its blocks.
+    """
     sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
-        _check_divides(sharding, parameter.shape, shape)
-    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+        _check_divides(sharding, parameter.shape, blocked_shape)
 
 
 def moment_zeros(

@@ -13,6 +13,13 @@ hypothesis.settings.load_profile("jax")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests make the same optimizer again and again: its step is compiled for the first of them."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
 @pytest.fixture(scope="module")
 def fewer_optimizations() -> Iterator[None]:
     """For promises that do not depend on how well the step is compiled."""

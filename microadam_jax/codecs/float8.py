@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
+from microadam_jax.blocks import (
+    BlockLayout,
+    Blocks,
+    as_blocks_of,
+    as_row,
+    blocked_shape,
+    in_row,
+    merge,
+    split,
+)
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
@@ -22,7 +31,7 @@ class Float8Codes(NamedTuple):
     """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements.
 
     Attributes:
-        codes: ``(*lead, blocks, size)`` uint8, the bits of the 8-bit numbers: CPUs would widen a
+        codes: ``(*lead, blocks * size)`` uint8, the bits of the 8-bit numbers: CPUs would widen a
             whole array of float8 to write a part of it.
         scales: ``(*lead, blocks)`` float32, by which the codes are multiplied.
     """
@@ -35,7 +44,7 @@ class ExpandedFloat8Codes(NamedTuple):
     """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements.
 
     Attributes:
-        codes: ``(*lead, blocks, size)`` uint8, the bits of the 8-bit numbers: CPUs would widen a
+        codes: ``(*lead, blocks * size)`` uint8, the bits of the 8-bit numbers: CPUs would widen a
             whole array of float8 to write a part of it.
         largest: ``(*lead, blocks)`` float32, the largest magnitudes.
         exponents: ``(*lead, blocks)`` uint8, in sixteenths; zero in a block of zeros.
@@ -125,7 +134,7 @@ class Float8:
     def zeros(self, parameter: jax.Array) -> Any:
         """The encoding of zeros: all bytes zero."""
         layout = self.blocks.layout_of(parameter)
-        codes = blocked_shape(parameter.shape, layout, layout.size)
+        codes = (*parameter.shape[:-1], layout.count * layout.size)
         block = blocked_shape(parameter.shape, layout)
         state = [
             state_zeros(parameter, codes, jnp.uint8),
@@ -144,24 +153,27 @@ class Float8:
         largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
         if not self.expansion:
             scales = largest / self._largest
-            return Float8Codes(self._round(block / _usable(scales)[..., None], xi, scales), scales)
+            codes = self._round(block / _usable(scales)[..., None], xi, scales)
+            return Float8Codes(as_row(codes), scales)
 
         largest = jnp.where(largest <= TINY, 0, largest)
         exponents = self._exponents(block, largest, layout)
         ratio = jnp.abs(block) / _usable(largest)[..., None]
         y = jnp.sign(block) * self._largest * _power(ratio, _exponent(exponents)[..., None])
-        return ExpandedFloat8Codes(self._round(y, xi, largest), largest, exponents)
+        return ExpandedFloat8Codes(as_row(self._round(y, xi, largest)), largest, exponents)
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
-        q = jax.lax.bitcast_convert_type(encoded.codes, FORMATS[self.format]).astype(jnp.float32)
+        layout = self.blocks.layout(shape[-1] if shape else 1)
+        codes = as_blocks_of(encoded.codes, layout.count)
+        q = jax.lax.bitcast_convert_type(codes, FORMATS[self.format]).astype(jnp.float32)
         if self.expansion:
             ratio = jnp.abs(q) / self._largest
             root = _power(ratio, 1 / _exponent(encoded.exponents)[..., None])
             x = jnp.sign(q) * root * encoded.largest[..., None]
         else:
             x = q * encoded.scales[..., None]
-        return merge(x, self.blocks.layout(shape[-1] if shape else 1), shape)
+        return merge(x, layout, shape)
 
     @property
     def _largest(self) -> np.float32:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.blocks import Blocks, merge, split
+from microadam_jax.blocks import Blocks, as_blocks_of, as_row, merge, split
 from microadam_jax.codecs.maps import DYNAMIC4_UNSIGNED, LINEAR4_UNSIGNED, Map
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.scaled import (
@@ -25,7 +25,7 @@ class RankOneCodes(NamedTuple):
     """A tensor ``(*lead, n)`` as a matrix whose columns are its last axis.
 
     Attributes:
-        codes: ``(*lead, blocks, size / 2)`` uint8, two codes in a byte.
+        codes: ``(*lead, blocks * size / 2)`` uint8, two codes in a byte.
         rows: ``(*lead, 1)`` float32, the largest magnitude of each row; of a vector, that of each
             of its blocks.
         columns: ``(1, ..., n)`` float32, the largest magnitude of each column; of stacked layers,
@@ -135,7 +135,7 @@ class RankOne:
             split(jnp.minimum(rows, columns), layout),
             xi if isinstance(xi, float) else split(xi, layout),
         )
-        return RankOneCodes(codes, rows, columns)
+        return RankOneCodes(as_row(codes), rows, columns)
 
     def decode(self, encoded: RankOneCodes, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
@@ -143,7 +143,7 @@ class RankOne:
         if self._is_vector(shape):
             return self._by_block.decode(self._by_block.Encoded(codes, rows), shape)
         layout = self.blocks.layout(shape[-1])
-        numbers = merge(decode_numbers(self.map, codes), layout, shape)
+        numbers = merge(decode_numbers(self.map, as_blocks_of(codes, layout.count)), layout, shape)
         scale = jnp.minimum(rows, columns)
         return numbers * jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 

@@ -8,16 +8,18 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Which rows of a leaf a chunk holds: every ``step``-th from ``start``, along each axis.
+    """Which rows of a leaf a chunk holds: along each axis, runs of rows at equal distances.
 
     Attributes:
         sizes: the leaf's sizes along all axes but the last; none if the chunk is the leaf.
-        starts: int32 scalars.
-        steps: the distances between rows.
+        starts: int32 scalars, where the first run begins.
+        lengths: how many rows a run has.
+        steps: the distances from run to run.
     """
 
     sizes: tuple[int, ...] = ()
     starts: tuple[jax.Array | int, ...] = ()
+    lengths: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
 
 
@@ -51,13 +53,14 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
     key, rows = draw if isinstance(draw, Draw) else Draw(draw)
     low, high = jax.random.key_data(key).astype(jnp.uint32)
     whole = (*rows.sizes, *shape[len(rows.sizes) :])
-    starts = (*rows.starts, *[0] * (len(shape) - len(rows.starts)))
-    steps = (*rows.steps, *[1] * (len(shape) - len(rows.steps)))
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(steps[axis])
-        index = index + jnp.asarray(starts[axis], jnp.uint32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if axis < len(rows.sizes):
+            length, step = np.uint32(rows.lengths[axis]), np.uint32(rows.steps[axis])
+            start = jnp.asarray(rows.starts[axis], jnp.uint32)
+            index = start + index // length * step + index % length
         position = position + index * np.uint32(stride % 2**32)
         stride *= whole[axis]
     bits = _mix(_mix(position ^ low) + high)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microadam_jax.blocks import Blocks, blocked_shape, merge, split
+from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, merge, split
 from microadam_jax.codecs.maps import (
     DYNAMIC4,
     DYNAMIC4_SYMMETRIC,
@@ -19,7 +19,7 @@ from microadam_jax.codecs.maps import (
 )
 from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
 from microadam_jax.codecs.rounding import Draw, dither
-from microadam_jax.sharding import state_zeros
+from microadam_jax.sharding import require_whole, state_zeros
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -28,9 +28,9 @@ class ScaledCodes(NamedTuple):
     """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements.
 
     Attributes:
-        codes: ``(*lead, blocks, size)`` uint8 for 8 bits, ``(*lead, blocks, size / 2)`` for 4:
-            element ``j`` of a block in the low half of byte ``j``, element ``j + size / 2`` in
-            the high half.
+        codes: ``(*lead, blocks * size)`` uint8 for 8 bits, half of that for 4: element ``j`` of a
+            block in the low half of its byte ``j``, element ``j + size / 2`` in the high half. An
+            axis for the blocks would be padded by TPUs, which like rows of many times 128.
         scales: ``(*lead, blocks)`` float32, the largest magnitude of each block.
     """
 
@@ -136,11 +136,12 @@ class Scaled:
             xi if isinstance(xi, float) else split(xi, layout),
             self.keep_sign,
         )
-        return ScaledCodes(codes, jnp.where(jnp.isfinite(scales), scales, jnp.nan))
+        return ScaledCodes(as_row(codes), jnp.where(jnp.isfinite(scales), scales, jnp.nan))
 
     def decode(self, encoded: ScaledCodes, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
-        numbers = decode_numbers(self.map, encoded.codes)
+        codes = as_blocks_of(encoded.codes, encoded.scales.shape[-1])
+        numbers = decode_numbers(self.map, codes)
         layout = self.blocks.layout(shape[-1] if shape else 1)
         return merge(numbers * encoded.scales[..., None], layout, shape)
 
@@ -175,7 +176,7 @@ def dynamic8(
         >>> codec = dynamic8()
         >>> x = jnp.array([0.9, -0.9, 0.05, 1e-4])
         >>> print(codec.encode(x).codes)
-        [[255   0 175 134]]
+        [255   0 175 134]
 
     Reference: Dettmers et al. (arXiv 2110.02861), Section 2.2.
     """
@@ -264,8 +265,9 @@ def codec_name(base: str, blocks: Blocks) -> str:
 def code_zeros(parameter: jax.Array, numbers: Map, blocks: Blocks) -> jax.Array:
     """Zero bytes for the codes of ``parameter``."""
     layout = blocks.layout_of(parameter)
-    size = layout.size * numbers.bits // 8
-    return state_zeros(parameter, blocked_shape(parameter.shape, layout, size), jnp.uint8)
+    require_whole(parameter, blocked_shape(parameter.shape, layout))
+    row = layout.count * layout.size * numbers.bits // 8
+    return state_zeros(parameter, (*parameter.shape[:-1], row), jnp.uint8)
 
 
 def encode_scaled(

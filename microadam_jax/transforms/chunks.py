@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from microadam_jax.codecs.rounding import Rows
 
 CHUNK = 2**17  # elements that chunks have about; the temporaries fit in a CPU's cache
+TILES = (32, 8)  # rows of bytes, and of float32, that an accelerator moves together
 
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Rows, Arrays, Arrays], tuple[jax.Array, Arrays]]
@@ -46,8 +47,8 @@ class Turns:
     ) -> tuple[jax.Array, Arrays]:
         """Runs ``step`` on a leaf, in place and in chunks if it is large.
 
-        Rows are dealt out to the chunks like cards, so that each device holds an equal part of
-        every chunk however the axis is sharded, and nothing has to move. When a step is compiled
+        Each chunk has equally many rows of every device's, so that nothing has to move however an
+        axis is sharded. When a step is compiled
         for more devices than this process has, ``jax.set_mesh`` tells.
 
         Args:
@@ -71,7 +72,8 @@ class Turns:
         self, step: Step, carried: Arrays, inputs: Arrays, cuts: Sequence[int], replaces: int
     ) -> tuple[jax.Array, Arrays]:
         leaf = inputs[replaces]
-        dealing = _Dealing(leaf.shape, tuple(cuts))
+        shards = tuple(_shards(inputs[0], axis) for axis in range(len(cuts)))
+        dealing = _Dealing(leaf.shape, shards, tuple(cuts))
         shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
         # Where it is read for the last time, the output is written.
         in_place = shape.dtype == leaf.dtype
@@ -104,67 +106,100 @@ class Turns:
 
 
 class _Dealing(NamedTuple):
-    """How the rows of a leaf are dealt out: an axis of ``n`` becomes ``(n / cut, cut)``.
+    """How the rows of a leaf are dealt out to chunks.
+
+    An axis of ``n`` becomes ``(shards, cut, length)``, and a chunk takes a run of ``length`` rows
+    from each shard. Rows that lie together stay together, as tiles of an accelerator need it.
 
     Attributes:
         shape: the leaf's shape.
-        cuts: for each of its axes but the last, into how many chunks it is cut.
+        shards: for each of its axes but the last, over how many devices it may be sharded.
+        cuts: for each of them, into how many chunks it is cut.
     """
 
     shape: tuple[int, ...]
+    shards: tuple[int, ...]
     cuts: tuple[int, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The rows of each run, along each axis but the last."""
+        return tuple(
+            n // shards // cut
+            for n, shards, cut in zip(self.shape, self.shards, self.cuts, strict=False)
+        )
 
     def rows(self, chunk: jax.Array) -> Rows:
         """The rows of the leaf that a chunk holds."""
         starts = []
-        for cut in self.cuts:
-            starts.append(chunk % cut)
-            chunk = chunk // cut
-        return Rows(self.shape[:-1], tuple(starts), self.cuts)
+        for number, length in zip(self._numbers(chunk), self.lengths, strict=True):
+            starts.append(number * length)
+        steps = tuple(n * cut for n, cut in zip(self.lengths, self.cuts, strict=True))
+        return Rows(self.shape[:-1], tuple(starts), self.lengths, steps)
 
     def deal(self, x: jax.Array) -> jax.Array:
-        """``x``, which has the leaf's axes or size 1 instead, with its cut axes in two."""
-        axes = [(n // cut, cut) if cut > 1 else (n,) for n, cut in self._axes(x.shape)]
-        return x.reshape(*(n for axis in axes for n in axis))
+        """``x``, which has the leaf's axes or size 1 instead, with its cut axes in three."""
+        return x.reshape([n for n, _ in self._axes(x.shape)])
 
     def take(self, x: jax.Array, whole: tuple[int, ...], chunk: jax.Array) -> jax.Array:
         """A chunk of what was dealt from an array of shape ``whole``."""
-        starts, sizes, dealt = self._place(whole, chunk)
-        return jax.lax.squeeze(jax.lax.dynamic_slice(x, starts, sizes), dealt) if dealt else x
+        if not any(self._is_cut(whole)):
+            return x
+        starts, sizes = self._place(whole, chunk)
+        part = [
+            n // cut if is_cut else n
+            for n, cut, is_cut in zip(
+                whole, (*self.cuts, *[1] * len(whole)), self._is_cut(whole), strict=False
+            )
+        ]
+        return jax.lax.dynamic_slice(x, starts, sizes).reshape(part)
 
     def put(
         self, x: jax.Array, whole: tuple[int, ...], part: jax.Array, chunk: jax.Array
     ) -> jax.Array:
         """``x`` with a chunk replaced."""
-        starts, _, dealt = self._place(whole, chunk)
-        if not dealt:
+        if not any(self._is_cut(whole)):
             return x
-        return jax.lax.dynamic_update_slice(x, jax.lax.expand_dims(part, dealt), starts)
+        starts, sizes = self._place(whole, chunk)
+        return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
 
-    def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int]]:
-        """The size of each axis of an array, and its cut."""
-        cuts = [*self.cuts, *[1] * (len(whole) - len(self.cuts))]
-        sizes = [*self.shape[: len(self.cuts)], *whole[len(self.cuts) :]]
+    def _numbers(self, chunk: jax.Array) -> list[jax.Array]:
+        """Which of the cuts of each axis a chunk takes."""
+        numbers = []
+        for cut in self.cuts:
+            numbers.append(chunk % cut)
+            chunk = chunk // cut
+        return numbers
+
+    def _is_cut(self, whole: tuple[int, ...]) -> list[bool]:
+        """For each axis of an array, whether it is one that the leaf is cut along."""
+        known = len(self.cuts)
         return [
-            (n, cut if n == size else 1) for n, size, cut in zip(whole, sizes, cuts, strict=True)
+            axis < known and self.cuts[axis] > 1 and n == self.shape[axis]
+            for axis, n in enumerate(whole)
         ]
+
+    def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int | None]]:
+        """The sizes of the dealt array's axes, each with the leaf's axis whose cuts it numbers."""
+        axes: list[tuple[int, int | None]] = []
+        for axis, (n, cut) in enumerate(zip(whole, self._is_cut(whole), strict=True)):
+            if not cut:
+                axes.append((n, None))
+                continue
+            # Axes of size 1 are left out: CPUs would order them otherwise, and copy the array.
+            shards, length = self.shards[axis], self.lengths[axis]
+            axes += [(shards, None)] * (shards > 1)
+            axes.append((self.cuts[axis], axis))
+            axes += [(length, None)] * (length > 1)
+        return axes
 
     def _place(
         self, whole: tuple[int, ...], chunk: jax.Array
-    ) -> tuple[list[jax.Array | int], list[int], tuple[int, ...]]:
-        """Where a chunk begins, how large it is, and which axes number the chunks."""
-        starts: list[jax.Array | int] = []
-        sizes: list[int] = []
-        dealt: list[int] = []
-        numbers = [*self.rows(chunk).starts, *[0] * len(whole)]
-        for (n, cut), number in zip(self._axes(whole), numbers, strict=False):
-            starts.append(0)
-            sizes.append(n // cut)
-            if cut > 1:
-                dealt.append(len(starts))
-                starts.append(number)
-                sizes.append(1)
-        return starts, sizes, tuple(dealt)
+    ) -> tuple[list[jax.Array | int], list[int]]:
+        """Where in the dealt array a chunk begins, and its size there."""
+        numbers, axes = self._numbers(chunk), self._axes(whole)
+        starts = [0 if axis is None else numbers[axis] for _, axis in axes]
+        return starts, [n if axis is None else 1 for n, axis in axes]
 
 
 def _apart(step: Callable[..., Any], turn: jax.Array, arguments: Any) -> tuple[Any, jax.Array]:
@@ -197,7 +232,12 @@ def _cuts(leaf: jax.Array) -> tuple[int, ...]:
     budget, cuts = max(1, 2 * math.ceil(leaf.size / CHUNK) - 1), []
     for axis, rows in enumerate(leaf.shape[:-1] if leaf.size else ()):
         dealt = rows // _shards(leaf, axis)
-        cuts.append(max(c for c in range(1, min(dealt, budget) + 1) if dealt % c == 0))
+        divisors = [cut for cut in range(1, min(dealt, budget) + 1) if dealt % cut == 0]
+        choices = [divisors]
+        if axis == leaf.ndim - 2:
+            enough = [cut for cut in divisors if 4 * cut >= budget]
+            choices = [[c for c in enough if dealt // c % tile == 0] for tile in TILES] + choices
+        cuts.append(max(next(filter(None, choices))))
         budget //= cuts[-1]
     return tuple(cuts)
 

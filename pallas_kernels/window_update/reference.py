@@ -142,10 +142,12 @@ def _expand_by_comparing(values: jax.Array, indices: jax.Array, size: int) -> ja
 def _expand_by_scattering(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
     def expand_block(values: jax.Array, indices: jax.Array) -> jax.Array:
         # Row by row: the indices of one row are distinct, so no order of additions is left open.
-        dense = jnp.zeros(size, jnp.float32)
-        for row_values, row_indices in zip(values, indices, strict=True):
-            dense = dense.at[row_indices].add(row_values, unique_indices=True)
-        return dense
+        def add(dense: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            row_values, row_indices = row
+            return dense.at[row_indices].add(row_values, unique_indices=True), None
+
+        # A few rows at a time: all of a long window at once take minutes to compile.
+        return jax.lax.scan(add, jnp.zeros(size, jnp.float32), (values, indices), unroll=8)[0]
 
     for _ in range(values.ndim - 2):
         expand_block = jax.vmap(expand_block)
