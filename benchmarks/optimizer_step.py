@@ -1,76 +1,216 @@
 """How long an optimizer's step takes beside AdamW's: interleaved runs in one process, medians.
 
 python -m benchmarks.optimizer_step
+python -m benchmarks.optimizer_step --trees llama-60m --only AdamW MicroAdam --size 1e8
+
+A step is ``tx.update`` and ``optax.apply_updates`` in one program, state and parameters donated;
+the last column sets ``fused_apply`` beside it. It prints a table for the device it runs on.
+Refreshes of subspaces fall in the first round alone, and so not in the medians.
 """
 
 import argparse
+import dataclasses
+import datetime
+import functools
+import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import (
-    adam_mini,
-    adam_mini4bit,
-    adam_mini8bit,
-    adam_sn,
-    adamw4bit,
-    adamw4bit_factored,
-    adamw8bit,
-    adamw_fp8,
-    came,
-    memory_report,
-    microadam,
-)
+import microadam_jax
+from microadam_jax import MODELS, fused_apply, memory_report, model_shapes, svd, top_k_rows
+from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
+from microadam_jax.models import Shapes
+from microadam_jax.transforms.descent import Fusable
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 
-OPTIMIZERS = {
-    "AdamW": optax.adamw(1e-3),
-    "Adam-mini": adam_mini(1e-3),
-    "Adam-mini, first moment bfloat16": adam_mini(1e-3, mu_dtype="bfloat16"),
-    "Adam-mini, 8 bits": adam_mini8bit(1e-3),
-    "Adam-mini, 4 bits": adam_mini4bit(1e-3),
-    "AdamW, 8 bits": adamw8bit(1e-3),
-    "AdamW, FP8 expanded": adamw_fp8(1e-3),
-    "AdamW, 4 bits, blocks": adamw4bit(1e-3, nu_codec="linear4_unsigned"),
-    "AdamW, 4 bits, factored": adamw4bit_factored(1e-3),
-    "AdamSN": adam_sn(1e-2),
-    "CAME": came(1e-3),
-    "MicroAdam, fast": microadam(1e-3),
-    "MicroAdam, pretrain": microadam(1e-3, layout="pretrain"),
-    "MicroAdam, paper": microadam(1e-3, layout="paper"),
+# Which of the kernels, as far as there are any, are made for a platform.
+KERNELS = {"cpu": (), "gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "AdamW (Optax)": lambda: optax.adamw(1e-3),
+    "Adam-mini": lambda: microadam_jax.adam_mini(1e-3),
+    "Adam-mini, momentum bfloat16": lambda: microadam_jax.adam_mini(1e-3, mu_dtype="bfloat16"),
+    "Adam-mini, 8 bits": lambda: microadam_jax.adam_mini8bit(1e-3),
+    "Adam-mini, 4 bits": lambda: microadam_jax.adam_mini4bit(1e-3),
+    "AdamW, 8 bits": lambda: microadam_jax.adamw8bit(1e-3),
+    "AdamW, FP8 expanded": lambda: microadam_jax.adamw_fp8(1e-3),
+    "AdamW, 4 bits, blocks": lambda: microadam_jax.adamw4bit(1e-3, nu_codec="linear4_unsigned"),
+    "AdamW, 4 bits, factored": lambda: microadam_jax.adamw4bit_factored(1e-3),
+    "AdamSN": lambda: microadam_jax.adam_sn(1e-2),
+    "AdaGradSN": lambda: microadam_jax.adagrad_sn(1e-2),
+    "CAME": lambda: microadam_jax.came(1e-3),
+    "Sparse M-FAC": lambda: microadam_jax.sparse_mfac(1e-3),
+    "Sparse GGT": lambda: microadam_jax.sparse_ggt(1e-3),
+    "GaLore, rank 16": lambda: microadam_jax.galore(1e-3, subspace=svd(16)),
+    "Fira, rank 16": lambda: microadam_jax.fira(1e-3, subspace=svd(16)),
+    "APOLLO-Mini": lambda: microadam_jax.apollo_mini(1e-3),
+    "Grass, rank 16": lambda: microadam_jax.grass(1e-3, subspace=top_k_rows(16)),
+    "SNSM, rank 16": lambda: microadam_jax.snsm(1e-3, subspace=svd(16)),
 }
+
+
+class Candidate(NamedTuple):
+    """A compiled step and what it works on.
+
+    Attributes:
+        step: from gradients, state and parameters to new parameters and state.
+        params: the latest.
+        state: the latest.
+        moved: bytes that a step reads and writes at least.
+        temporary: bytes that the program allocates beside its arguments and results.
+    """
+
+    step: Any
+    params: Any
+    state: Any
+    moved: int
+    temporary: int
+
+    def run(self, gradients: Any) -> tuple["Candidate", float]:
+        """One step, and the seconds it took."""
+        start = time.perf_counter()
+        params, state = jax.block_until_ready(self.step(gradients, self.state, self.params))
+        return self._replace(params=params, state=state), time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--trees", nargs="+", default=["llama-60m", "resnet-50"], choices=MODELS)
+    parser.add_argument("--size", type=float, default=8e6, help="parameters of each tree, at most")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of optimizers' names")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    device = jax.devices()[0]
+    print(
+        f"{datetime.date.today()}, {device.device_kind} ({device.platform}, {platform.machine()}), "
+        f"Python {platform.python_version()}, JAX {jax.__version__}, {args.rounds} rounds"
+    )
+    for tree in args.trees:
+        compare(tree, scaled(model_shapes(tree), args.size), tuple(args.only), args.rounds)
 
-    params = {"kernel": jnp.zeros(args.shape)}
-    gradient = {"kernel": jax.random.normal(jax.random.key(0), args.shape)}
-    states = {name: tx.init(params) for name, tx in OPTIMIZERS.items()}
-    steps = {
-        name: jax.jit(tx.update, donate_argnums=1).lower(gradient, states[name], params).compile()
-        for name, tx in OPTIMIZERS.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            _, states[name] = jax.block_until_ready(step(gradient, states[name], params))
-            seconds[name].append(time.perf_counter() - start)
 
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    size = params["kernel"].size
-    print(f"{size:,} parameters on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
-    print("| optimizer | bytes/param | ms | of AdamW's time |\n|---|---|---|---|")
-    for name, median in medians.items():
-        kept = memory_report(OPTIMIZERS[name], params).bytes_per_parameter
-        ratio = median / medians["AdamW"]
-        print(f"| {name} | {kept:.2f} | {1e3 * median:.1f} | {ratio:.1f} |")
+def scaled(shapes: Shapes, size: float) -> Shapes:
+    """The tree with its long axes but the last divided by the least power of two that makes it fit.
+
+    It keeps its leaves, so that what a leaf costs by itself counts as much, and the length of their
+    rows, which blocks are cut from.
+    """
+
+    def divided(leaf: jax.ShapeDtypeStruct, factor: int) -> jax.ShapeDtypeStruct:
+        rows = (n if n < 16 else max(16, n // factor) for n in leaf.shape[:-1])
+        return leaf.update(shape=(*rows, *leaf.shape[-1:]))
+
+    for factor in (2**power for power in range(20)):
+        fitted = jax.tree.map(functools.partial(divided, factor=factor), shapes)
+        if sum(leaf.size for leaf in jax.tree.leaves(fitted)) <= size:
+            return fitted
+    raise ValueError(f"No tree of these leaves has {size:,.0f} parameters or fewer; give more.")
+
+
+def optimizers(only: tuple[str, ...]) -> Iterator[tuple[str, optax.GradientTransformation]]:
+    """By name; MicroAdam in each layout, and by each implementation that this device may have."""
+    for name, make in OPTIMIZERS.items():
+        if name.startswith(("AdamW (Optax)", *only)):
+            yield name, make()
+    kernels = KERNELS[jax.default_backend()]
+    for layout_name, layout in MICROADAM_LAYOUTS.items():
+        for implementation in ("xla", *(kernel for kernel in kernels if kernel in IMPLEMENTATIONS)):
+            name = f"MicroAdam, {layout_name}, {implementation}"
+            if name.startswith(only):
+                chosen = dataclasses.replace(
+                    layout,
+                    compressor=dataclasses.replace(
+                        layout.compressor, implementation=implementation
+                    ),
+                    window=dataclasses.replace(layout.window, implementation=implementation),
+                )
+                yield name, microadam_jax.microadam(1e-3, layout=chosen)
+
+
+def in_two_passes(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """The step as a training loop writes it."""
+
+    def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def candidate(tx: optax.GradientTransformation, step: Any, gradients: Any) -> Candidate:
+    """The step, compiled for parameters that are all zero."""
+    params = jax.tree.map(jnp.zeros_like, gradients)
+    state = tx.init(params)
+    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(gradients, state, params).compile()
+    return Candidate(
+        compiled,
+        params,
+        state,
+        # Of a window only one row is written, which this counts as all of them.
+        moved=nbytes(gradients) + 2 * nbytes(params) + 2 * nbytes(state),
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def compare(tree: str, shapes: Shapes, only: tuple[str, ...], rounds: int) -> None:
+    """Times one step of each optimizer in each round, and prints the table."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    gradients = treedef.unflatten(
+        jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
+    )
+    size = sum(leaf.size for leaf in leaves)
+    print(f"\n{tree}, scaled to {size:,} parameters in {len(leaves)} leaves\n", flush=True)
+
+    steps: dict[tuple[str, str], Candidate] = {}
+    kept: dict[str, str] = {}
+    for name, tx in optimizers(only):
+        try:
+            steps[name, "two passes"] = candidate(tx, in_two_passes(tx), gradients)
+        except NotImplementedError as error:
+            print(f"{name}: {error}")
+            continue
+        kept[name] = f"{memory_report(tx, shapes).bytes_per_parameter:.2f}"
+        if isinstance(tx, Fusable):
+            steps[name, "fused"] = candidate(tx, fused_apply(tx), gradients)
+
+    array = jnp.zeros(size)
+    copy = jax.jit(jnp.negative).lower(array).compile()
+    seconds: dict[Any, list[float]] = {which: [] for which in ("copy", *steps)}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(array))
+        seconds["copy"].append(time.perf_counter() - start)
+        for which in steps:
+            steps[which], taken = steps[which].run(gradients)
+            seconds[which].append(taken)
+    medians = {which: statistics.median(times) for which, times in seconds.items()}
+    bandwidth = 2 * array.nbytes / medians["copy"]
+
+    print(f"Copying moves {bandwidth / 1e9:.1f} GB/s.\n")
+    print(
+        "| optimizer | state, bytes/param | ms | of AdamW's time | of copy bandwidth "
+        "| temporaries, bytes/param | fused_apply, of the time before |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for name, bytes_kept in kept.items():
+        median, own = medians[name, "two passes"], steps[name, "two passes"]
+        fused = f"{medians[name, 'fused'] / median:.2f}" if (name, "fused") in steps else "-"
+        print(
+            f"| {name} | {bytes_kept} | {1e3 * median:.1f} "
+            f"| {median / medians['AdamW (Optax)', 'two passes']:.1f} "
+            f"| {own.moved / median / bandwidth:.2f} | {own.temporary / size:.2f} | {fused} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """State arrays that are placed as their parameter is."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,7 +14,10 @@ from jax.sharding import (
     Sharding,
     SingleDeviceSharding,
 )
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
+
+from microadam_jax.boxes import without_boxes
 
 
 def state_zeros(
@@ -190,6 +193,37 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
         if size % shards_along(sharding.mesh, spec[axis]) or size == 1:
             spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def require_named(shardings: Any) -> None:
+    """Raises TypeError unless the leaves of the tree ``shardings`` are ``NamedSharding``."""
+    for path, sharding in jax.tree.leaves_with_path(without_boxes(shardings)):
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"shardings must be a tree of NamedSharding, or a prefix of one, that says where "
+                f"the parameters lie; at {jax.tree_util.keystr(path) or 'its root'} it has "
+                f"{sharding!r}. Give NamedSharding(mesh, spec)."
+            )
+
+
+def told(
+    shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[KeyPath, NamedSharding]:
+    """Where each leaf of ``tree`` lies, by path; empty if ``shardings`` is None.
+
+    Args:
+        shardings: None, or a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
+        tree: parameters, or their updates.
+        is_leaf: what to treat as a leaf of ``tree``.
+    """
+    if shardings is None:
+        return {}
+    each = jax.tree.map(
+        lambda sharding, part: jax.tree.map(lambda _: sharding, part, is_leaf=is_leaf),
+        without_boxes(shardings),
+        tree,
+    )
+    return dict(jax.tree.leaves_with_path(each))
 
 
 def shards_along(mesh: Mesh | AbstractMesh, entry: Any) -> int:

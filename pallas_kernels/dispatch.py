@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu")
 
@@ -28,9 +28,9 @@ def run(
     *,
     rank: int,
     padded: bool,
-    spec: PartitionSpec | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Any:
-    """Runs an operation whose arrays and results all lie as ``spec`` says, block by block.
+    """Runs an operation whose arrays and results all lie as the tensor does, block by block.
 
     Args:
         operation: its name, for errors.
@@ -44,15 +44,15 @@ def run(
         scalars: the same on every device.
         rank: axes of the tensor, of which the last is cut into blocks.
         padded: whether the last block exceeds the row.
-        spec: how the tensor is sharded over the mesh in use, where the types do not tell.
+        sharding: where the tensor lies, which Explicit axes tell by themselves.
 
     Raises:
         NotImplementedError: if a named implementation cannot run; says why.
     """
     if implementation == "xla":
         return xla(*arrays, *scalars)
-    place = _placement(arrays[0], spec, named=implementation is not None)
-    if padded and isinstance(place, PartitionSpec) and any(place[rank - 1 :]):
+    place = _placement(arrays[0], sharding, named=implementation is not None)
+    if padded and isinstance(place, NamedSharding) and any(place.spec[rank - 1 :]):
         place = "the last axis is sharded and its last block padded, so shards cut blocks"
     if implementation is not None:
         kernel, reason = kernels[implementation]
@@ -81,41 +81,47 @@ def run(
 
 
 def _placement(
-    array: jax.Array, spec: PartitionSpec | None, *, named: bool
-) -> str | PartitionSpec | None:
-    """The spec to map over, None where all is on one device, or why neither is known."""
+    array: jax.Array, sharding: NamedSharding | None, *, named: bool
+) -> str | NamedSharding | None:
+    """The sharding to map over, None where all is on one device, or why neither is known."""
     mesh = jax.sharding.get_abstract_mesh()
+    types = set(mesh.axis_types)
+    if types == {AxisType.Manual}:
+        return None
+    if types == {AxisType.Explicit} and mesh.size > 1:
+        sharding = jax.typeof(array).sharding
+    if sharding is not None:
+        axes = list(sharding.spec)
+        while axes and axes[-1] is None:
+            axes.pop()
+        return (
+            NamedSharding(sharding.mesh, PartitionSpec(*axes)) if sharding.mesh.size > 1 else None
+        )
     if mesh.empty:
         # Who names a kernel knows; should the arrays be sharded after all, the compiler says so.
         return None if named or jax.device_count() == 1 else "no mesh is set"
-    types = set(mesh.axis_types)
-    if mesh.size == 1 or types == {AxisType.Manual}:
+    if mesh.size == 1:
         return None
-    if types == {AxisType.Explicit}:
-        axes = list(jax.typeof(array).sharding.spec)
-        while axes and axes[-1] is None:
-            axes.pop()
-        return PartitionSpec(*axes)
-    if spec is not None:
-        return spec
     return (
         "the mesh has Auto axes, so the placement of the arrays is not known, and a kernel does "
-        "not partition itself; use Explicit axes, which jax.make_mesh makes by default"
+        "not partition itself; give shardings=, or use Explicit axes, which jax.make_mesh makes by "
+        "default"
     )
 
 
 def _mapped(
     kernel: Callable[..., Any],
-    spec: PartitionSpec | str | None,
+    sharding: NamedSharding | str | None,
     arrays: tuple[jax.Array, ...],
     scalars: tuple[jax.Array, ...],
 ) -> Any:
-    if spec is None:
+    if sharding is None:
         return kernel(*arrays, *scalars)
-    assert isinstance(spec, PartitionSpec)
+    assert isinstance(sharding, NamedSharding)
     return jax.shard_map(
         kernel,
-        in_specs=(*[spec] * len(arrays), *[PartitionSpec()] * len(scalars)),
-        out_specs=spec,
+        mesh=sharding.mesh,
+        in_specs=(*[sharding.spec] * len(arrays), *[PartitionSpec()] * len(scalars)),
+        out_specs=sharding.spec,
         check_vma=False,
     )(*arrays, *scalars)

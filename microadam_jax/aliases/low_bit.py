@@ -223,7 +223,7 @@ def adamw4bit_factored(
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
     link = scale_by_factored_adam(b1, b2, eps, partition=partition, mu_codec=mu_codec, seed=seed)
-    return descend(link, learning_rate, weight_decay, mask)
+    return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
 
 def adam_mini8bit(
@@ -357,4 +357,4 @@ def _adamw(
     """AdamW with its moments stored through codecs."""
     adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
     link = quantize_state(adam, codecs, elementwise=True, seed=seed)
-    return descend(link, learning_rate, weight_decay, mask)
+    return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)

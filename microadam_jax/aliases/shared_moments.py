@@ -76,7 +76,7 @@ def adam_mini(
     link = scale_by_adam_mini(
         b1, b2, eps, partition=partition, mu_dtype=mu_dtype, mu_codec=mu_codec, seed=seed
     )
-    return descend(link, learning_rate, weight_decay, mask)
+    return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
 
 def adam_sn(

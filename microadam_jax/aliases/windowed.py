@@ -13,6 +13,7 @@ from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.compressors import TopK, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
+from microadam_jax.transforms.descent import descend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ def microadam(
     *,
     alpha: ArrayLike | None = None,
     layout: MicroAdamLayout | str = "fast",
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
 
@@ -81,11 +83,16 @@ def microadam(
             times the elements and a window of one, which pre-trains far better and makes each
             step a sign. ``"paper"``: 1 % of blocks of up to 32768, a window of 10, buckets of
             64: 0.96 bytes. Or a :class:`MicroAdamLayout`.
+        shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
+            for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
+            else tells; without it XLA compiles the step there, to the same numbers.
+            On Explicit axes, and on one device, leave it out.
 
     Returns:
         The optimizer.
 
     Raises:
+        TypeError: if ``shardings`` holds anything but ``NamedSharding``.
         ValueError: if ``layout`` names no layout.
 
     Examples:
@@ -113,9 +120,10 @@ def microadam(
                 "MicroAdamLayout."
             )
         layout = MICROADAM_LAYOUTS[layout]
-    return optax.chain(
-        error_feedback(layout.compressor, layout.residual, alpha),
-        scale_by_window_adam(layout.compressor, layout.window, b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    return descend(
+        error_feedback(layout.compressor, layout.residual, alpha, shardings=shardings),
+        scale_by_window_adam(layout.compressor, layout.window, b1, b2, eps, shardings=shardings),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
     )

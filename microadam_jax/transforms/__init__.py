@@ -9,6 +9,7 @@ from microadam_jax.transforms.factored_adam import (
     ScaleByFactoredAdamState,
     scale_by_factored_adam,
 )
+from microadam_jax.transforms.fused_apply import fused_apply
 from microadam_jax.transforms.ggt import scale_by_ggt
 from microadam_jax.transforms.gram_window import GramWindowState
 from microadam_jax.transforms.mfac import scale_by_mfac
@@ -48,6 +49,7 @@ __all__ = [
     "correct_bias",
     "decay_updated_weights",
     "error_feedback",
+    "fused_apply",
     "project_gradients",
     "quantize_state",
     "scale_by_adam_mini",

@@ -14,7 +14,7 @@ from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.partition import Partition, remark_assignment, require_shape
 from microadam_jax.sharding import moment_zeros
 from microadam_jax.transforms.chunks import Arrays, Turns
-from microadam_jax.transforms.descent import finishes, read_by
+from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
@@ -159,6 +159,7 @@ def scale_by_adam_mini(
                     stored,
                     inputs,
                     chunkable=codec.chunkable,
+                    replaces=replaced_by(finish),
                 )
             return scaled, nu, *stored
 

@@ -43,6 +43,7 @@ class Turns:
         inputs: Arrays,
         *,
         chunkable: bool = True,
+        replaces: int = 0,
     ) -> tuple[jax.Array, Arrays]:
         """Runs ``step`` on a leaf, in place and in chunks if it is large.
 
@@ -55,8 +56,9 @@ class Turns:
                 of the shape of the first input, and the new ``carried``.
             carried: arrays to update in place, with the leaf's axes before the last.
             inputs: arrays to read, the first of the leaf's shape; axes of size 1 are broadcast.
-                The output takes the place of the first, if it has its dtype.
             chunkable: whether a row's results do not depend on other rows.
+            replaces: the input whose place the output takes, if it has its dtype; of the leaf's
+                shape, as the first.
 
         Returns:
             The output, and the new ``carried``.
@@ -64,21 +66,19 @@ class Turns:
         cuts = _cuts(inputs[0]) if chunkable else ()
         if math.prod(cuts) == 1:
             return self.alone(functools.partial(step, Rows()), carried, inputs)
-        return self._in_chunks(step, carried, inputs, cuts)
+        return self._in_chunks(step, carried, inputs, cuts, replaces % len(inputs))
 
     def _in_chunks(
-        self, step: Step, carried: Arrays, inputs: Arrays, cuts: Sequence[int]
+        self, step: Step, carried: Arrays, inputs: Arrays, cuts: Sequence[int], replaces: int
     ) -> tuple[jax.Array, Arrays]:
-        leaf, rest = inputs[0], inputs[1:]
-        shards = tuple(_shards(leaf, axis) for axis in range(len(cuts)))
+        leaf = inputs[replaces]
+        shards = tuple(_shards(inputs[0], axis) for axis in range(len(cuts)))
         dealing = _Dealing(leaf.shape, shards, tuple(cuts))
         shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
-        # Where the gradient is read for the last time, the update is written.
+        # Where it is read for the last time, the output is written.
         in_place = shape.dtype == leaf.dtype
         wholes = tuple(x.shape for x in carried)
-        others = tuple(x.shape for x in rest)
-        dealt_leaf = dealing.deal(leaf)
-        dealt_rest = tuple(map(dealing.deal, rest))
+        dealt = tuple(map(dealing.deal, inputs))
 
         def step_of(chunk: jax.Array, carried: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
             return step(dealing.rows(chunk), carried, inputs)
@@ -86,18 +86,20 @@ class Turns:
         def body(chunk: jax.Array, before: Any) -> Any:
             output, state, turn = before
             parts = functools.partial(dealing.take, chunk=chunk)
-            first = parts(output if in_place else dealt_leaf, leaf.shape)
+            latest = [*dealt[:replaces], output if in_place else dealt[replaces]]
+            latest += dealt[replaces + 1 :]
             arguments = (
                 chunk,
                 tuple(map(parts, state, wholes)),
-                (first, *map(parts, dealt_rest, others)),
+                tuple(map(parts, latest, [x.shape for x in inputs])),
             )
             (new_output, new_state), turn = _apart(step_of, turn, arguments)
             put = functools.partial(dealing.put, chunk=chunk)
             state = tuple(map(put, state, wholes, new_state))
             return put(output, leaf.shape, new_output), state, turn
 
-        output = dealt_leaf if in_place else jnp.zeros_like(dealt_leaf, dtype=shape.dtype)
+        place = dealt[replaces]
+        output = place if in_place else jnp.zeros_like(place, dtype=shape.dtype)
         before = output, tuple(map(dealing.deal, carried)), self._turn
         output, state, self._turn = jax.lax.fori_loop(0, math.prod(cuts), body, before)
         return output.reshape(leaf.shape), tuple(map(jnp.reshape, state, wholes))

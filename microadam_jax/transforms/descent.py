@@ -1,6 +1,6 @@
-"""Decay and learning rate in the same pass as the link before them."""
+"""Decay, learning rate and the new parameters in the same pass as the link before them."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +9,47 @@ import jax.numpy as jnp
 import optax
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
+from pallas_kernels.window_update import descent
+
+
+class Fusable(GradientTransformationExtraArgs):
+    """An optimizer whose ``update(..., apply=True)`` returns new parameters, not updates."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """What finishes an update, or a part of it.
+
+    Attributes:
+        step: scalar, minus the learning rate.
+        decay: scalar, or None where the leaf does not decay.
+        applies: whether the parameters that result are returned instead of the update.
+    """
+
+    step: jax.Array
+    decay: jax.Array | None
+    applies: bool
+
+    def __call__(self, u: jax.Array, p: jax.Array) -> jax.Array:
+        """The update ``u`` of ``p``, decayed and scaled, or ``p`` after it."""
+        u = descent(u, p, self.step, self.decay)
+        return (p + u).astype(p.dtype) if self.applies else u
+
 
 def as_it_is(u: jax.Array) -> jax.Array:
     """What finishes an update behind which nothing comes."""
     return u
 
 
-def finishes(finish: Any, updates: optax.Updates) -> Any:
+def finishes(
+    finish: Any, updates: optax.Updates, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """A tree with a function for each leaf of ``updates``: ``finish``, or :func:`as_it_is`."""
-    return jax.tree.map(lambda _: as_it_is, updates) if finish is None else finish
+    if finish is not None:
+        return finish
+    return jax.tree.map(lambda _: as_it_is, updates, is_leaf=is_leaf)
 
 
 def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax.Array, ...]:
@@ -25,56 +57,76 @@ def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax
     return () if finish is as_it_is else (parameter,)
 
 
+def replaced_by(finish: Callable[..., jax.Array]) -> int:
+    """Which input a result takes the place of: the first, a gradient, or the last, a parameter."""
+    return -1 if isinstance(finish, Descent) and finish.applies else 0
+
+
 def descend(
-    link: optax.GradientTransformationExtraArgs,
+    *links: GradientTransformationExtraArgs,
     learning_rate: ScalarOrSchedule,
     weight_decay: float | jax.Array,
     mask: Any | Callable[[optax.Params], Any] | None,
-) -> GradientTransformationExtraArgs:
-    r"""Decays weights and applies the learning rate in the chunks in which ``link`` updates.
+) -> Fusable:
+    r"""Decays weights and applies the learning rate where the last of ``links`` updates.
 
-    With the link's update :math:`u_t`, parameters gain
-    :math:`-\eta_t (u_t + \lambda \theta_t)`. State and numbers are those of ``optax.chain(link,
+    With the links' update :math:`u_t`, parameters gain
+    :math:`-\eta_t (u_t + \lambda \theta_t)`. State and numbers are those of ``optax.chain(*links,
     add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))``, which would
     write all of :math:`u_t` before it reads it again.
 
     Args:
-        link: a transformation whose update takes the argument ``finish``: a tree of functions,
-            one for each leaf, from a part of :math:`u_t` and of :math:`\theta_t` to the result.
+        *links: transformations, of which the update of the last takes the argument ``finish``: a
+            tree of functions, one for each leaf, from a part of :math:`u_t` and of
+            :math:`\theta_t` to the result.
         learning_rate: :math:`\eta_t`, a number or a schedule.
         weight_decay: :math:`\lambda`.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if ``weight_decay`` is a schedule.
     """
-    decay = optax.add_decayed_weights(weight_decay)
-    scale = optax.scale_by_learning_rate(learning_rate)
-    chain = optax.chain(link, optax.add_decayed_weights(weight_decay, mask), scale)
+    if callable(weight_decay):
+        raise TypeError(
+            f"weight_decay must be a number; got {weight_decay!r}. It is multiplied by the "
+            "learning rate, which may be a schedule; to change it by itself use "
+            "optax.inject_hyperparams."
+        )
+    chained, scale = optax.chain(*links), optax.scale_by_learning_rate(learning_rate)
+    chain = optax.chain(*links, optax.add_decayed_weights(weight_decay, mask), scale)
+    decays_at_all = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def update(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        apply: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError("Weight decay needs the parameters: update(grads, state, params).")
-        link_state, decay_state, scale_state = state
+        *link_states, decay_state, scale_state = state
 
-        def finish(decays: bool, u: jax.Array, p: jax.Array) -> jax.Array:
-            if decays:
-                u = jnp.asarray(decay.update(u, optax.EmptyState(), p)[0])
-            return jnp.asarray(scale.update(u, scale_state)[0])
+        def finish(decays: bool, p: jax.Array) -> Descent:
+            # As arrays of the dtypes in which Optax multiplies.
+            one = jnp.ones((), p.dtype)
+            decay = weight_decay * one if decays and decays_at_all else None
+            one = one if decay is None else jnp.ones((), decay.dtype)
+            return Descent(jnp.asarray(scale.update(one, scale_state)[0]), decay, apply)
 
         decays = True if mask is None else mask(updates) if callable(mask) else mask
         each = jax.tree.map(
-            lambda decays, part: jax.tree.map(lambda _: functools.partial(finish, decays), part),
-            decays,
-            updates,
+            lambda decays, part: jax.tree.map(lambda p: finish(decays, p), part), decays, params
         )
-        updates, link_state = link.update(updates, link_state, params, finish=each, **extra_args)
+        results: Any = chained.update(
+            updates, tuple(link_states), params, finish=each, **extra_args
+        )
+        updates, link_states = results
         _, scale_state = scale.update(jnp.zeros(0), scale_state)
-        return updates, (link_state, decay_state, scale_state)
+        return updates, (*link_states, decay_state, scale_state)
 
-    return GradientTransformationExtraArgs(chain.init, update)
+    return Fusable(chain.init, update)

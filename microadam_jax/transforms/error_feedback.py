@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like
@@ -13,7 +14,7 @@ from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import BlockSparse, Compressor, TopK, top_k
 from microadam_jax.diagnostics import observe_feedback, observing
 from microadam_jax.memory import remark
-from microadam_jax.sharding import unused_state
+from microadam_jax.sharding import require_named, told, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.compress import first_carried
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path, path_name
@@ -40,6 +41,8 @@ def error_feedback(
     residual: Codec | str = "affine4",
     alpha: ArrayLike | None = None,
     seed: ArrayLike = 0,
+    *,
+    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Compresses each gradient together with what earlier compressions dropped.
 
@@ -66,11 +69,14 @@ def error_feedback(
             the preconditioner and in gradient units, and leaves the residual. The released
             MicroAdam offers it for pre-training. None switches it off.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`microadam`.
 
     Returns:
         The transformation. Its state takes 0.53 bytes per parameter with the default codec.
 
     Raises:
+        TypeError: if ``shardings`` holds anything but ``NamedSharding``.
         ValueError: if ``residual`` names no codec, or ``alpha`` lies outside [0, 1).
 
     Examples:
@@ -89,6 +95,7 @@ def error_feedback(
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 5 to 9.
     """
     codec = as_codec(residual)
+    require_named(shardings)
     if isinstance(alpha, int | float) and not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), or be None to switch it off; got {alpha}.")
     arrays = len(codec.Encoded._fields)
@@ -116,6 +123,7 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         del extra_args
+        placed = told(shardings, updates)
 
         def send(
             path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
@@ -123,7 +131,7 @@ def error_feedback(
             if compressor.keeps_dense(path, gradient):
                 return gradient, *stored
             if alpha is None and not observing() and _is_fused(compressor, codec, gradient):
-                return _send_fused(compressor, gradient, target, *stored)
+                return _send_fused(compressor, gradient, target, placed.get(path), *stored)
             if isinstance(compressor, TopK) and compressor.implementation not in (None, "xla"):
                 raise NotImplementedError(
                     f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
@@ -172,7 +180,11 @@ def _is_fused(compressor: Compressor, codec: Codec, gradient: jax.Array) -> Type
 
 
 def _send_fused(
-    compressor: TopK, gradient: jax.Array, target: jax.Array, *stored: jax.Array
+    compressor: TopK,
+    gradient: jax.Array,
+    target: jax.Array,
+    sharding: NamedSharding | None,
+    *stored: jax.Array,
 ) -> tuple[Any, ...]:
     layout = compressor.blocks.layout_of(gradient)
     # What no kernel reads, such as float64.
@@ -182,6 +194,7 @@ def _send_fused(
         *stored,
         k=compressor.survivors(layout.size),
         implementation=compressor.implementation,
+        sharding=sharding,
     )
     sent = BlockSparse(values, indices, None, gradient.shape, jnp.dtype(target.dtype), layout)
     return sent, *left

@@ -15,7 +15,7 @@ from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.partition import Partition, require_shape
 from microadam_jax.sharding import moment_zeros
 from microadam_jax.transforms.chunks import Arrays, Turns
-from microadam_jax.transforms.descent import finishes, read_by
+from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
@@ -163,6 +163,7 @@ def scale_by_factored_adam(
                 stored,
                 (g, row_root, col_root, *read_by(finish, target)),
                 chunkable=codec.chunkable,
+                replaces=replaced_by(finish),
             )
             return scaled, nu_row, nu_col, *stored
 

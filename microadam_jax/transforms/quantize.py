@@ -14,7 +14,7 @@ from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.transforms.chunks import Arrays, Turns
-from microadam_jax.transforms.descent import finishes, read_by
+from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
@@ -271,7 +271,9 @@ class _Step(NamedTuple):
                 return finish(scaled, *read_by(finish, p)), tuple(encoded)
 
             chunkable = all(codec.chunkable for codec in codecs)
-            scaled, new = turns.take(step, slots, (g, p), chunkable=chunkable)
+            scaled, new = turns.take(
+                step, slots, (g, p), chunkable=chunkable, replaces=replaced_by(finish)
+            )
             return scaled, *new
 
         columns = [column for field in fields for column in field.columns]

@@ -1,5 +1,6 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,13 @@ from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
-from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
+from microadam_jax.transforms.descent import Descent, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
-from pallas_kernels.window_update import window_adam, window_update
+from pallas_kernels.window_update import window_adam, window_apply, window_update
 
 
 class ScaleByWindowAdamState(NamedTuple):
@@ -39,6 +41,8 @@ def scale_by_window_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    *,
+    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales sparse updates by Adam statistics recomputed from a window of them.
 
@@ -64,12 +68,15 @@ def scale_by_window_adam(
         b1: :math:`\beta_1`, in [0, 1).
         b2: :math:`\beta_2`, in [0, 1).
         eps: :math:`\epsilon`, outside the root and after the bias correction.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`microadam`.
 
     Returns:
         The transformation. Its state takes 0.35 bytes per parameter by default.
 
     Raises:
-        TypeError: if the window's length is a traced array.
+        TypeError: if the window's length is a traced array, or ``shardings`` holds anything but
+            ``NamedSharding``.
         ValueError: in ``update``, if an update was not made by ``compressor``.
 
     Examples:
@@ -84,6 +91,7 @@ def scale_by_window_adam(
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
     """
     window = as_window(window)
+    require_named(shardings)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:
         setting("window", f"{window.length} in {window.dtype}")
@@ -100,9 +108,12 @@ def scale_by_window_adam(
         updates: optax.Updates,
         state: ScaleByWindowAdamState,
         params: optax.Params | None = None,
+        *,
+        finish: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByWindowAdamState]:
         del extra_args
+        placed = told(shardings, updates, is_compressed)
         count = jnp.asarray(optax.safe_increment(state.count))
         newest = state.count % window.length
         # Rows that no step has filled yet hold zeros, so their ages do not matter.
@@ -112,7 +123,12 @@ def scale_by_window_adam(
         nu_weights = jnp.float32(1 - b2) * _power(b2, age) / one_minus_power(b2, horizon)
 
         def sparse(
-            path: KeyPath, sent: BlockSparse, values: jax.Array, indices: jax.Array
+            path: KeyPath,
+            sent: BlockSparse,
+            target: jax.Array,
+            finish: Callable[..., jax.Array],
+            values: jax.Array,
+            indices: jax.Array,
         ) -> tuple[jax.Array, ...]:
             if not sent.fits((values, indices)):
                 raise ValueError(
@@ -121,37 +137,64 @@ def scale_by_window_adam(
                     f"{compressor}. Give the same compressor to both links."
                 )
             values, indices = sent.write((values, indices), newest)
-            statistics = values, indices, mu_weights, nu_weights, eps
+            weights = mu_weights, nu_weights, eps
+            if (
+                isinstance(finish, Descent)
+                and finish.applies
+                and sent.shape
+                and sent.bypass is None
+            ):
+                moved = window_apply(
+                    values,
+                    indices,
+                    target,
+                    *weights,
+                    finish.step,
+                    finish.decay,
+                    size=sent.layout.size,
+                    implementation=window.implementation,
+                    sharding=placed.get(path),
+                )
+                return moved, values, indices
             if not sent.shape:
-                blocks = window_adam(*statistics, sent.layout.size)
+                blocks = window_adam(values, indices, *weights, sent.layout.size)
                 scaled = merge(blocks, sent.layout, sent.shape)
             else:
                 scaled = window_update(
-                    *statistics,
+                    values,
+                    indices,
+                    *weights,
                     size=sent.layout.size,
                     n=sent.shape[-1],
                     dtype=sent.dtype if sent.bypass is None else jnp.float32,
                     implementation=window.implementation,
+                    sharding=placed.get(path),
                 )
-            return sent.with_bypass(scaled).astype(sent.dtype), values, indices
+            scaled = sent.with_bypass(scaled).astype(sent.dtype)
+            return finish(scaled, *read_by(finish, target)), values, indices
 
         def dense(
-            gradient: jax.Array, target: jax.Array, moments: jax.Array, unused: jax.Array
+            gradient: jax.Array,
+            target: jax.Array,
+            finish: Callable[..., jax.Array],
+            moments: jax.Array,
+            unused: jax.Array,
         ) -> tuple[jax.Array, ...]:
             gradient = gradient.astype(jnp.float32)
             mu = moving_average(b1, moments[..., 0], gradient)
             nu = moving_average(b2, moments[..., 1], jnp.square(gradient))
             mu_hat, nu_hat = mu / one_minus_power(b1, count), nu / one_minus_power(b2, count)
-            scaled = mu_hat / (jnp.sqrt(nu_hat) + eps)
-            return scaled.astype(target.dtype), jnp.stack([mu, nu], axis=-1), unused
+            scaled = (mu_hat / (jnp.sqrt(nu_hat) + eps)).astype(target.dtype)
+            moved = finish(scaled, *read_by(finish, target))
+            return moved, jnp.stack([mu, nu], axis=-1), unused
 
         def scale(
-            path: KeyPath, sent: Any, target: Any, *stored: jax.Array
+            path: KeyPath, sent: Any, target: Any, finish: Any, *stored: jax.Array
         ) -> tuple[jax.Array, ...]:
             if is_block_sparse(sent):
-                return sparse(path, sent, *stored)
+                return sparse(path, sent, target, finish, *stored)
             if not is_compressed(sent) and compressor.keeps_dense(path, sent):
-                return dense(sent, target, *stored)
+                return dense(sent, target, finish, *stored)
             kind = "low-rank" if is_compressed(sent) else "dense"
             raise ValueError(
                 f"scale_by_window_adam got a {kind} update for {path_name(path)!r}. Put "
@@ -164,6 +207,7 @@ def scale_by_window_adam(
             3,
             updates,
             updates if params is None else params,
+            finishes(finish, updates, is_leaf=is_compressed),
             state.window_values,
             state.window_indices,
             is_leaf=is_compressed,

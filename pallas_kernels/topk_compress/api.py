@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch
 from pallas_kernels.topk_compress import mosaic_tpu, reference
@@ -19,7 +19,7 @@ def topk_compress(
     *,
     implementation: str | None = None,
     interpret: bool = False,
-    spec: PartitionSpec | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     r"""Sends the Top-K of gradient plus residual, and keeps the rest in four bits.
 
@@ -39,7 +39,7 @@ def topk_compress(
         k: survivors per block, at most ``size``.
         implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
         interpret: runs the kernel as ordinary operations, on any device.
-        spec: how ``gradient`` is sharded, on a mesh with Auto axes.
+        sharding: where ``gradient`` lies, on a mesh with Auto axes.
 
     Returns:
         ``(*lead, blocks, k)`` float32 values and int32 indices of :math:`c`, and the new
@@ -72,7 +72,7 @@ def topk_compress(
         (gradient, codes, low, high),
         rank=gradient.ndim,
         padded=gradient.shape[-1] % size != 0,
-        spec=spec,
+        sharding=sharding,
     )
 
 

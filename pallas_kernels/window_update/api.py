@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch
@@ -23,7 +23,7 @@ def window_update(
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
     interpret: bool = False,
-    spec: PartitionSpec | None = None,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
     r"""The dense Adam direction of a window of sparse gradients.
 
@@ -43,7 +43,7 @@ def window_update(
         dtype: of the result.
         implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
         interpret: runs the kernel as ordinary operations, on any device.
-        spec: how the tensor is sharded, on a mesh with Auto axes.
+        sharding: where the tensor lies, on a mesh with Auto axes.
 
     Returns:
         ``(*lead, n)``; elements absent from the window are zero.
@@ -62,11 +62,7 @@ def window_update(
 
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, AdamStats.
     """
-    if values.shape != indices.shape or not 0 <= values.shape[-3] * size - n < max(size, 1):
-        raise ValueError(
-            f"A row of {n} elements has {-(-n // size)} blocks of {size}, each with as many "
-            f"indices as values; got values {values.shape} and indices {indices.shape}."
-        )
+    check_shapes(values, indices, size, n)
     shape = (*values.shape[:-3], n)
     kernel = functools.partial(mosaic_tpu.window_update, dtype=dtype, interpret=interpret)
 
@@ -85,5 +81,14 @@ def window_update(
         (mu_weights, nu_weights, jnp.asarray(eps, jnp.float32)),
         rank=len(shape),
         padded=n % size != 0,
-        spec=spec,
+        sharding=sharding,
     )
+
+
+def check_shapes(values: jax.Array, indices: jax.Array, size: int, n: int) -> None:
+    """Raises ValueError unless the window is one of rows of ``n`` in blocks of ``size``."""
+    if values.shape != indices.shape or not 0 <= values.shape[-3] * size - n < max(size, 1):
+        raise ValueError(
+            f"A row of {n} elements has {-(-n // size)} blocks of {size}, each with as many "
+            f"indices as values; got values {values.shape} and indices {indices.shape}."
+        )

@@ -70,6 +70,31 @@ def window_update(
     return blocks.reshape(*blocks.shape[:-2], n).astype(dtype)
 
 
+def window_apply(
+    values: jax.Array,
+    indices: jax.Array,
+    params: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+    eps: jax.typing.ArrayLike,
+    step: jax.Array,
+    decay: jax.Array | None = None,
+    *,
+    size: int,
+) -> jax.Array:
+    """``params`` after a step along :func:`window_update`, in their dtype."""
+    window = values, indices, mu_weights, nu_weights, eps
+    u = window_update(*window, size=size, n=params.shape[-1], dtype=params.dtype)
+    return (params + descent(u, params, step, decay)).astype(params.dtype)
+
+
+def descent(
+    u: jax.Array, params: jax.Array, step: jax.Array, decay: jax.Array | None = None
+) -> jax.Array:
+    r""":math:`s (u + \lambda \theta)`: decoupled weight decay and learning rate, as in Optax."""
+    return step * (u if decay is None else u + decay * params)
+
+
 def window_adam(
     values: jax.Array,
     indices: jax.Array,

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import jax
@@ -12,14 +13,22 @@ from pallas_kernels.topk_compress import topk_compress
 from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of
 
 
-def kernel_on_mesh(mode: AxisType, shape: tuple[int, ...], spec: P, told: P | None = None) -> None:
+def kernel_on_mesh(
+    mode: AxisType, shape: tuple[int, ...], spec: P, *, told: bool = False, context: bool = True
+) -> None:
     arguments = (jnp.asarray(blocks_of("normal", shape)), *residual_of(shape))
-    run = functools.partial(topk_compress, k=3, spec=told)
+    run = functools.partial(topk_compress, k=3)
     expected = run(*arguments, implementation="xla")
     mesh = jax.make_mesh((2, 2), ("a", "b"), (mode,) * 2, devices=jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(arguments, NamedSharding(mesh, spec))
-        kernel = functools.partial(run, implementation="mosaic_tpu", interpret=True)
+    sharding = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        placed = jax.device_put(arguments, sharding)
+        kernel = functools.partial(
+            run,
+            implementation="mosaic_tpu",
+            interpret=True,
+            sharding=sharding if told else None,
+        )
         found = jax.jit(kernel)(*placed)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert found[1].sharding.spec[: len(spec)] == tuple(spec)
@@ -34,8 +43,9 @@ def test_auto_axes_refuse_a_named_kernel() -> None:
         kernel_on_mesh(AxisType.Auto, (4, 512), P("a", "b"))
 
 
-def test_on_auto_axes_the_spec_may_be_told() -> None:
-    kernel_on_mesh(AxisType.Auto, (4, 512), P("a", "b"), told=P("a", "b"))
+@pytest.mark.parametrize("context", [True, False], ids=["mesh set", "no mesh set"])
+def test_on_auto_axes_the_sharding_may_be_told(context: bool) -> None:
+    kernel_on_mesh(AxisType.Auto, (4, 512), P("a", "b"), told=True, context=context)
 
 
 def test_shards_that_cut_a_block_are_refused() -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.window_update import window_update
+from pallas_kernels.window_update import window_apply, window_update
 from tests.pallas_kernels.blocks_of_every_kind import SIZE
 
 SHAPES = {"one tile": (128, 512), "odd rows": (37, 256), "padded": (5, 700), "lead": (2, 9, 2560)}
@@ -60,4 +60,47 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="blocks must have 256 elements; these have 500"):
         window_update(
             values, indices, weights, weights, 0.0, size=500, n=999, implementation="mosaic_tpu"
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay"), [((37, 512), None), ((5, 700), 0.25), ((2, 9, 512), 0.25)]
+)
+def test_applied_it_agrees_with_the_reference(shape: tuple[int, ...], decay: float | None) -> None:
+    found, expected = applied(shape, "float32", decay)
+    # The reference may contract a product and a sum, and the kernel others.
+    np.testing.assert_allclose(found, expected, rtol=3e-7, atol=3e-7)
+
+
+def test_applied_to_bfloat16_it_rounds_the_parameter_once() -> None:
+    found, expected = applied((37, 512), "bfloat16", 0.25)
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=2**-7, atol=2**-9)
+
+
+def applied(shape: tuple[int, ...], dtype: str, decay: float | None) -> tuple[Any, Any]:
+    weights = jnp.asarray(0.9 ** np.arange(10), jnp.float32)
+    params = jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
+    scalars = [None if x is None else jnp.asarray(x, dtype) for x in (-0.125, decay)]
+    arguments = (*window_of(shape, 10, 3), params, weights, 0.5 * weights, 1e-8, *scalars)
+    run = functools.partial(window_apply, size=SIZE)
+    expected = jax.jit(functools.partial(run, implementation="xla"))(*arguments)
+    found = jax.jit(functools.partial(run, implementation="mosaic_tpu", interpret=True))(*arguments)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype) == (shape, dtype)
+    return found, expected
+
+
+def test_a_kernel_applies_to_no_other_dtype() -> None:
+    window, weights = window_of((9, 512), 10, 3), jnp.ones(10)
+    params = jnp.zeros((9, 512), jnp.float16)
+    with pytest.raises(NotImplementedError, match="float32 or bfloat16; these are float16"):
+        window_apply(
+            *window,
+            params,
+            weights,
+            weights,
+            0.0,
+            jnp.float32(1),
+            size=SIZE,
+            implementation="mosaic_tpu",
         )

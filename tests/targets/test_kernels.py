@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.topk_compress import topk_compress
-from pallas_kernels.window_update import window_update
+from pallas_kernels.window_update import window_apply, window_update
 
 MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar is no matter
 
@@ -69,8 +69,12 @@ def test_topk_compress_of_odd_and_padded_rows(v5e: Mesh, dtype: str) -> None:
     assert "topk_compress" in compress_on_tpu(v5e, (37, 1000), dtype).as_text()
 
 
-def window_on_tpu(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+def window_of(shape: tuple[int, ...]) -> tuple[Any, Any]:
     window = (*shape[:-1], shape[-1] // 256, 10, 3)
+    return (window, jnp.bfloat16), (window, jnp.uint8)
+
+
+def window_on_tpu(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
     update = functools.partial(
         window_update, size=256, n=shape[-1], dtype=dtype, implementation="mosaic_tpu"
     )
@@ -78,8 +82,7 @@ def window_on_tpu(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
         update,
         mesh,
         "tpu",
-        (window, jnp.bfloat16),
-        (window, jnp.uint8),
+        *window_of(shape),
         ((10,), jnp.float32),
         ((10,), jnp.float32),
         ((), jnp.float32),
@@ -91,3 +94,12 @@ def test_window_update_on_every_tpu(tpu: Mesh) -> None:
     program = window_on_tpu(tpu, (512, 2048), jnp.float32)
     assert program.memory_analysis().temp_size_in_bytes == 0
     assert MOVED.findall(program.as_text()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_window_apply_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
+    shape, weights, scalar = (512, 2048), ((10,), jnp.float32), ((), jnp.dtype(dtype))
+    apply = functools.partial(window_apply, size=256, implementation="mosaic_tpu")
+    arrays = *window_of(shape), (shape, jnp.dtype(dtype)), weights, weights, ((), jnp.float32)
+    program = compiled(apply, tpu, "tpu", *arrays, scalar, scalar, donate=(2,))
+    is_in_place_without_copies(program, math.prod(shape) * jnp.dtype(dtype).itemsize)
