@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels.topk_compress import topk_compress
 from tests.pallas_kernels.blocks_of_every_kind import KINDS, SHAPES, blocks_of, residual_of
 
-KERNELS = ["mosaic_tpu"]
+KERNELS = ["mosaic_tpu", "triton"]
 
 
 def agree(implementation: str, gradient: Any, residual: Any, k: int = 3) -> None:

@@ -91,3 +91,18 @@ def test_window_update_on_every_tpu(tpu: Mesh) -> None:
     program = window_on_tpu(tpu, (512, 2048), jnp.float32)
     assert program.memory_analysis().temp_size_in_bytes == 0
     assert MOVED.findall(program.as_text()) == []
+
+
+def test_topk_compress_on_h200(h200: Mesh) -> None:
+    shape, blocks = (37, 1000), (37, 4)
+    program = compiled(
+        functools.partial(topk_compress, k=3, implementation="triton"),
+        h200,
+        "cuda",
+        (shape, jnp.bfloat16),
+        ((*blocks, 128), jnp.uint8),
+        (blocks, jnp.float32),
+        (blocks, jnp.float32),
+        donate=(1, 2, 3),
+    )
+    is_in_place_without_copies(program, math.prod(blocks) * (128 + 8))
