@@ -106,3 +106,20 @@ def test_topk_compress_on_h200(h200: Mesh) -> None:
         donate=(1, 2, 3),
     )
     is_in_place_without_copies(program, math.prod(blocks) * (128 + 8))
+
+
+def test_window_update_on_h200(h200: Mesh) -> None:
+    shape, window = (37, 1000), (37, 4, 10, 3)
+    program = compiled(
+        functools.partial(window_update, size=256, n=1000, implementation="triton"),
+        h200,
+        "cuda",
+        (window, jnp.bfloat16),
+        (window, jnp.uint8),
+        ((10,), jnp.float32),
+        ((10,), jnp.float32),
+        ((), jnp.float32),
+        donate=(),
+    )
+    assert program.memory_analysis().temp_size_in_bytes <= 0.05 * 4 * math.prod(shape)
+    assert MOVED.findall(program.as_text()) == []
