@@ -81,6 +81,4 @@ def _kernel(
     # An element that the window lacks has mu = nu = 0: the guard gives 0 even for eps = 0.
     update = jnp.where(nu == 0, 0.0, divide(mu, root(nu, interpret) + eps_ref[0], interpret))
     element, in_row = gpu_blocks.elements(block, position, n, count, size)
-    plgpu.store(
-        out_ref.at[element], update.astype(out_ref.dtype), mask=in_row & exists[:, None]
-    )
+    plgpu.store(out_ref.at[element], update.astype(out_ref.dtype), mask=in_row & exists[:, None])

@@ -27,9 +27,7 @@ def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0) -> Any
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_agrees_with_the_reference(
-    implementation: str, shape: tuple[int, ...], dtype: str
-) -> None:
+def test_agrees_with_the_reference(implementation: str, shape: tuple[int, ...], dtype: str) -> None:
     agree(implementation, window_of(shape, 10, 3), shape, dtype)
 
 

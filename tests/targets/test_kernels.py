@@ -106,6 +106,7 @@ def test_topk_compress_on_h200(h200: Mesh) -> None:
         donate=(1, 2, 3),
     )
     is_in_place_without_copies(program, math.prod(blocks) * (128 + 8))
+    assert 'custom_call_target="__gpu$xla.gpu.triton"' in program.as_text()
 
 
 def test_window_update_on_h200(h200: Mesh) -> None:
