@@ -10,14 +10,23 @@ ELEMENTS = 2048  # of a program: 16 to each thread of four warps
 MAX_SIZE = 4096  # elements in a block; larger ones spill registers
 
 
-def unsupported(shape: tuple[int, ...], size: int) -> str | None:
-    """Why a tensor of ``shape``, in blocks of ``size``, does not fit the kernels, or None."""
+def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
+    """Why a tensor of ``shape`` does not fit the kernels, or None.
+
+    Args:
+        shape: of the tensor, whose last axis is cut into blocks.
+        size: elements in a block.
+        entries: sparse entries that are kept of a block.
+    """
     if not 2 <= size <= MAX_SIZE or size & (size - 1):
         return f"blocks must have a power of two of elements, 2 to {MAX_SIZE}; these have {size}"
     if math.prod(shape) == 0:
         return f"no axis of the tensor may be empty; its shape is {shape}"
-    if math.prod(shape[:-1]) * -(-shape[-1] // size) * size >= 2**31:
-        return f"offsets are 32 bits and the tensor has more elements; its shape is {shape}"
+    if math.prod(shape[:-1]) * -(-shape[-1] // size) * max(size, entries) >= 2**31:
+        return (
+            f"offsets are 32 bits, too few for a tensor of shape {shape} with {entries} entries "
+            f"for each block of {size}"
+        )
     return None
 
 

@@ -22,7 +22,7 @@ def unsupported(shape: tuple[int, ...], size: int, k: int) -> str | None:
     """Why this kernel cannot run on a tensor of ``shape``, or None."""
     if k > MAX_K:
         return f"at most {MAX_K} elements of a block are selected; asked for {k}"
-    return gpu_blocks.unsupported(shape, size)
+    return gpu_blocks.unsupported(shape, size, k)
 
 
 def compress(
@@ -112,8 +112,9 @@ def _kernel(
             )
         )
         here = [position == index[:, None] for position in lanes]
-        value = sum(
-            jnp.sum(jnp.where(h, x, 0.0), axis=1) for h, x in zip(here, halves, strict=True)
+        # One of the two is zero.
+        value = jnp.add(
+            *(jnp.sum(jnp.where(h, x, 0.0), axis=1) for h, x in zip(here, halves, strict=True))
         )
         plgpu.store(values_ref.at[block * k + j], value, mask=exists)
         plgpu.store(indices_ref.at[block * k + j], index, mask=exists)

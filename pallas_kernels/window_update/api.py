@@ -91,7 +91,7 @@ def window_update(
             ),
             "triton": (
                 local(functools.partial(triton.window_update, size=size)),
-                gpu_blocks.unsupported(shape, size),
+                gpu_blocks.unsupported(shape, size, entries),
             ),
         },
         (values, indices),

@@ -73,9 +73,9 @@ def test_triton_takes_other_blocks_and_vectors(size: int, n: int) -> None:
 def test_triton_names_what_it_does_not_take() -> None:
     gradient, codes, zeros = jnp.zeros((4, 96)), jnp.zeros((4, 1, 48), jnp.uint8), jnp.zeros((4, 1))
     run = functools.partial(topk_compress, implementation="triton")
-    with pytest.raises(NotImplementedError, match="power of two of elements, 2 to 4096.*have 96"):
+    with pytest.raises(NotImplementedError, match=r"power of two of elements, 2 to 4096.*have 96"):
         run(gradient, codes, zeros, zeros, k=1)
-    with pytest.raises(NotImplementedError, match="at most 16 elements.*asked for 17"):
+    with pytest.raises(NotImplementedError, match=r"at most 16 elements.*asked for 17"):
         run(jnp.zeros((4, 256)), *residual_of((4, 256)), k=17)
     with pytest.raises(NotImplementedError, match=r"may be empty; its shape is \(0, 256\)"):
         run(jnp.zeros((0, 256)), *residual_of((0, 256)), k=1)
