@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu")
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
 
 
 def check_implementation(owner: str, implementation: str | None) -> None:

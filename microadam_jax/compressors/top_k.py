@@ -44,7 +44,8 @@ class TopK:
             such as ``"layers/norm/scale"``) stack layers along their first axis, and
             ``min_size`` is compared with the size of one layer.
         implementation: of compression with error feedback and a 4-bit residual in the same
-            blocks: None picks by device and shape, ``"xla"`` and ``"mosaic_tpu"`` force one.
+            blocks: None picks by device and shape, ``"xla"``, ``"mosaic_tpu"`` and ``"triton"``
+            force one.
 
     Raises:
         ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two.

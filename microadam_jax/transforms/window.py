@@ -21,7 +21,7 @@ class Window:
             :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window with no such
             growth and thus another learning rate, and by :math:`\min(t, m)`.
         implementation: of the dense update of :func:`scale_by_window_adam`: None picks by device
-            and shape, ``"xla"`` and ``"mosaic_tpu"`` force one.
+            and shape, ``"xla"``, ``"mosaic_tpu"`` and ``"triton"`` force one.
     """
 
     length: int = 10

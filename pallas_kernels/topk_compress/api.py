@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch
-from pallas_kernels.topk_compress import mosaic_tpu, reference
+from pallas_kernels.topk_compress import mosaic_tpu, reference, triton
 
 
 def topk_compress(
@@ -37,7 +37,7 @@ def topk_compress(
         low: ``(*lead, blocks)`` float32, the value of level 0; likewise.
         high: ``(*lead, blocks)`` float32, the value of level 15; likewise.
         k: survivors per block, at most ``size``.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``.
         interpret: runs the kernel as ordinary operations, on any device.
         sharding: where ``gradient`` lies, on a mesh with Auto axes.
 
@@ -63,12 +63,17 @@ def topk_compress(
     """
     size = 2 * codes.shape[-1]
     _check(gradient, codes, low, high, k)
-    kernel = functools.partial(mosaic_tpu.compress, k=k, interpret=interpret)
     return dispatch.run(
         "topk_compress",
         implementation,
         functools.partial(reference.compress, k=k),
-        {"mosaic_tpu": (kernel, mosaic_tpu.unsupported(gradient.shape, size, k))},
+        {
+            name: (
+                functools.partial(kernel.compress, k=k, interpret=interpret),
+                kernel.unsupported(gradient.shape, size, k),
+            )
+            for name, kernel in (("mosaic_tpu", mosaic_tpu), ("triton", triton))
+        },
         (gradient, codes, low, high),
         rank=gradient.ndim,
         padded=gradient.shape[-1] % size != 0,

@@ -1,14 +1,15 @@
 """The window link as one operation: which implementation runs."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels import dispatch
-from pallas_kernels.window_update import mosaic_tpu, reference
+from pallas_kernels import dispatch, gpu_blocks
+from pallas_kernels.window_update import mosaic_tpu, reference, triton
 
 
 def window_update(
@@ -41,7 +42,7 @@ def window_update(
         size: elements in a block.
         n: elements in a row of the tensor, which the last block may exceed.
         dtype: of the result.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``.
         interpret: runs the kernel as ordinary operations, on any device.
         sharding: where the tensor lies, on a mesh with Auto axes.
 
@@ -64,19 +65,31 @@ def window_update(
     """
     check_shapes(values, indices, size, n)
     shape = (*values.shape[:-3], n)
-    kernel = functools.partial(mosaic_tpu.window_update, dtype=dtype, interpret=interpret)
 
-    def local(*arguments: jax.Array) -> jax.Array:
-        blocks = arguments[0].shape[-3]
-        # A row that is padded is not sharded.
-        return kernel(*arguments, n=n if blocks == values.shape[-3] else blocks * size)
+    def local(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def run(*arguments: jax.Array) -> jax.Array:
+            blocks = arguments[0].shape[-3]
+            # A row that is padded is not sharded.
+            here = n if blocks == values.shape[-3] else blocks * size
+            return kernel(*arguments, n=here, dtype=dtype, interpret=interpret)
+
+        return run
 
     entries = values.shape[-2] * values.shape[-1]
     return dispatch.run(
         "window_update",
         implementation,
         functools.partial(reference.window_update, size=size, n=n, dtype=dtype),
-        {"mosaic_tpu": (local, mosaic_tpu.unsupported(shape, size, entries))},
+        {
+            "mosaic_tpu": (
+                local(mosaic_tpu.window_update),
+                mosaic_tpu.unsupported(shape, size, entries),
+            ),
+            "triton": (
+                local(functools.partial(triton.window_update, size=size)),
+                gpu_blocks.unsupported(shape, size, entries),
+            ),
+        },
         (values, indices),
         (mu_weights, nu_weights, jnp.asarray(eps, jnp.float32)),
         rank=len(shape),

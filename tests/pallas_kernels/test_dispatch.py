@@ -53,6 +53,18 @@ def test_shards_that_cut_a_block_are_refused() -> None:
         kernel_on_mesh(AxisType.Explicit, (4, 500), P("a", "b"))
 
 
+def test_none_takes_no_kernel_that_never_ran() -> None:
+    arguments = (jnp.zeros((4, 512)), *residual_of((4, 512)))
+    traced = jax.jit(functools.partial(topk_compress, k=3)).trace(*arguments)
+    assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_named_kernel_for_gpus_is_refused_on_a_cpu() -> None:
+    arguments = (jnp.zeros((4, 512)), *residual_of((4, 512)))
+    with pytest.raises(ValueError, match="interpret mode"):
+        topk_compress(*arguments, k=3, implementation="triton")
+
+
 def test_unknown_implementations_are_refused() -> None:
     with pytest.raises(ValueError, match=r"TopK.implementation must be None.*got 'cuda'"):
         top_k(implementation="cuda")

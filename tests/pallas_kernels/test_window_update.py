@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels.window_update import window_apply, window_update
 from tests.pallas_kernels.blocks_of_every_kind import SIZE
 
+KERNELS = ["mosaic_tpu", "triton"]
 SHAPES = {"one tile": (128, 512), "odd rows": (37, 256), "padded": (5, 700), "lead": (2, 9, 2560)}
 
 
@@ -23,32 +24,34 @@ def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0) -> Any
     return values, jnp.asarray(indices, jnp.uint8)
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_agrees_with_the_reference(shape: tuple[int, ...], dtype: str) -> None:
-    agree(window_of(shape, 10, 3), shape, dtype)
+def test_agrees_with_the_reference(implementation: str, shape: tuple[int, ...], dtype: str) -> None:
+    agree(implementation, window_of(shape, 10, 3), shape, dtype)
 
 
-def agree(window: Any, shape: tuple[int, ...], dtype: str = "float32") -> None:
+def agree(implementation: str, window: Any, shape: tuple[int, ...], dtype: str) -> None:
     length = window[0].shape[-2]
     weights = jnp.asarray(0.9 ** np.arange(length), jnp.float32)
     run = functools.partial(window_update, size=SIZE, n=shape[-1], dtype=dtype)
     arguments = (*window, weights, 0.5 * weights, jnp.float32(1e-8))
     expected = jax.jit(functools.partial(run, implementation="xla"))(*arguments)
-    kernel = functools.partial(run, implementation="mosaic_tpu", interpret=True)
+    kernel = functools.partial(run, implementation=implementation, interpret=True)
     found = jax.jit(kernel)(*arguments)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype) == (shape, dtype)
     np.testing.assert_array_almost_equal_nulp(np.asarray(found), np.asarray(expected), 2)
 
 
-def test_empty_rows_and_what_is_not_finite() -> None:
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_empty_rows_and_what_is_not_finite(implementation: str) -> None:
     values, indices = window_of((9, 512), 10, 3)
     values = values.at[:, :, 4:].set(0).at[3, 0, 0, 0].set(jnp.inf).at[4, 1, 1, 1].set(jnp.nan)
     indices = indices.at[:, :, 4:].set(0)
     weights = jnp.ones(10)
     run = functools.partial(window_update, size=SIZE, n=512)
     arguments = (values, indices, weights, weights, 1e-8)
-    found = run(*arguments, implementation="mosaic_tpu", interpret=True)
+    found = run(*arguments, implementation=implementation, interpret=True)
     np.testing.assert_allclose(found, run(*arguments, implementation="xla"), rtol=3e-7)
 
 

@@ -103,3 +103,36 @@ def test_window_apply_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
     arrays = *window_of(shape), (shape, jnp.dtype(dtype)), weights, weights, ((), jnp.float32)
     program = compiled(apply, tpu, "tpu", *arrays, scalar, scalar, donate=(2,))
     is_in_place_without_copies(program, math.prod(shape) * jnp.dtype(dtype).itemsize)
+
+
+def test_topk_compress_on_h200(h200: Mesh) -> None:
+    shape, blocks = (37, 1000), (37, 4)
+    program = compiled(
+        functools.partial(topk_compress, k=3, implementation="triton"),
+        h200,
+        "cuda",
+        (shape, jnp.bfloat16),
+        ((*blocks, 128), jnp.uint8),
+        (blocks, jnp.float32),
+        (blocks, jnp.float32),
+        donate=(1, 2, 3),
+    )
+    is_in_place_without_copies(program, math.prod(blocks) * (128 + 8))
+    assert 'custom_call_target="__gpu$xla.gpu.triton"' in program.as_text()
+
+
+def test_window_update_on_h200(h200: Mesh) -> None:
+    shape, window = (37, 1000), (37, 4, 10, 3)
+    program = compiled(
+        functools.partial(window_update, size=256, n=1000, implementation="triton"),
+        h200,
+        "cuda",
+        (window, jnp.bfloat16),
+        (window, jnp.uint8),
+        ((10,), jnp.float32),
+        ((10,), jnp.float32),
+        ((), jnp.float32),
+        donate=(),
+    )
+    assert program.memory_analysis().temp_size_in_bytes <= 0.05 * 4 * math.prod(shape)
+    assert MOVED.findall(program.as_text()) == []

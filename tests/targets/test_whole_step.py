@@ -1,5 +1,6 @@
-"""The whole update of a Llama-like tree on TPU meshes: in place, and each chip by itself."""
+"""The whole update of a Llama-like tree: in place, and on TPU meshes each chip by itself."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Blocks, MicroAdamLayout, affine4, fused_apply, microadam, top_k
+from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, fused_apply, microadam, top_k
 from tests.targets.main_memory import bytes_moved
 
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
@@ -109,3 +110,30 @@ def is_local_and_in_place(program: Any, mesh: Mesh, donated: Any, temporaries: f
     print(f"temporaries {memory.temp_size_in_bytes / kept:.4f} of what is donated")
     assert memory.alias_size_in_bytes >= kept
     assert memory.temp_size_in_bytes <= temporaries + 0.05 * kept
+
+
+def test_the_update_of_microadam_is_in_place_on_an_h200(h200: Mesh) -> None:
+    blocks = Blocks(256)
+    optimizer = microadam(
+        1e-3,
+        layout=MicroAdamLayout(
+            top_k(blocks=blocks, implementation="triton"),
+            affine4(blocks),
+            Window(implementation="triton"),
+        ),
+    )
+    place = NamedSharding(h200, P())
+    placed = functools.partial(jax.tree.map, lambda x: x.update(sharding=place))
+    params = placed({name: jax.ShapeDtypeStruct(x, jnp.float32) for name, (x, _) in TREE.items()})
+    state = placed(jax.eval_shape(optimizer.init, params))
+    jitted = jax.jit(optimizer.update, donate_argnums=(0, 1), out_shardings=place)
+    with jax.sharding.use_abstract_mesh(h200.abstract_mesh):
+        traced = jitted.trace(params, state, params)
+        program = traced.lower(lowering_platforms=("cuda",)).compile()
+    text, memory = program.as_text(), program.memory_analysis()
+    assert "topk_compress" in text
+    assert "window_update" in text
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    print(f"temporaries {memory.temp_size_in_bytes / kept:.4f} of the state")
+    assert memory.alias_size_in_bytes >= kept
+    assert memory.temp_size_in_bytes <= 0.05 * kept
