@@ -3,12 +3,18 @@
 python examples/pretrain_llama.py                 # AdamW and MicroAdam, about five minutes
 python examples/pretrain_llama.py --preset 60m --optimizer microadam --text corpus.txt
 python examples/pretrain_llama.py --help
+
+On many hosts, the same command on each; --mesh names all of their devices together:
+
+python examples/pretrain_llama.py --mesh fsdp=32 --coordinator auto
+python examples/pretrain_llama.py --mesh data=2 --coordinator HOST:PORT --processes 2 --process-id 0
 """
 
 import sys
 
 from llama.comparison import compare
 from llama.config import PretrainError, from_flags
+from llama.processes import join, leads
 from rich.console import Console
 
 
@@ -19,7 +25,10 @@ def main() -> int:
         The exit status: 2 after a mistake in the settings, 130 after Ctrl-C, as shells do.
     """
     try:
-        return 0 if compare(from_flags(), Console(highlight=False)) else 130
+        config = from_flags()
+        join(config)
+        console = Console(highlight=False, quiet=not leads())
+        return 0 if compare(config, console) else 130
     except (PretrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

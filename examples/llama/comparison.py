@@ -20,6 +20,7 @@ from .data import Corpus, load_corpus
 from .interruption import Interruption
 from .metrics import DiagnosticsFile, MetricsFile, Row
 from .partitioning import place
+from .processes import leads, require_same_text, wait_for_all
 from .progress import progress
 from .report import write_report
 from .training import Result, train
@@ -40,10 +41,12 @@ def compare(config: Config, console: Console) -> bool:
     """
     chosen = optimizers.build(config)
     corpus = load_corpus(config)
+    require_same_text(corpus.digest)
     place(config, corpus.vocab)  # refuses a mesh that does not fit before anything is written
-    if config.resume is None:
+    if config.resume is None and leads():
         _clear(config, chosen)
         configuration.save(config)
+    wait_for_all("earlier runs are cleared away")
     console.print(
         f"{config.preset} model, {config.steps} steps of {config.batch} x {config.seq_len} tokens "
         f"from {config.text or 'the Python standard library'}; results go to {config.out}",
@@ -61,7 +64,8 @@ def compare(config: Config, console: Console) -> bool:
                     soft_wrap=True,
                 )
                 return False
-    write_report(results, corpus.held_out_bytes_per_token, config.out, console)
+    if leads():
+        write_report(results, corpus.held_out_bytes_per_token, config.out, console)
     return True
 
 
@@ -80,6 +84,10 @@ def _train_one(
         "state format": STATE_FORMAT,
     }
     with Checkpoints(folder / "checkpoints", identity) as checkpoints:
+        if not leads():
+            return train(
+                config, optimizer, corpus, checkpoints=checkpoints, stop=interruption.requested
+            )
         metrics = MetricsFile(folder / "metrics.csv", checkpoints.latest_step)
         extra: dict[str, Any] = {}
         if config.diagnostics:

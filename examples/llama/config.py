@@ -11,11 +11,14 @@ from .model import ModelConfig
 
 # Settings that change where a run happens or what it reports, and not what it computes.
 _FREE_TO_CHANGE = {
+    "coordinator",
     "eval_every",
     "log_every",
     "mesh",
     "out",
     "overwrite",
+    "process_id",
+    "processes",
     "resume",
     "save_every",
 }
@@ -87,6 +90,15 @@ class Config:
     """Seed of the initial weights and of the batches."""
     mesh: str = ""
     """Devices along the axes data, fsdp and tensor, e.g. data=2,fsdp=4; by default one device."""
+    coordinator: str | None = None
+    """Join a run on many hosts, each started with the same flags and sharing --out: HOST:PORT of
+    process 0, or auto to let JAX ask Slurm, Open MPI, Kubernetes or Cloud TPU. --mesh then has
+    to use every device, and log_every also says how often the processes look whether one of
+    them was told to stop."""
+    processes: int | None = None
+    """Number of processes, where the coordinator is given by address."""
+    process_id: int | None = None
+    """Index of this process, from 0."""
 
     eval_every: int = 100
     """Steps between evaluations on the held-out text."""
@@ -114,7 +126,7 @@ class Config:
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and value < 1 and field.name != "seed":
+            if type(value) is int and value < 1 and field.name not in ("seed", "process_id"):
                 raise PretrainError(f"--{_flag(field.name)} must be at least 1, not {value}.")
         if self.resume is not None and self.out != self.resume:
             raise PretrainError(f"--out {self.out} is not the run to resume, {self.resume}.")
@@ -195,7 +207,8 @@ def from_flags(flags: list[str] | None = None) -> Config:
         flags: The flags; by default those of the process.
 
     Returns:
-        The configuration: flags on top of the run to resume, or else of the preset.
+        The configuration: flags on top of the run to resume, or else of the preset. Which
+        processes take part is never resumed.
 
     Raises:
         PretrainError: If the settings contradict each other or there is no run to resume.
@@ -229,5 +242,8 @@ def load(run: Path) -> Config:
         "resume": run,
         "opt": tuple(values["opt"]),
         "lr": tuple(values["lr"]),
+        "coordinator": None,
+        "processes": None,
+        "process_id": None,
     }
     return Config(**values)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import socket
 import sysconfig
 from pathlib import Path
 
@@ -28,7 +29,9 @@ class Corpus:
     held_out_bytes_per_token: float
     digest: str
 
-    def batch(self, seed: int, step: int, rows: int, seq_len: int) -> np.ndarray:
+    def batch(
+        self, seed: int, step: int, rows: int, seq_len: int, only: np.ndarray | None = None
+    ) -> np.ndarray:
         """Draws random training sequences; equal arguments give equal batches.
 
         Args:
@@ -36,12 +39,16 @@ class Corpus:
             step: Index of the optimizer step.
             rows: Number of sequences.
             seq_len: Number of predicted tokens per sequence.
+            only: Which of the sequences to read, where others are another process's; all by
+                default.
 
         Returns:
-            An int32 array `(rows, seq_len + 1)`: inputs and, shifted by one, targets.
+            An int32 array `(rows, seq_len + 1)`: inputs and, shifted by one, targets; in place of
+            `rows`, the shape of `only`.
         """
         rng = np.random.default_rng((seed, step))
-        return _windows(self.train, rng.integers(len(self.train) - seq_len, size=rows), seq_len)
+        starts = rng.integers(len(self.train) - seq_len, size=rows)
+        return _windows(self.train, starts if only is None else starts[only], seq_len)
 
     def held_out_batches(self, batches: int, rows: int, seq_len: int) -> np.ndarray:
         """Cuts equally spaced sequences from the held-out text.
@@ -162,7 +169,10 @@ def _byte_pairs(text: str, vocab_size: int, cache: Path) -> tokenizers.Tokenizer
     )
     bpe.train_from_iterator(text.split(_SEPARATOR), trainer)
     cache.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(path))
+    # Other processes of the run may be looking for it: it appears whole or not at all.
+    unfinished = path.with_suffix(f".{os.getpid()}.{socket.gethostname()}")
+    bpe.save(str(unfinished))
+    unfinished.replace(path)
     return bpe
 
 

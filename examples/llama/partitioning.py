@@ -126,6 +126,12 @@ def make_mesh(text: str) -> Mesh:
         raise PretrainError(
             f"--mesh {text} needs {count} devices, but there are {len(devices)} here."
         )
+    if jax.process_count() > 1 and count != len(devices):
+        raise PretrainError(
+            f"--mesh {text or 'of one device'} uses {count} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; make the sizes multiply to {len(devices)}, for "
+            "every process has to take part."
+        )
     # Auto axes: XLA places the activations, so that the model needs no annotation.
     return jax.make_mesh(
         tuple(sizes.values()),

@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from .checkpoints import Checkpoints
 from .config import Config
@@ -20,6 +23,7 @@ from .data import Corpus
 from .metrics import Row
 from .model import Llama, Params, graph_of, init_params
 from .partitioning import place
+from .processes import anywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,8 @@ def train(
         rows: The rows up to the latest checkpoint.
         observe: Is shown new rows, every `log_every` steps.
         observe_state: Is then shown the step and the optimizer's state.
-        stop: Is asked after each step whether to save and return.
+        stop: Is asked after each step whether to save and return; one of many processes is
+            asked every `log_every` steps.
 
     Returns:
         Losses, times and sizes.
@@ -103,18 +108,26 @@ def train(
         return result
 
     def next_batch(step: int) -> jax.Array:
-        batch = corpus.batch(config.seed, step, config.batch, config.seq_len)
-        return jax.device_put(batch.reshape(config.accumulation, micro_rows, -1), placement.batches)
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            only = positions[index[:2]]
+            return corpus.batch(config.seed, step, config.batch, config.seq_len, only)
 
-    held_out = jax.device_put(
-        corpus.held_out_batches(config.eval_batches, micro_rows, config.seq_len), placement.batches
+        # Each process reads the sequences of its own devices.
+        shape = (*positions.shape, config.seq_len + 1)
+        return jax.make_array_from_callback(shape, placement.batches, read)
+
+    positions = np.arange(config.batch).reshape(config.accumulation, micro_rows)
+    held_out_batches = corpus.held_out_batches(config.eval_batches, micro_rows, config.seq_len)
+    held_out = jax.make_array_from_callback(
+        held_out_batches.shape, placement.batches, lambda index: held_out_batches[index]
     )
     # Compiled ahead, so that no step's time contains it.
     step_fn = (
         jax.jit(
             _step_function(graph, optimizer),
             donate_argnums=(0, 1),
-            out_shardings=(*shardings, None),
+            # The loss is whole on each device, for each process to read.
+            out_shardings=(*shardings, NamedSharding(placement.mesh, P())),
         )
         .lower(params, state, next_batch(start))
         .compile()
@@ -126,10 +139,12 @@ def train(
         params, state, loss = step_fn(params, state, next_batch(step - 1))
         losses.append(loss)
         done = step == config.steps
-        stopping = stop()
+        looking = done or step % config.log_every == 0
+        # Processes stop together, and asking them at every step would make each wait for the rest.
+        stopping = anywhere(stop()) if looking or jax.process_count() == 1 else False
         evaluating = done or step % config.eval_every == 0
         saving = done or stopping or step % config.save_every == 0
-        if not (evaluating or saving or step % config.log_every == 0):
+        if not (evaluating or saving or looking):
             continue
         new = _rows(config, rows, step, jax.device_get(losses), clock)
         if evaluating:

@@ -30,6 +30,11 @@ class Map(Protocol):
         ...
 
     @property
+    def has_zero(self) -> bool:
+        """Whether 0 has a code."""
+        ...
+
+    @property
     def values(self) -> np.ndarray:
         """The float32 number of each code, in order."""
         ...
@@ -68,6 +73,11 @@ class TableMap:
     def signed(self) -> bool:
         """Whether there are negative numbers."""
         return self.numbers[0] < 0
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is one of them."""
+        return 0 in self.numbers
 
     @property
     def values(self) -> np.ndarray:
@@ -134,6 +144,11 @@ class Dynamic8:
     def name(self) -> str:
         """What the map is called in a state."""
         return "dynamic8" + ("" if self.signed else "_unsigned") + "_symmetric" * self.symmetric
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether -1 did not take its code."""
+        return not (self.signed and self.symmetric)
 
     @property
     def values(self) -> np.ndarray:

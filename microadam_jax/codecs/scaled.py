@@ -72,7 +72,7 @@ class Scaled:
 
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
-        if self.keep_sign and not (self.signed and 0 in self.map.values):
+        if self.keep_sign and not (self.signed and self.map.has_zero):
             raise ValueError(
                 f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
                 "no negative numbers or no zero."

@@ -111,7 +111,9 @@ def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None
     print("* at most: the compiler may use up a gradient before the next one is there.")
     for name, compiled in plans.items():
         found = ", ".join(f"{count} {kind}" for kind, count in compiled.collectives.items())
-        if compiled.limit is None:
+        if compiled.limit is not None:
+            print(f"{name}: refused by the compiler; the total is what it says it needs.")
+        else:
             print(f"{name}: collectives in the program (those of a layer once): {found or 'none'}")
 
 

@@ -23,8 +23,14 @@ from microadam_jax.state_shardings import state_shardings
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_SIZE = r"([\d.]+)([KMGT])"
+# What the compiler says depends on the pass that gives up. Despite its words, the first of these
+# counts arguments too: a program with 8 GiB of them and 12 GiB besides is refused for 20.
+_TOO_LARGE = (
+    re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +39,9 @@ class CompiledPlan:
 
     Attributes:
         plan: the arithmetic of parameters, gradients and state.
-        temporaries: what lives during the step only: gradients, activations and all else. None
-            where the compiler gave up.
-        total: the program's memory; where it does not fit, what the compiler would have needed.
+        temporaries: what the peak has besides parameters and state: gradients, activations and all
+            else. None where the compiler gave up.
+        total: the program's peak; where it does not fit, what the compiler would have needed.
         limit: the device's memory where the compiler gave up for want of it.
         collectives: how many of each kind are in the program. One in the loop over layers counts
             once.
@@ -89,20 +95,32 @@ def compiled_plan(
             model, tx, Mesh(np.reshape(devices, tuple(mesh.values())), AXES), batch, seq
         )
     except jax.errors.JaxRuntimeError as error:
-        sizes = _TOO_LARGE.search(str(error))
+        sizes = needed_and_available(str(error))
         if sizes is None:
             raise
-        used, limit = (float(sizes[i]) * _UNITS[sizes[i + 1]] for i in (1, 3))
-        return CompiledPlan(plan, None, int(used), int(limit), {})
+        return CompiledPlan(plan, None, *sizes, {})
     memory = program.memory_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # Not the sum of arguments and temporaries, which was 19 GiB for a program that fits in 15.75.
+    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return CompiledPlan(
         plan,
-        memory.temp_size_in_bytes,
-        kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        max(0, peak - memory.argument_size_in_bytes),
+        peak,
         None,
         dict(Counter(_COLLECTIVE.findall(program.as_text())).most_common()),
     )
+
+
+def needed_and_available(message: str) -> tuple[int, int] | None:
+    """Bytes in the error of a compiler that gives up for want of memory; None in other errors."""
+    for pattern in _TOO_LARGE:
+        if sizes := pattern.search(message):
+            needed, unit, available, unit_available = sizes.groups()
+            return (
+                int(float(needed) * _UNITS[unit]),
+                int(float(available) * _UNITS[unit_available]),
+            )
+    return None
 
 
 def _compile(

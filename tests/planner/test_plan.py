@@ -14,6 +14,7 @@ from microadam_jax import memory_report, microadam
 from microadam_jax.__main__ import main
 from microadam_jax.memory import GIB
 from microadam_jax.planner import arithmetic_plan, compiled_plan, parse_mesh, stacked_model
+from microadam_jax.planner.compiled import needed_and_available
 from microadam_jax.planner.llama import loss
 from microadam_jax.planner.optimizers import optimizer
 
@@ -114,3 +115,15 @@ def test_without_libtpu_the_error_says_what_to_install() -> None:
         compiled_plan(
             stacked_model("llama-60m"), optimizer("adamw"), parse_mesh("fsdp=4"), "v5e:2x2", 8, 64
         )
+
+
+def test_a_compiler_that_gives_up_says_what_it_would_have_needed() -> None:
+    """The first message is as libtpu gave it; any other error is not for want of memory."""
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (22.38G) exceeds available HBM (15.75G)."
+    )
+    assert needed_and_available(message) == (int(22.38 * GIB), int(15.75 * GIB))
+    message = "Ran out of memory in memory space hbm. Used 1.5T of 512.0M hbm."
+    assert needed_and_available(message) == (3 * 2**39, 2**29)
+    assert needed_and_available("INTERNAL: something else") is None
