@@ -54,8 +54,17 @@ def require_whole(
         ValueError: if the parameter's sharding does not divide its blocks.
     """
     sharding = known_sharding(parameter)
-    if isinstance(sharding, NamedSharding):
-        _check_divides(sharding, parameter.shape, blocked_shape)
+    if not isinstance(sharding, NamedSharding):
+        return
+    try:
+        sharding.shard_shape(blocked_shape)
+    except ValueError as error:
+        raise ValueError(
+            f"A parameter of shape {parameter.shape} is sharded as {sharding.spec} over "
+            f"{dict(sharding.mesh.shape)}, which does not divide its state of shape "
+            f"{blocked_shape}. Shard another axis, or give the block rule the number of shards "
+            "of the last axis: Blocks(shards=...)."
+        ) from error
 
 
 def moment_zeros(
@@ -254,17 +263,3 @@ def known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | No
     if not getattr(parameter, "committed", True):
         return None
     return sharding if isinstance(sharding, NamedSharding | SingleDeviceSharding) else None
-
-
-def _check_divides(
-    sharding: NamedSharding, parameter_shape: tuple[int, ...], state_shape: tuple[int, ...]
-) -> None:
-    try:
-        sharding.shard_shape(state_shape)
-    except ValueError as error:
-        raise ValueError(
-            f"A parameter of shape {parameter_shape} is sharded as {sharding.spec} over "
-            f"{dict(sharding.mesh.shape)}, which does not divide its state of shape "
-            f"{state_shape}. Shard another axis, or give the block rule the number of shards "
-            "of the last axis: Blocks(shards=...)."
-        ) from error

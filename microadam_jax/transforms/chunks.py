@@ -48,8 +48,8 @@ class Turns:
         """Runs ``step`` on a leaf, in place and in chunks if it is large.
 
         Each chunk has equally many rows of every device's, so that nothing has to move however an
-        axis is sharded. When a step is compiled
-        for more devices than this process has, ``jax.set_mesh`` tells.
+        axis is sharded. When a step is compiled for more devices than this process has,
+        ``jax.set_mesh`` tells.
 
         Args:
             step: from the rows of a chunk and its part of ``carried`` and ``inputs`` to an output
@@ -131,11 +131,12 @@ class _Dealing(NamedTuple):
 
     def rows(self, chunk: jax.Array) -> Rows:
         """The rows of the leaf that a chunk holds."""
-        starts = []
-        for number, length in zip(self._numbers(chunk), self.lengths, strict=True):
-            starts.append(number * length)
-        steps = tuple(n * cut for n, cut in zip(self.lengths, self.cuts, strict=True))
-        return Rows(self.shape[:-1], tuple(starts), self.lengths, steps)
+        starts = tuple(
+            number * length
+            for number, length in zip(self._numbers(chunk), self.lengths, strict=True)
+        )
+        steps = tuple(cut * length for cut, length in zip(self.cuts, self.lengths, strict=True))
+        return Rows(self.shape[:-1], starts, self.lengths, steps)
 
     def deal(self, x: jax.Array) -> jax.Array:
         """``x``, which has the leaf's axes or size 1 instead, with its cut axes in three."""
@@ -143,22 +144,18 @@ class _Dealing(NamedTuple):
 
     def take(self, x: jax.Array, whole: tuple[int, ...], chunk: jax.Array) -> jax.Array:
         """A chunk of what was dealt from an array of shape ``whole``."""
-        if not any(self._is_cut(whole)):
+        cuts = self._cuts_of(whole)
+        if math.prod(cuts) == 1:
             return x
         starts, sizes = self._place(whole, chunk)
-        part = [
-            n // cut if is_cut else n
-            for n, cut, is_cut in zip(
-                whole, (*self.cuts, *[1] * len(whole)), self._is_cut(whole), strict=False
-            )
-        ]
+        part = [n // cut for n, cut in zip(whole, cuts, strict=True)]
         return jax.lax.dynamic_slice(x, starts, sizes).reshape(part)
 
     def put(
         self, x: jax.Array, whole: tuple[int, ...], part: jax.Array, chunk: jax.Array
     ) -> jax.Array:
         """``x`` with a chunk replaced."""
-        if not any(self._is_cut(whole)):
+        if math.prod(self._cuts_of(whole)) == 1:
             return x
         starts, sizes = self._place(whole, chunk)
         return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
@@ -171,25 +168,25 @@ class _Dealing(NamedTuple):
             chunk = chunk // cut
         return numbers
 
-    def _is_cut(self, whole: tuple[int, ...]) -> list[bool]:
-        """For each axis of an array, whether it is one that the leaf is cut along."""
+    def _cuts_of(self, whole: tuple[int, ...]) -> list[int]:
+        """Into how many chunks each axis of an array is cut: the leaf's axes, unless of size 1."""
         known = len(self.cuts)
         return [
-            axis < known and self.cuts[axis] > 1 and n == self.shape[axis]
+            self.cuts[axis] if axis < known and n == self.shape[axis] else 1
             for axis, n in enumerate(whole)
         ]
 
     def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int | None]]:
         """The sizes of the dealt array's axes, each with the leaf's axis whose cuts it numbers."""
         axes: list[tuple[int, int | None]] = []
-        for axis, (n, cut) in enumerate(zip(whole, self._is_cut(whole), strict=True)):
-            if not cut:
+        for axis, (n, cut) in enumerate(zip(whole, self._cuts_of(whole), strict=True)):
+            if cut == 1:
                 axes.append((n, None))
                 continue
             # Axes of size 1 are left out: CPUs would order them otherwise, and copy the array.
             shards, length = self.shards[axis], self.lengths[axis]
             axes += [(shards, None)] * (shards > 1)
-            axes.append((self.cuts[axis], axis))
+            axes.append((cut, axis))
             axes += [(length, None)] * (length > 1)
         return axes
 

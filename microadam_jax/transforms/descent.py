@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +57,14 @@ def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax
     return () if finish is as_it_is else (parameter,)
 
 
+def applies(finish: Callable[..., jax.Array]) -> TypeGuard[Descent]:
+    """Whether parameters result, and no update."""
+    return isinstance(finish, Descent) and finish.applies
+
+
 def replaced_by(finish: Callable[..., jax.Array]) -> int:
     """Which input a result takes the place of: the first, a gradient, or the last, a parameter."""
-    return -1 if isinstance(finish, Descent) and finish.applies else 0
+    return -1 if applies(finish) else 0
 
 
 def descend(

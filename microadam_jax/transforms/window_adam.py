@@ -12,7 +12,7 @@ from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
-from microadam_jax.transforms.descent import Descent, finishes, read_by
+from microadam_jax.transforms.descent import applies, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
@@ -138,12 +138,7 @@ def scale_by_window_adam(
                 )
             values, indices = sent.write((values, indices), newest)
             weights = mu_weights, nu_weights, eps
-            if (
-                isinstance(finish, Descent)
-                and finish.applies
-                and sent.shape
-                and sent.bypass is None
-            ):
+            if applies(finish) and sent.shape and sent.bypass is None:
                 moved = window_apply(
                     values,
                     indices,
