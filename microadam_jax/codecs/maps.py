@@ -30,8 +30,8 @@ class Map(Protocol):
         ...
 
     @property
-    def has_zero(self) -> bool:
-        """Whether 0 has a code."""
+    def zero(self) -> int | None:
+        """The code of 0; None if it has none."""
         ...
 
     @property
@@ -75,9 +75,9 @@ class TableMap:
         return self.numbers[0] < 0
 
     @property
-    def has_zero(self) -> bool:
-        """Whether 0 is one of them."""
-        return 0 in self.numbers
+    def zero(self) -> int | None:
+        """Which of them is 0."""
+        return self.numbers.index(0) if 0 in self.numbers else None
 
     @property
     def values(self) -> np.ndarray:
@@ -146,9 +146,11 @@ class Dynamic8:
         return "dynamic8" + ("" if self.signed else "_unsigned") + "_symmetric" * self.symmetric
 
     @property
-    def has_zero(self) -> bool:
-        """Whether -1 did not take its code."""
-        return not (self.signed and self.symmetric)
+    def zero(self) -> int | None:
+        """The code of 0, unless -1 took it."""
+        if not self.signed:
+            return 0
+        return None if self.symmetric else 127
 
     @property
     def values(self) -> np.ndarray:

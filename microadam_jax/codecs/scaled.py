@@ -72,7 +72,7 @@ class Scaled:
 
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
-        if self.keep_sign and not (self.signed and self.map.has_zero):
+        if self.keep_sign and not (self.signed and self.map.zero is not None):
             raise ValueError(
                 f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
                 "no negative numbers or no zero."
@@ -282,7 +282,8 @@ def encode_scaled(
     y = block / jnp.where(usable, scale, 1)
     codes = numbers.encode(y, xi)
     if keep_sign:
-        zero = int(np.flatnonzero(numbers.values == 0)[0])
+        zero = numbers.zero
+        assert zero is not None
         codes = jnp.where((y < 0) & (codes == zero), zero - 1, codes).astype(jnp.uint8)
     codes = jnp.where(usable, codes, 0).astype(jnp.uint8)
     return pack_nibbles(codes) if numbers.bits == 4 else codes

@@ -64,6 +64,13 @@ def unpacked(codes) -> list[int]:
 
 
 @each_map
+def test_the_code_of_zero(name: str) -> None:
+    codec, values, _ = MAPS[name]
+    zeros = np.flatnonzero(values == 0)
+    assert codec.map.zero == (zeros[0] if zeros.size else None)
+
+
+@each_map
 def test_maps_have_the_published_numbers(name: str) -> None:
     codec, values, _ = MAPS[name]
     np.testing.assert_allclose(codec.map.values, values, rtol=1e-6, atol=1e-9)
