@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
 from microadam_jax.codecs.rounding import Draw, dither
+from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 from pallas_kernels.topk_compress import decode, encode, extremes
@@ -29,7 +30,7 @@ class AffineCodes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine4:
+class Affine4(RowByRow):
     r"""Four bits per element, affine between a bucket's minimum and maximum.
 
     For a bucket with minimum :math:`\delta` and maximum :math:`\Delta`, with
@@ -73,11 +74,6 @@ class Affine4:
     def Encoded(self) -> type[AffineCodes]:
         """What it encodes to."""
         return AffineCodes
-
-    @property
-    def chunkable(self) -> bool:
-        """Whether rows can be encoded by themselves: they can."""
-        return True
 
     @property
     def signed(self) -> bool:

@@ -37,8 +37,8 @@ class Codec(Protocol):
         ...
 
     @property
-    def chunkable(self) -> bool:
-        """Whether the encoding of some rows does not depend on the others."""
+    def shared(self) -> str | None:
+        """The array of ``Encoded`` that belongs to all rows together, if there is one."""
         ...
 
     @property
@@ -56,6 +56,22 @@ class Codec(Protocol):
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None) -> tuple[jax.Array, ...]:
         """Encodes the float32 tensor ``x``."""
+        ...
+
+    def measure(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array | None:
+        """The shared array of ``x``; None if nothing is shared.
+
+        Args:
+            x: some rows of a tensor, or all.
+            runs: into how many runs of rows to cut each axis but the last: the result has a part
+                for each of them, and the shared array of all is that of the largest parts.
+        """
+        ...
+
+    def encode_rows(
+        self, x: jax.Array, key: jax.Array | Draw | None, shared: Any
+    ) -> tuple[jax.Array, ...]:
+        """Encodes some rows of a tensor whose shared array is ``shared``."""
         ...
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -18,6 +18,7 @@ from microadam_jax.blocks import (
     split,
 )
 from microadam_jax.codecs.rounding import Draw, dither
+from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 
@@ -56,7 +57,7 @@ class ExpandedFloat8Codes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8:
+class Float8(RowByRow):
     r"""8-bit floating point, scaled so that a block's largest magnitude is the format's.
 
     With :math:`M` and :math:`\mu`, the largest and the smallest nonzero magnitude of a block, and
@@ -100,11 +101,6 @@ class Float8:
         require_rounding(self.rounding)
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {sorted(FORMATS)}; got {self.format!r}.")
-
-    @property
-    def chunkable(self) -> bool:
-        """Whether rows can be encoded by themselves: they can."""
-        return True
 
     @property
     def signed(self) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.codecs.rounding import Draw
+from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.sharding import state_zeros
 
 
@@ -17,7 +18,7 @@ class PlainValues(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(RowByRow):
     """Keeps a tensor in ``dtype``, rounded to nearest.
 
     Args:
@@ -34,11 +35,6 @@ class Plain:
     def Encoded(self) -> type[PlainValues]:
         """What it encodes to."""
         return PlainValues
-
-    @property
-    def chunkable(self) -> bool:
-        """Whether rows can be encoded by themselves: they can."""
-        return True
 
     @property
     def signed(self) -> bool:

@@ -79,9 +79,9 @@ class RankOne:
         return RankOneCodes
 
     @property
-    def chunkable(self) -> bool:
-        """Not row by row: the columns' maxima are those of all rows."""
-        return False
+    def shared(self) -> str:
+        """The array that belongs to all rows."""
+        return "columns"
 
     @property
     def name(self) -> str:
@@ -120,22 +120,37 @@ class RankOne:
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> RankOneCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
+        return self.encode_rows(x, key, self.measure(x))
+
+    def measure(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array:
+        """The largest magnitudes of the columns, in each of ``runs`` runs of rows."""
+        if self._is_vector(x.shape):
+            return jnp.zeros((1,) * x.ndim, jnp.float32)
+        columns = jnp.abs(x)
+        for axis, rows in enumerate(x.shape[:-1]):
+            if self._keeps_column(axis, x.ndim):
+                continue
+            count = runs[axis] if runs else 1
+            pieces = (*columns.shape[:axis], count, rows // count, *x.shape[axis + 1 :])
+            columns = jnp.max(columns.reshape(pieces), axis=axis + 1, initial=0)
+        return columns
+
+    def encode_rows(
+        self, x: jax.Array, key: jax.Array | Draw | None, shared: jax.Array
+    ) -> RankOneCodes:
+        """Encodes some rows of a tensor whose columns have the largest magnitudes ``shared``."""
         xi = 0.5 if key is None else dither(key, x.shape)
         if self._is_vector(x.shape):
-            codes, scales = self._by_block.encode_rounding(x, xi)
-            return RankOneCodes(codes, scales, jnp.zeros((1,) * x.ndim, jnp.float32))
-        magnitude = jnp.abs(x)
-        others = [i for i in range(x.ndim) if not self._keeps_column(i, x.ndim)]
-        rows = jnp.max(magnitude, axis=-1, keepdims=True, initial=0)
-        columns = jnp.max(magnitude, axis=others, keepdims=True, initial=0)
+            return RankOneCodes(*self._by_block.encode_rounding(x, xi), shared)
+        rows = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
         layout = self.blocks.layout_of(x)
         codes = encode_scaled(
             self.map,
             split(x, layout),
-            split(jnp.minimum(rows, columns), layout),
+            split(jnp.minimum(rows, shared), layout),
             xi if isinstance(xi, float) else split(xi, layout),
         )
-        return RankOneCodes(as_row(codes), rows, columns)
+        return RankOneCodes(as_row(codes), rows, shared)
 
     def decode(self, encoded: RankOneCodes, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""

@@ -22,6 +22,11 @@ class Rows(NamedTuple):
     lengths: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
 
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """How many runs there are along each axis."""
+        return tuple(size // step for size, step in zip(self.sizes, self.steps, strict=True))
+
 
 class Draw(NamedTuple):
     """What the random numbers of a chunk follow from.

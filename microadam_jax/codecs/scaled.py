@@ -19,6 +19,7 @@ from microadam_jax.codecs.maps import (
 )
 from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
 from microadam_jax.codecs.rounding import Draw, dither
+from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.sharding import require_whole, state_zeros
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -39,7 +40,7 @@ class ScaledCodes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class Scaled(RowByRow):
     r"""Codes for the elements of a block over the block's largest magnitude.
 
     With the numbers :math:`v_c` of a map and :math:`s = \max_i |x_i|` over a block,
@@ -82,11 +83,6 @@ class Scaled:
     def Encoded(self) -> type[ScaledCodes]:
         """What it encodes to."""
         return ScaledCodes
-
-    @property
-    def chunkable(self) -> bool:
-        """Whether rows can be encoded by themselves: they can."""
-        return True
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,17 @@ class Storage:
         codecs = map(as_codec, (self.codec, *(codec for _, codec in self.rules)))
         named = {codec.name: codec for codec in codecs}
         return (*named.values(), FLOAT32)
+
+    def signed(self, field: str) -> "Storage":
+        """This storage, for a field that has both signs.
+
+        Raises:
+            ValueError: if one of its codecs has no negative numbers.
+        """
+        unsigned = [codec.name for codec in self.codecs if not codec.signed]
+        if unsigned:
+            raise ValueError(f"{field!r} has both signs, which {unsigned[0]} cannot hold.")
+        return self
 
     @property
     def label(self) -> str:
@@ -159,10 +170,24 @@ class Storage:
         return codec.decode(codec.Encoded(*self._used(codec, slots)), shape)
 
     def encode(
-        self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | Draw | None
+        self,
+        codec: Codec,
+        x: jax.Array,
+        slots: Slots,
+        key: jax.Array | Draw | None,
+        shared: jax.Array | None = None,
     ) -> Slots:
-        """``x`` in those of ``slots`` that its codec uses."""
-        encoded: Any = codec.encode(x.astype(jnp.float32), key if codec.needs_key else None)
+        """``x`` in those of ``slots`` that its codec uses.
+
+        Args:
+            codec: the leaf's.
+            x: the leaf, or some rows of it.
+            slots: what the leaf was stored in.
+            key: of stochastic rounding.
+            shared: of some rows only, the array that they share with the others.
+        """
+        x, key = x.astype(jnp.float32), key if codec.needs_key else None
+        encoded: Any = codec.encode(x, key) if shared is None else codec.encode_rows(x, key, shared)
         by_name = dict(zip(encoded._fields, encoded, strict=True))
         return tuple(
             by_name.get(slot, before) for slot, before in zip(self.slots, slots, strict=True)
@@ -212,6 +237,8 @@ class Unstored:
         dtype: of the arrays that :meth:`zeros` makes.
     """
 
+    slots: ClassVar[tuple[str, ...]] = ("values",)
+
     dtype: DTypeLike = jnp.float32
 
     def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
@@ -248,10 +275,15 @@ class Unstored:
         return slots[0].reshape(shape).astype(jnp.float32)
 
     def encode(
-        self, codec: Codec, x: jax.Array, slots: Slots, key: jax.Array | Draw | None
+        self,
+        codec: Codec,
+        x: jax.Array,
+        slots: Slots,
+        key: jax.Array | Draw | None,
+        shared: jax.Array | None = None,
     ) -> Slots:
         """The leaf in its dtype."""
-        del codec, key
+        del codec, key, shared
         return (x.astype(slots[0].dtype),)
 
     def require(self, path: KeyPath, codec: Codec, slots: Slots, leaf: Any) -> None:

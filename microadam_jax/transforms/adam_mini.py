@@ -74,8 +74,8 @@ def scale_by_adam_mini(
         ``mu_codec="dynamic4"``.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
-            for another partition.
+        ValueError: if ``mu_dtype`` is no floating dtype or ``mu_codec`` has no negative numbers;
+            in ``update``, if the state was made for another partition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -96,7 +96,9 @@ def scale_by_adam_mini(
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 1.
     """
     partition = partition or Partition()
-    storage = Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec)
+    storage = (
+        Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec).signed("mu")
+    )
 
     def init(params: optax.Params) -> ScaleByAdamMiniState:
         assign = partition.assign(params)
@@ -158,7 +160,6 @@ def scale_by_adam_mini(
                     step,
                     stored,
                     inputs,
-                    chunkable=codec.chunkable,
                     replaces=replaced_by(finish),
                 )
             return scaled, nu, *stored

@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from microadam_jax.codecs.rounding import Rows
+from microadam_jax.sharding import state_zeros
 
 CHUNK = 2**17  # elements that chunks have about; the temporaries fit in a CPU's cache
 TILES = (32, 8)  # rows of bytes, and of float32, that an accelerator moves together
@@ -37,13 +38,7 @@ class Turns:
         return result
 
     def take(
-        self,
-        step: Step,
-        carried: Arrays,
-        inputs: Arrays,
-        *,
-        chunkable: bool = True,
-        replaces: int = 0,
+        self, step: Step, carried: Arrays, inputs: Arrays, *, replaces: int = 0
     ) -> tuple[jax.Array, Arrays]:
         """Runs ``step`` on a leaf, in place and in chunks if it is large.
 
@@ -53,56 +48,91 @@ class Turns:
 
         Args:
             step: from the rows of a chunk and its part of ``carried`` and ``inputs`` to an output
-                of the shape of the first input, and the new ``carried``.
+                of the shape of the first input, and the new ``carried``. What it makes of a row
+                does not depend on other rows.
             carried: arrays to update in place, with the leaf's axes before the last.
             inputs: arrays to read, the first of the leaf's shape; axes of size 1 are broadcast.
-            chunkable: whether a row's results do not depend on other rows.
             replaces: the input whose place the output takes, if it has its dtype; of the leaf's
                 shape, as the first.
 
         Returns:
             The output, and the new ``carried``.
         """
-        cuts = _cuts(inputs[0]) if chunkable else ()
-        if math.prod(cuts) == 1:
+        dealing = _deal(inputs[0])
+        if dealing.chunks == 1:
             return self.alone(functools.partial(step, Rows()), carried, inputs)
-        return self._in_chunks(step, carried, inputs, cuts, replaces % len(inputs))
-
-    def _in_chunks(
-        self, step: Step, carried: Arrays, inputs: Arrays, cuts: Sequence[int], replaces: int
-    ) -> tuple[jax.Array, Arrays]:
+        replaces %= len(inputs)
         leaf = inputs[replaces]
-        shards = tuple(_shards(inputs[0], axis) for axis in range(len(cuts)))
-        dealing = _Dealing(leaf.shape, shards, tuple(cuts))
         shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
         # Where it is read for the last time, the output is written.
         in_place = shape.dtype == leaf.dtype
+        output = leaf if in_place else jnp.zeros_like(leaf, dtype=shape.dtype)
+        before, after = inputs[:replaces], inputs[replaces + 1 :]
+
+        def with_output(rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
+            output, *state = carried
+            if in_place:
+                inputs = (*inputs[:replaces], output, *inputs[replaces:])
+            output, new = step(rows, tuple(state), inputs)
+            return output, *new
+
+        output, *state = self._rounds(
+            dealing, with_output, (output, *carried), before + after if in_place else inputs
+        )
+        return output, tuple(state)
+
+    def largest(self, measure: Callable[[Rows, Arrays], Arrays], inputs: Arrays) -> Arrays:
+        """The largest results of ``measure`` over the chunks of a leaf.
+
+        Args:
+            measure: from the rows of a chunk and its part of ``inputs`` to arrays of numbers that
+                are not negative. Along each axis but the last they have the chunk's size, or one
+                number for each of the ``runs`` of its rows: what lies on several devices is not
+                compared in the loop.
+            inputs: arrays to read, the first of the leaf's shape; axes of size 1 are broadcast.
+
+        Returns:
+            The arrays, of the leaf's size where they have the chunk's.
+        """
+        dealing = _deal(inputs[0])
+        if dealing.chunks == 1:
+            return self.alone(functools.partial(measure, Rows()), inputs)
+        shapes = jax.eval_shape(functools.partial(measure, dealing.all_rows), inputs)
+
+        def compare(rows: Rows, before: Arrays, inputs: Arrays) -> Arrays:
+            return tuple(map(jnp.maximum, before, measure(rows, inputs)))
+
+        zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
+        return self._rounds(dealing, compare, zeros, inputs)
+
+    def _rounds(
+        self,
+        dealing: "_Dealing",
+        step: Callable[[Rows, Arrays, Arrays], Arrays],
+        carried: Arrays,
+        inputs: Arrays,
+    ) -> Arrays:
+        """Runs ``step`` on each chunk, to update what is carried."""
         wholes = tuple(x.shape for x in carried)
         dealt = tuple(map(dealing.deal, inputs))
 
-        def step_of(chunk: jax.Array, carried: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+        def step_of(chunk: jax.Array, carried: Arrays, inputs: Arrays) -> Arrays:
             return step(dealing.rows(chunk), carried, inputs)
 
-        def body(chunk: jax.Array, before: Any) -> Any:
-            output, state, turn = before
+        def body(chunk: jax.Array, before: tuple[Arrays, jax.Array]) -> tuple[Arrays, jax.Array]:
+            state, turn = before
             parts = functools.partial(dealing.take, chunk=chunk)
-            latest = [*dealt[:replaces], output if in_place else dealt[replaces]]
-            latest += dealt[replaces + 1 :]
             arguments = (
                 chunk,
                 tuple(map(parts, state, wholes)),
-                tuple(map(parts, latest, [x.shape for x in inputs])),
+                tuple(map(parts, dealt, [x.shape for x in inputs])),
             )
-            (new_output, new_state), turn = _apart(step_of, turn, arguments)
-            put = functools.partial(dealing.put, chunk=chunk)
-            state = tuple(map(put, state, wholes, new_state))
-            return put(output, leaf.shape, new_output), state, turn
+            new, turn = _apart(step_of, turn, arguments)
+            return tuple(map(functools.partial(dealing.put, chunk=chunk), state, wholes, new)), turn
 
-        place = dealt[replaces]
-        output = place if in_place else jnp.zeros_like(place, dtype=shape.dtype)
-        before = output, tuple(map(dealing.deal, carried)), self._turn
-        output, state, self._turn = jax.lax.fori_loop(0, math.prod(cuts), body, before)
-        return output.reshape(leaf.shape), tuple(map(jnp.reshape, state, wholes))
+        begin = tuple(map(dealing.deal, carried)), self._turn
+        state, self._turn = jax.lax.fori_loop(0, dealing.chunks, body, begin)
+        return tuple(map(jnp.reshape, state, wholes))
 
 
 class _Dealing(NamedTuple):
@@ -120,6 +150,17 @@ class _Dealing(NamedTuple):
     shape: tuple[int, ...]
     shards: tuple[int, ...]
     cuts: tuple[int, ...]
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return math.prod(self.cuts)
+
+    @property
+    def all_rows(self) -> Rows:
+        """The rows of the whole leaf, in one run for each device."""
+        whole = self._replace(cuts=(1,) * len(self.cuts))
+        return whole.rows(jnp.zeros([], jnp.int32))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -156,7 +197,7 @@ class _Dealing(NamedTuple):
     ) -> jax.Array:
         """``x`` with a chunk replaced."""
         if math.prod(self._cuts_of(whole)) == 1:
-            return x
+            return part
         starts, sizes = self._place(whole, chunk)
         return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
 
@@ -224,11 +265,12 @@ def _apart(step: Callable[..., Any], turn: jax.Array, arguments: Any) -> tuple[A
     )
 
 
-def _cuts(leaf: jax.Array) -> tuple[int, ...]:
+def _deal(leaf: jax.Array) -> _Dealing:
     """Into how many chunks each axis but the last is cut."""
+    shards = tuple(_shards(leaf, axis) for axis in range(leaf.ndim - 1 if leaf.size else 0))
     budget, cuts = max(1, 2 * math.ceil(leaf.size / CHUNK) - 1), []
-    for axis, rows in enumerate(leaf.shape[:-1] if leaf.size else ()):
-        dealt = rows // _shards(leaf, axis)
+    for axis, among in enumerate(shards):
+        dealt = leaf.shape[axis] // among
         divisors = [cut for cut in range(1, min(dealt, budget) + 1) if dealt % cut == 0]
         choices = [divisors]
         if axis == leaf.ndim - 2:
@@ -236,7 +278,7 @@ def _cuts(leaf: jax.Array) -> tuple[int, ...]:
             choices = [[c for c in enough if dealt // c % tile == 0] for tile in TILES] + choices
         cuts.append(max(next(filter(None, choices))))
         budget //= cuts[-1]
-    return tuple(cuts)
+    return _Dealing(leaf.shape, shards, tuple(cuts))
 
 
 def _shards(leaf: jax.Array, axis: int) -> int:

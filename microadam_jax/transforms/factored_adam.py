@@ -77,8 +77,8 @@ def scale_by_factored_adam(
         The transformation. Its state takes 0.53 bytes per parameter and 4 for each row and column.
 
     Raises:
-        ValueError: if a codec does not exist; in ``update``, if the state was made for another
-            partition or through another codec.
+        ValueError: if a codec does not exist or has no negative numbers; in ``update``, if the
+            state was made for another partition or through another codec.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -91,7 +91,7 @@ def scale_by_factored_adam(
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
     partition = partition or Partition()
-    storage = as_storage(mu_codec)
+    storage = as_storage(mu_codec).signed("mu")
 
     def init(params: optax.Params) -> ScaleByFactoredAdamState:
         assign = partition.assign(params)
@@ -162,7 +162,6 @@ def scale_by_factored_adam(
                 step,
                 stored,
                 (g, row_root, col_root, *read_by(finish, target)),
-                chunkable=codec.chunkable,
                 replaces=replaced_by(finish),
             )
             return scaled, nu_row, nu_col, *stored

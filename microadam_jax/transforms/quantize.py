@@ -1,6 +1,5 @@
 """Any optimizer with its state in few bits."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise
+from microadam_jax.transforms.stored_leaf import StoredField, StoredLeaf, split
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
@@ -85,10 +85,9 @@ def quantize_state(
     """
     inner = optax.with_extra_args_support(inner)
     storages = {name: as_storage(storage) for name, storage in codecs.items()}
-    for name, storage in storages.items():
-        unsigned = [codec.name for codec in storage.codecs if not codec.signed]
-        if name in SIGNED_FIELDS and unsigned:
-            raise ValueError(f"{name!r} has both signs, which {unsigned[0]} cannot hold.")
+    for name in SIGNED_FIELDS:
+        if name in storages:
+            storages[name].signed(name)
     if elementwise:
         require_elementwise(inner)
 
@@ -202,7 +201,7 @@ class _Step(NamedTuple):
         """Updates each leaf by itself, in chunks."""
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
-        fields: list[_Field] = []
+        fields: list[StoredField] = []
 
         def per_leaf(name: str, value: Any) -> bool:
             if name in self.storages:
@@ -219,7 +218,7 @@ class _Step(NamedTuple):
                 return _map_fields(find, shapes, stored)
             storage = self.storages.get(name, Unstored())
             columns = storage.columns(stored, name)
-            fields.append(_Field(name, storage, storage.assign(shapes), columns))
+            fields.append(StoredField(name, storage, storage.assign(shapes), columns))
             return None
 
         def with_leaves(values: Iterator[Any]) -> Any:
@@ -253,27 +252,39 @@ class _Step(NamedTuple):
             finish: Callable[..., jax.Array],
             *slots: jax.Array,
         ) -> Arrays:
-            codecs = [field.codec_of(path, g) for field in fields]
-            for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
-                field.storage.require(path, codec, own, g)
+            leaf = StoredLeaf(fields, [field.codec_of(path, g) for field in fields])
+            leaf.require(path, slots, g)
 
-            def step(part: Rows, carried: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
-                g, p = inputs
-                rows = list(zip(fields, codecs, _split(carried, widths), strict=True))
-                decoded = [f.storage.decode(codec, own, g.shape) for f, codec, own in rows]
-                state = with_leaves(iter(decoded))
+            def draw(name: str, rows: Rows) -> Draw:
+                return self.draw(name, path, rows)
+
+            def advance(g: jax.Array, p: jax.Array, slots: Arrays) -> tuple[Any, list[Any]]:
+                """The update, and what the fields shall hold."""
+                state = with_leaves(leaf.decode(slots, g.shape))
                 scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
-                encoded: list[jax.Array] = []
-                for (field, codec, own), new in zip(rows, leaves_of(state), strict=True):
-                    draw = self.draw(field.name, path, part) if codec.needs_key else None
-                    encoded += field.storage.encode(codec, new, own, draw)
-                scaled = jnp.asarray(scaled, p.dtype)
-                return finish(scaled, *read_by(finish, p)), tuple(encoded)
+                return scaled, leaves_of(state)
 
-            chunkable = all(codec.chunkable for codec in codecs)
-            scaled, new = turns.take(
-                step, slots, (g, p), chunkable=chunkable, replaces=replaced_by(finish)
-            )
+            def measure(rows: Rows, inputs: Arrays) -> Arrays:
+                g, p, *slots = inputs
+                _, moments = advance(g, p, tuple(slots))
+                return leaf.measure(moments, rows.runs)
+
+            def step(rows: Rows, by_row: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
+                g, *arrays, p = inputs
+                before, shared = split(tuple(arrays), [len(shared_before)] * 2)
+                slots = leaf.join(by_row, before)
+                scaled, moments = advance(g, p, slots)
+                new, _ = leaf.part(leaf.encode(moments, slots, shared, draw, rows))
+                scaled = jnp.asarray(scaled, p.dtype)
+                return finish(scaled, *read_by(finish, p)), new
+
+            by_row, shared_before = leaf.part(slots)
+            shared = ()
+            if shared_before:  # a first round finds what rows share, a second one updates them
+                shared = leaf.combine(turns.largest(measure, (g, p, *slots)))
+            inputs = g, *shared_before, *shared, p
+            scaled, by_row = turns.take(step, by_row, inputs, replaces=replaced_by(finish))
+            new = leaf.join(by_row, shared)
             return scaled, *new
 
         columns = [column for field in fields for column in field.columns]
@@ -282,7 +293,7 @@ class _Step(NamedTuple):
             update_leaf, 1 + len(columns), gradients, others, self.finish, *columns
         )
         new = [boxed_like(column, before) for column, before in zip(new, columns, strict=True)]
-        by_field = _split(tuple(new), widths)
+        by_field = split(tuple(new), widths)
         # What is not kept for each leaf, such as the step count, follows from any leaf.
         nothing = jnp.zeros(0)
         _, shared = self.inner.update(
@@ -296,20 +307,6 @@ class _Step(NamedTuple):
             return _map_fields(assemble, shapes, new)
 
         return scaled, _map_fields(assemble, shapes, shared)
-
-
-class _Field(NamedTuple):
-    """A field that has an array for each leaf, or several."""
-
-    name: str
-    storage: Storage | Unstored
-    codec_of: Callable[[KeyPath, Any], Codec]
-    columns: tuple[Any, ...]
-
-
-def _split(values: Arrays, widths: list[int]) -> list[Arrays]:
-    ends = list(itertools.accumulate(widths))
-    return [values[end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _map_fields(

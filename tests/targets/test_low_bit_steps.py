@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from microadam_jax import (
     adam_mini4bit,
     adam_mini8bit,
+    adamw4bit,
     adamw4bit_factored,
     adamw8bit,
     adamw_fp8,
@@ -36,12 +37,12 @@ def temporaries(make: Callable[..., optax.GradientTransformation], mesh: Mesh, o
 
 
 @pytest.mark.parametrize(
-    "make", [adamw8bit, adamw_fp8, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
+    "make", [adamw8bit, adamw_fp8, adamw4bit, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
 )
 def test_on_a_tpu(make: Callable[..., optax.GradientTransformation], v5e: Mesh) -> None:
     assert temporaries(make, v5e, "tpu") < 0.1
 
 
-@pytest.mark.parametrize("make", [adamw8bit, adam_mini4bit])
+@pytest.mark.parametrize("make", [adamw8bit, adamw4bit, adam_mini4bit])
 def test_on_a_gpu(make: Callable[..., optax.GradientTransformation], h200: Mesh) -> None:
     assert temporaries(make, h200, "cuda") < 0.1

@@ -100,7 +100,9 @@ def test_leaf_by_leaf_is_at_once(rounding: str) -> None:
     )
 
 
-@pytest.mark.parametrize("make", [adamw8bit, adamw_fp8, adam_mini4bit, adamw4bit_factored])
+@pytest.mark.parametrize(
+    "make", [adamw8bit, adamw_fp8, adamw4bit, adam_mini4bit, adamw4bit_factored]
+)
 def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
     params = tree()
     whole, whole_state = run(make(1e-3), params)
@@ -245,8 +247,14 @@ def test_bad_arguments_are_refused() -> None:
         quantize_state(adam, {"trace": "dynamic8"}).init(tree())
     with pytest.raises(ValueError, match="'mu' has both signs, which linear4_unsigned"):
         quantize_state(adam, {"mu": "linear4_unsigned"})
+    for make in (adam_mini, adamw4bit_factored):
+        with pytest.raises(ValueError, match="'mu' has both signs, which rank1"):
+            make(1e-3, mu_codec="rank1_linear4")
     with pytest.raises(ValueError, match="elementwise=True promises"):
         quantize_state(optax.contrib.muon(1e-3), {"mu": "dynamic8"}, elementwise=True)
+    for make in (adam_mini, adamw4bit_factored):
+        with pytest.raises(ValueError, match="'mu' has both signs, which rank1"):
+            make(1e-3, mu_codec="rank1_linear4")
     with pytest.raises(ValueError, match="elementwise=True promises"):
         quantize_state(
             optax.chain(optax.clip_by_global_norm(1.0), adam), {"mu": "dynamic8"}, elementwise=True
@@ -279,7 +287,7 @@ def llama_100m() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "make", [adamw8bit, adamw_fp8, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
+    "make", [adamw8bit, adamw_fp8, adamw4bit, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
 )
 def test_temporaries_are_small(make) -> None:
     """With gradient and state donated: no float32 moment is written, nor an update twice."""

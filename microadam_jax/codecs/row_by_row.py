@@ -1,0 +1,30 @@
+"""Codecs that encode each row by itself."""
+
+import abc
+from typing import Any
+
+import jax
+
+from microadam_jax.codecs.rounding import Draw
+
+
+class RowByRow(abc.ABC):
+    """What such a codec says of the rows of a chunk: they share nothing with those of others."""
+
+    @property
+    def shared(self) -> str | None:
+        """No array of it belongs to all rows."""
+        return None
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> Any:
+        """Encodes the float32 tensor ``x``."""
+
+    def measure(self, x: jax.Array, runs: tuple[int, ...] = ()) -> None:
+        """Nothing is needed of other rows."""
+        del x, runs
+
+    def encode_rows(self, x: jax.Array, key: jax.Array | Draw | None, shared: None) -> Any:
+        """Encodes some rows of a tensor, which is no different from encoding all."""
+        del shared
+        return self.encode(x, key)
