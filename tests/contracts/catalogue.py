@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
@@ -286,6 +287,23 @@ VARIANTS = {
         projected_momentum, {"decay": 0.9}, decays=False, projects=True
     ),
 }
+
+# One of each way of keeping a state; the others differ in what they compute.
+SAMPLE = (
+    "microadam, all compressed",
+    "adam_mini",
+    "came",
+    "adamw8bit",
+    "adamw4bit",
+    "sparse_mfac",
+    "galore",
+    "snsm",
+)
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """``make test`` takes the sample, ``make matrix`` the others."""
+    return () if name in SAMPLE else (pytest.mark.matrix,)
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:

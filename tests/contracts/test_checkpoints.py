@@ -23,7 +23,7 @@ from microadam_jax import (
     state_format,
     state_shardings,
 )
-from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, parameters
+from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, marks_of, parameters
 from tests.contracts.test_sharding import mesh_of, place
 
 pytestmark = [
@@ -52,7 +52,7 @@ def run(tx: optax.GradientTransformation, params: Any, state: Any, steps: range)
     return state
 
 
-@pytest.mark.parametrize("name", [name for name in RESUMED if name != "microadam"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in RESUMED])
 def test_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     tx, (params, _) = RESUMED[name].make(), saveable()
     halfway = run(tx, params, tx.init(params), range(5))  # the window of 3 has wrapped

@@ -10,10 +10,13 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.contracts.catalogue import ENTRIES, SPECS, Entry, gradients, parameters
+from tests.contracts.catalogue import ENTRIES, SPECS, Entry, gradients, marks_of, parameters
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
-each_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+each_entry = pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, id=name, marks=marks_of(name)) for name, entry in ENTRIES.items()],
+)
 
 
 def avals(tree: Any) -> Any:

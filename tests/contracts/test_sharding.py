@@ -15,7 +15,15 @@ from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Axes, Fused, Partition, microadam, scale_by_adam_mini
 from microadam_jax.compressors import PowerSGD
-from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
+from tests.contracts.catalogue import (
+    ENTRIES,
+    SPECS,
+    VARIANTS,
+    Entry,
+    gradients,
+    marks_of,
+    parameters,
+)
 
 COLLECTIVE = re.compile(
     r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -90,8 +98,9 @@ def state_shardings(
 
 
 # Every layout for one of them; for the others the one that shards every axis.
-CASES = [(name, "fsdp and tensor") for name in SHARDED] + [
-    ("microadam, all compressed", layout) for layout in ("fsdp", "tensor")
+CASES = [
+    *(pytest.param(name, "fsdp and tensor", marks=marks_of(name)) for name in SHARDED),
+    *(("microadam, all compressed", layout) for layout in ("fsdp", "tensor")),
 ]
 
 
@@ -155,7 +164,7 @@ def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, m
 
 
 @pytest.mark.parametrize("mode", AXES)
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in SHARDED])
 def test_state_made_eagerly_lies_where_its_parameter_lies(name: str, mode: str) -> None:
     tx, specs, mesh = SHARDED[name].make(), specs_for(name, "fsdp and tensor"), mesh_of(mode)
     with jax.set_mesh(mesh):
