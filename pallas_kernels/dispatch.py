@@ -88,15 +88,16 @@ def _placement(
     types = set(mesh.axis_types)
     if types == {AxisType.Manual}:
         return None
-    if types == {AxisType.Explicit} and mesh.size > 1:
+    explicit = types == {AxisType.Explicit}
+    if explicit:
         sharding = jax.typeof(array).sharding
     if sharding is not None:
         axes = list(sharding.spec)
         while axes and axes[-1] is None:
             axes.pop()
-        return (
-            NamedSharding(sharding.mesh, PartitionSpec(*axes)) if sharding.mesh.size > 1 else None
-        )
+        # On a mesh of one device too: what has a sharding in its type no kernel can index.
+        mapped = explicit or sharding.mesh.size > 1
+        return NamedSharding(sharding.mesh, PartitionSpec(*axes)) if mapped else None
     if mesh.empty:
         # Who names a kernel knows; should the arrays be sharded after all, the compiler says so.
         return None if named or jax.device_count() == 1 else "no mesh is set"

@@ -24,13 +24,15 @@ def kernel_on_mesh(
     spec: P,
     *,
     implementation: str = "mosaic_tpu",
+    side: int = 2,
     told: bool = False,
     context: bool = True,
 ) -> None:
     arguments = (jnp.asarray(blocks_of("normal", shape)), *residual_of(shape))
     run = functools.partial(topk_compress, k=3)
     expected = run(*arguments, implementation="xla")
-    mesh = jax.make_mesh((2, 2), ("a", "b"), (mode,) * 2, devices=jax.devices()[:4])
+    devices = jax.devices()[: side * side]
+    mesh = jax.make_mesh((side, side), ("a", "b"), (mode,) * 2, devices=devices)
     sharding = NamedSharding(mesh, spec)
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         placed = jax.device_put(arguments, sharding)
@@ -45,9 +47,13 @@ def kernel_on_mesh(
     assert found[1].sharding.spec[: len(spec)] == tuple(spec)
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-def test_explicit_axes_place_the_kernel(implementation: str) -> None:
-    kernel_on_mesh(AxisType.Explicit, (4, 512), P("a", "b"), implementation=implementation)
+@pytest.mark.parametrize(
+    ("implementation", "side"), [("mosaic_tpu", 2), ("triton", 2), ("triton", 1)]
+)
+def test_explicit_axes_place_the_kernel(implementation: str, side: int) -> None:
+    kernel_on_mesh(
+        AxisType.Explicit, (4, 512), P("a", "b"), implementation=implementation, side=side
+    )
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
