@@ -38,10 +38,9 @@ from microadam_jax import (
 from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
 from microadam_jax.models import Shapes
 from microadam_jax.transforms.descent import Fusable
-from pallas_kernels.dispatch import IMPLEMENTATIONS
 
-# Which of the kernels, as far as there are any, are made for a platform.
-KERNELS = {"cpu": (), "gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
+# Which of the kernels are made for a platform.
+KERNELS = {"cpu": (), "gpu": ("triton",), "tpu": ("mosaic_tpu",)}
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "AdamW (Optax)": lambda: optax.adamw(1e-3),
     "Adam-mini": lambda: microadam_jax.adam_mini(1e-3),
@@ -133,9 +132,8 @@ def optimizers(only: tuple[str, ...]) -> Iterator[tuple[str, optax.GradientTrans
     for name, make in OPTIMIZERS.items():
         if name.startswith(("AdamW (Optax)", *only)):
             yield name, make()
-    kernels = KERNELS[jax.default_backend()]
     for layout_name, layout in MICROADAM_LAYOUTS.items():
-        for implementation in ("xla", *(kernel for kernel in kernels if kernel in IMPLEMENTATIONS)):
+        for implementation in ("xla", *KERNELS[jax.default_backend()]):
             name = f"MicroAdam, {layout_name}, {implementation}"
             if name.startswith(only):
                 chosen = dataclasses.replace(
