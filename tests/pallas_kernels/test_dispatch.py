@@ -111,5 +111,5 @@ def test_unknown_implementations_are_refused() -> None:
         Window(implementation="cuda")
     with pytest.raises(ValueError, match=r"topk_compress.implementation must be None.*got 'cuda'"):
         topk_compress(jnp.zeros((4, 512)), *residual_of((4, 512)), k=3, implementation="cuda")
-    with pytest.raises(NotImplementedError, match="no 'mosaic_gpu': its division.*use 'triton'"):
+    with pytest.raises(NotImplementedError, match=r"no 'mosaic_gpu': its division.*use 'triton'"):
         top_k(implementation="mosaic_gpu")
