@@ -7,10 +7,25 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
+# Tried and left out; docs/performance.md has the details.
+LEFT_OUT = {
+    "mosaic_gpu": "its division is an approximation, and the oldest JAX that this library runs on "
+    "can neither interpret such a kernel nor let it update a state in place"
+}
 
 
 def check_implementation(owner: str, implementation: str | None) -> None:
-    """Raises ValueError unless ``implementation`` is None or one of the known names."""
+    """Raises an error unless ``implementation`` is None or one of the known names.
+
+    Raises:
+        NotImplementedError: if it was tried and left out; says why.
+        ValueError: if there is no such implementation.
+    """
+    if implementation in LEFT_OUT:
+        raise NotImplementedError(
+            f"{owner}: there is no {implementation!r}: {LEFT_OUT[implementation]}. On GPUs use "
+            "'triton' or 'xla'."
+        )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{owner}.implementation must be None, which picks by device, or one of "
@@ -48,7 +63,9 @@ def run(
 
     Raises:
         NotImplementedError: if a named implementation cannot run; says why.
+        ValueError: if there is no implementation of this name.
     """
+    check_implementation(operation, implementation)
     if implementation == "xla":
         return xla(*arrays, *scalars)
     place = _placement(arrays[0], sharding, named=implementation is not None)
@@ -88,15 +105,16 @@ def _placement(
     types = set(mesh.axis_types)
     if types == {AxisType.Manual}:
         return None
-    if types == {AxisType.Explicit} and mesh.size > 1:
+    explicit = types == {AxisType.Explicit}
+    if explicit:
         sharding = jax.typeof(array).sharding
     if sharding is not None:
         axes = list(sharding.spec)
         while axes and axes[-1] is None:
             axes.pop()
-        return (
-            NamedSharding(sharding.mesh, PartitionSpec(*axes)) if sharding.mesh.size > 1 else None
-        )
+        # On a mesh of one device too: what has a sharding in its type no kernel can index.
+        mapped = explicit or sharding.mesh.size > 1
+        return NamedSharding(sharding.mesh, PartitionSpec(*axes)) if mapped else None
     if mesh.empty:
         # Who names a kernel knows; should the arrays be sharded after all, the compiler says so.
         return None if named or jax.device_count() == 1 else "no mesh is set"

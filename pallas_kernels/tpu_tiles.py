@@ -19,6 +19,15 @@ def unsupported(shape: tuple[int, ...], size: int) -> str | None:
     return None
 
 
+def are_filled(count: int) -> bool:
+    """Whether ``count`` blocks of a row fill the compiler's own tiles, of eight or of four.
+
+    Then it lays out the blocks of a state next to the rows' last axis; otherwise that would pad
+    them, and what it chooses depends on the dtype.
+    """
+    return count % BLOCKS == 0 or count == 4
+
+
 def cost(operations: int, arrays: Sequence[Any]) -> pl.CostEstimate:
     """What a kernel costs that reads or writes each of ``arrays`` once, for XLA's schedule.
 

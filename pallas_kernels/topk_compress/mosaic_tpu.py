@@ -47,8 +47,8 @@ def compress(
     if dtype == jnp.float16:  # which the compiler does not load
         gradient = jax.lax.bitcast_convert_type(gradient, jnp.int16)
     codes = codes.reshape(outer, rows, count, SIZE // 2)
-    # As the compiler lays out the state: rows are the second axis where blocks would pad it.
-    rows_inside = count % BLOCKS != 0 and count != 4
+    # As the compiler lays out the state.
+    rows_inside = not tpu_tiles.are_filled(count)
     if rows_inside:
         codes = codes.swapaxes(1, 2)
     low, high = (x.reshape(outer, rows, count).swapaxes(1, 2) for x in (low, high))

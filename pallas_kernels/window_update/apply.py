@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from pallas_kernels import dispatch
-from pallas_kernels.window_update import mosaic_tpu, reference
+from pallas_kernels import dispatch, gpu_blocks
+from pallas_kernels.window_update import mosaic_tpu, reference, triton
 from pallas_kernels.window_update.api import check_shapes
 
 
@@ -49,7 +49,7 @@ def window_apply(
         step: scalar :math:`s`, minus the learning rate.
         decay: scalar :math:`\lambda`; None for no decay.
         size: elements in a block.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``.
         interpret: runs the kernel as ordinary operations, on any device.
         sharding: where the tensor lies, on a mesh with Auto axes.
 
@@ -72,16 +72,23 @@ def window_apply(
     """
     n = params.shape[-1]
     check_shapes(values, indices, size, n)
-    kernel = functools.partial(mosaic_tpu.window_apply, interpret=interpret)
     entries = values.shape[-2] * values.shape[-1]
-    reason = mosaic_tpu.unsupported(params.shape, size, entries)
-    if params.dtype not in (jnp.float32, jnp.bfloat16):
-        reason = f"parameters must be float32 or bfloat16; these are {params.dtype}"
     return dispatch.run(
         "window_apply",
         implementation,
         functools.partial(reference.window_apply, size=size),
-        {"mosaic_tpu": (kernel, reason)},
+        {
+            "mosaic_tpu": (
+                functools.partial(mosaic_tpu.window_apply, interpret=interpret),
+                mosaic_tpu.unsupported(params.shape, size, entries)
+                or _untaken(params.dtype, "float32", "bfloat16"),
+            ),
+            "triton": (
+                functools.partial(triton.window_apply, size=size, interpret=interpret),
+                gpu_blocks.unsupported(params.shape, size, entries)
+                or _untaken(params.dtype, "float32", "bfloat16", "float16"),
+            ),
+        },
         (values, indices, params),
         (
             mu_weights,
@@ -94,3 +101,8 @@ def window_apply(
         padded=n % size != 0,
         sharding=sharding,
     )
+
+
+def _untaken(dtype: jnp.dtype, *taken: str) -> str | None:
+    """Why a kernel that takes parameters of some dtypes takes none of ``dtype``, or None."""
+    return None if dtype in taken else f"parameters must be {' or '.join(taken)}; these are {dtype}"

@@ -93,6 +93,12 @@ def _call(
         .reshape(outer, entries, count, rows)
         for x in (values, indices)
     )
+    if not interpret and tpu_tiles.are_filled(count):
+        # A window that the compiler fetches ahead of time gets its new row on the chip, and all
+        # of it is written back; where it lies, only the row is.
+        values, indices = (
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (values, indices)
+        )
     each = pl.BlockSpec((None, entries, tile, ROWS), lambda o, r, b: (o, 0, b, r))
     dense = pl.BlockSpec((None, ROWS, tile * SIZE), lambda o, r, b: (o, r, b))
     in_smem = [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +11,34 @@ from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Window, top_k
 from pallas_kernels.topk_compress import topk_compress
+from pallas_kernels.window_update import window_apply, window_update
 from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of
+from tests.pallas_kernels.test_window_update import window_of
+
+KERNELS = ["mosaic_tpu", "triton"]
 
 
 def kernel_on_mesh(
-    mode: AxisType, shape: tuple[int, ...], spec: P, *, told: bool = False, context: bool = True
+    mode: AxisType,
+    shape: tuple[int, ...],
+    spec: P,
+    *,
+    implementation: str = "mosaic_tpu",
+    side: int = 2,
+    told: bool = False,
+    context: bool = True,
 ) -> None:
     arguments = (jnp.asarray(blocks_of("normal", shape)), *residual_of(shape))
     run = functools.partial(topk_compress, k=3)
     expected = run(*arguments, implementation="xla")
-    mesh = jax.make_mesh((2, 2), ("a", "b"), (mode,) * 2, devices=jax.devices()[:4])
+    devices = jax.devices()[: side * side]
+    mesh = jax.make_mesh((side, side), ("a", "b"), (mode,) * 2, devices=devices)
     sharding = NamedSharding(mesh, spec)
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         placed = jax.device_put(arguments, sharding)
         kernel = functools.partial(
             run,
-            implementation="mosaic_tpu",
+            implementation=implementation,
             interpret=True,
             sharding=sharding if told else None,
         )
@@ -34,8 +47,34 @@ def kernel_on_mesh(
     assert found[1].sharding.spec[: len(spec)] == tuple(spec)
 
 
-def test_explicit_axes_place_the_kernel() -> None:
-    kernel_on_mesh(AxisType.Explicit, (4, 512), P("a", "b"))
+@pytest.mark.parametrize(
+    ("implementation", "side"), [("mosaic_tpu", 2), ("triton", 2), ("triton", 1)]
+)
+def test_explicit_axes_place_the_kernel(implementation: str, side: int) -> None:
+    kernel_on_mesh(
+        AxisType.Explicit, (4, 512), P("a", "b"), implementation=implementation, side=side
+    )
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_of_a_window_have_on_shards_the_bits_of_one_device(implementation: str) -> None:
+    weights = jnp.linspace(1, 0.5, 3)
+    window = window_of((4, 1024), 3, 2)
+    params = jnp.asarray(blocks_of("normal", (4, 1024)))
+    options = {"size": 256, "implementation": implementation, "interpret": True}
+
+    @jax.jit
+    def both(window: Any, params: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u = window_update(*window, weights, weights, 0.0, n=1024, **options)
+        step = jnp.float32(-0.5)
+        return u, window_apply(*window, params, weights, weights, 0.0, step, **options)
+
+    expected = both(window, params)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = both(*jax.device_put((window, params), NamedSharding(mesh, P("a", "b"))))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(x.sharding.spec == P("a", "b") for x in found)
 
 
 def test_auto_axes_refuse_a_named_kernel() -> None:
@@ -70,3 +109,7 @@ def test_unknown_implementations_are_refused() -> None:
         top_k(implementation="cuda")
     with pytest.raises(ValueError, match=r"Window.implementation must be None.*got 'cuda'"):
         Window(implementation="cuda")
+    with pytest.raises(ValueError, match=r"topk_compress.implementation must be None.*got 'cuda'"):
+        topk_compress(jnp.zeros((4, 512)), *residual_of((4, 512)), k=3, implementation="cuda")
+    with pytest.raises(NotImplementedError, match=r"no 'mosaic_gpu': its division.*use 'triton'"):
+        top_k(implementation="mosaic_gpu")

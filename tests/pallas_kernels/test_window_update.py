@@ -66,44 +66,59 @@ def test_what_does_not_fit_is_refused() -> None:
         )
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize(
     ("shape", "decay"), [((37, 512), None), ((5, 700), 0.25), ((2, 9, 512), 0.25)]
 )
-def test_applied_it_agrees_with_the_reference(shape: tuple[int, ...], decay: float | None) -> None:
-    found, expected = applied(shape, "float32", decay)
+def test_applied_it_agrees_with_the_reference(
+    implementation: str, shape: tuple[int, ...], decay: float | None
+) -> None:
+    found, expected = applied(implementation, shape, "float32", decay)
     # The reference may contract a product and a sum, and the kernel others.
     np.testing.assert_allclose(found, expected, rtol=3e-7, atol=3e-7)
 
 
-def test_applied_to_bfloat16_it_rounds_the_parameter_once() -> None:
-    found, expected = applied((37, 512), "bfloat16", 0.25)
-    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_applied_to_bfloat16_it_rounds_the_parameter_once(implementation: str) -> None:
+    found, expected = applied(implementation, (37, 512), "bfloat16", 0.25)
     np.testing.assert_allclose(found, expected, rtol=2**-7, atol=2**-9)
 
 
-def applied(shape: tuple[int, ...], dtype: str, decay: float | None) -> tuple[Any, Any]:
+def test_triton_applies_to_float16_and_to_vectors() -> None:
+    found, expected = applied("triton", (700,), "float16", 0.25)
+    np.testing.assert_allclose(found, expected, rtol=2**-10, atol=2**-12)
+
+
+def applied(
+    implementation: str, shape: tuple[int, ...], dtype: str, decay: float | None
+) -> tuple[Any, Any]:
+    """In float32, what the kernel and the reference make of parameters of ``dtype``."""
     weights = jnp.asarray(0.9 ** np.arange(10), jnp.float32)
     params = jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
     scalars = [None if x is None else jnp.asarray(x, dtype) for x in (-0.125, decay)]
     arguments = (*window_of(shape, 10, 3), params, weights, 0.5 * weights, 1e-8, *scalars)
     run = functools.partial(window_apply, size=SIZE)
     expected = jax.jit(functools.partial(run, implementation="xla"))(*arguments)
-    found = jax.jit(functools.partial(run, implementation="mosaic_tpu", interpret=True))(*arguments)
+    kernel = functools.partial(run, implementation=implementation, interpret=True)
+    found = jax.jit(kernel)(*arguments)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype) == (shape, dtype)
-    return found, expected
+    return np.asarray(found, np.float32), np.asarray(expected, np.float32)
 
 
-def test_a_kernel_applies_to_no_other_dtype() -> None:
-    window, weights = window_of((9, 512), 10, 3), jnp.ones(10)
-    params = jnp.zeros((9, 512), jnp.float16)
-    with pytest.raises(NotImplementedError, match="float32 or bfloat16; these are float16"):
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "taken"),
+    [("mosaic_tpu", "float16", "float32 or bfloat16"), ("triton", "int32", "bfloat16 or float16")],
+)
+def test_a_kernel_applies_to_no_other_dtype(implementation: str, dtype: str, taken: str) -> None:
+    weights = jnp.ones(10)
+    with pytest.raises(NotImplementedError, match=f"{taken}; these are {dtype}"):
         window_apply(
-            *window,
-            params,
+            *window_of((9, 512), 10, 3),
+            jnp.zeros((9, 512), dtype),
             weights,
             weights,
             0.0,
             jnp.float32(1),
             size=SIZE,
-            implementation="mosaic_tpu",
+            implementation=implementation,
         )

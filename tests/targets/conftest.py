@@ -31,13 +31,13 @@ def tpu_devices(topology: str) -> np.ndarray:
 
 @functools.cache
 def h200_devices() -> np.ndarray:
-    """One H200; skips where there is no compiler."""
+    """Two H200s; skips where there is no compiler."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("the GPU compiler (jax_cuda13_plugin) is not installed: make test-targets")
     jax.devices()  # looks for plugins, and so registers the compiler
     target = (Path(__file__).parent / "h200.txtpb").read_text()
     description = topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x1", target_config=target
+        "h200", platform="cuda", topology="1x1x2", target_config=target
     )
     return np.array(description.devices)
 
@@ -67,3 +67,10 @@ def tpu_mesh(request: pytest.FixtureRequest) -> Mesh:
 def h200() -> Mesh:
     """One NVIDIA H200."""
     return Mesh(h200_devices()[:1], ("x",))
+
+
+@pytest.fixture(params=[1, 2])
+def h200_mesh(request: pytest.FixtureRequest) -> Mesh:
+    """One NVIDIA H200 or two, with Explicit axes."""
+    devices = h200_devices()[: request.param].reshape(1, -1)
+    return Mesh(devices, ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)

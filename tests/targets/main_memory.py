@@ -26,7 +26,7 @@ def bytes_moved(program: str) -> int:
     """Bytes by which the instructions of the program's entry read and write the main memory.
 
     Each array counts once for each instruction that reads or writes it, without the padding of
-    tiles; one of which only a row is overwritten counts as a whole.
+    tiles; of one that is updated in place, the part that is overwritten.
     """
     entry = program[program.index("\nENTRY") :]
     results: dict[str, str] = {}
@@ -42,8 +42,23 @@ def bytes_moved(program: str) -> int:
             total += _transferred(result, sliced=operation == "slice-start")
         else:
             sources = dict.fromkeys(re.findall(r"%[\w.-]+", operands))
-            total += sum(map(_in_main_memory, [result, *map(results.__getitem__, sources)]))
+            arrays = [result, *map(results.__getitem__, sources)]
+            if "dynamic-update-slice" in name:
+                arrays.remove(result)  # the operand that has the result's place
+                arrays[0] = _overwritten(program, line, result)
+            total += sum(map(_in_main_memory, arrays))
     return total
+
+
+def _overwritten(program: str, fusion: str, result: str) -> str:
+    """The part of the result that a fusion around a dynamic-update-slice writes."""
+    (called,) = re.findall(r"calls=(%[\w.-]+)", fusion)
+    body = program[program.index(f"\n{called} (") :].split("\n}", 1)[0]
+    parts = {match[1]: match for line in body.splitlines() if (match := INSTRUCTION.match(line))}
+    (update,) = (match[4] for match in parts.values() if match[3] == "dynamic-update-slice")
+    shape = ARRAY.search(parts[update.split(", ")[1]][2])
+    assert shape
+    return re.sub(r"\[.*?\]", f"[{shape[3]}]", result)
 
 
 def _transferred(result: str, *, sliced: bool) -> int:

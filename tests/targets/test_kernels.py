@@ -136,3 +136,15 @@ def test_window_update_on_h200(h200: Mesh) -> None:
     )
     assert program.memory_analysis().temp_size_in_bytes <= 0.05 * 4 * math.prod(shape)
     assert MOVED.findall(program.as_text()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_window_apply_on_h200_is_in_place(h200: Mesh, dtype: str) -> None:
+    shape, window = (37, 1000), (37, 4, 10, 3)
+    arrays = (window, jnp.bfloat16), (window, jnp.uint8), (shape, jnp.dtype(dtype))
+    weights, eps, scalar = ((10,), jnp.float32), ((), jnp.float32), ((), jnp.dtype(dtype))
+    apply = functools.partial(window_apply, size=256, implementation="triton")
+    arguments = *arrays, weights, weights, eps, scalar, scalar
+    program = compiled(apply, h200, "cuda", *arguments, donate=(2,))
+    is_in_place_without_copies(program, math.prod(shape) * jnp.dtype(dtype).itemsize)
+    assert 'custom_call_target="__gpu$xla.gpu.triton"' in program.as_text()

@@ -1,6 +1,5 @@
 """The whole update of a Llama-like tree: in place, and on TPU meshes each chip by itself."""
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -36,14 +35,14 @@ def placed(mesh: Mesh, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
 
-def arguments(mesh: Mesh) -> tuple[Any, Any]:
+def arguments(mesh: Mesh, optimizer: Any = MICROADAM) -> tuple[Any, Any]:
     """Parameters and state, which carry the parameters' specs verbatim."""
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in TREE.items()}
     specs = {name: spec for name, (_, spec) in TREE.items()}
     state = optax.tree_utils.tree_map_params(
-        MICROADAM,
+        optimizer,
         lambda leaf, spec: placed(mesh, leaf, spec),
-        jax.eval_shape(MICROADAM.init, shapes),
+        jax.eval_shape(optimizer.init, shapes),
         specs,
         transform_non_params=lambda leaf: placed(mesh, leaf, P()),
     )
@@ -112,28 +111,23 @@ def is_local_and_in_place(program: Any, mesh: Mesh, donated: Any, temporaries: f
     assert memory.temp_size_in_bytes <= temporaries + 0.05 * kept
 
 
-def test_the_update_of_microadam_is_in_place_on_an_h200(h200: Mesh) -> None:
-    blocks = Blocks(256)
-    optimizer = microadam(
-        1e-3,
-        layout=MicroAdamLayout(
-            top_k(blocks=blocks, implementation="triton"),
-            affine4(blocks),
-            Window(implementation="triton"),
-        ),
+@pytest.mark.parametrize(
+    ("h200_mesh", "step"), [(1, "update"), (2, "fused")], indirect=["h200_mesh"]
+)
+def test_on_h200s_it_is_local_and_in_place(step: str, h200_mesh: Mesh) -> None:
+    layout = MicroAdamLayout(
+        top_k(blocks=BLOCKS, implementation="triton"),
+        affine4(BLOCKS),
+        Window(implementation="triton"),
     )
-    place = NamedSharding(h200, P())
-    placed = functools.partial(jax.tree.map, lambda x: x.update(sharding=place))
-    params = placed({name: jax.ShapeDtypeStruct(x, jnp.float32) for name, (x, _) in TREE.items()})
-    state = placed(jax.eval_shape(optimizer.init, params))
-    jitted = jax.jit(optimizer.update, donate_argnums=(0, 1), out_shardings=place)
-    with jax.sharding.use_abstract_mesh(h200.abstract_mesh):
+    optimizer = microadam(1e-3, layout=layout)
+    params, state = arguments(h200_mesh, optimizer)
+    fused = step == "fused"
+    function = fused_apply(optimizer) if fused else optimizer.update
+    jitted = jax.jit(function, donate_argnums=(1, 2) if fused else (0, 1))
+    with jax.sharding.use_abstract_mesh(h200_mesh.abstract_mesh):
         traced = jitted.trace(params, state, params)
         program = traced.lower(lowering_platforms=("cuda",)).compile()
-    text, memory = program.as_text(), program.memory_analysis()
-    assert "topk_compress" in text
-    assert "window_update" in text
-    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    print(f"temporaries {memory.temp_size_in_bytes / kept:.4f} of the state")
-    assert memory.alias_size_in_bytes >= kept
-    assert memory.temp_size_in_bytes <= 0.05 * kept
+    for kernel in ("topk_compress", "window_apply" if fused else "window_update"):
+        assert kernel in program.as_text()
+    is_local_and_in_place(program, h200_mesh, (params, state) if fused else state)

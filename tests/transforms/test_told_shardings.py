@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,6 +60,7 @@ def test_kernels_on_auto_axes_give_the_bits_of_one_device_without_collectives(
     fused: bool, params: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pl, "pallas_call", interpreted(pl.pallas_call))
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, _: x)
     expected, _ = steps(optimizer("mosaic_tpu"), params, fused=fused)
     sharded, shardings = placed(params)
     found, program = steps(optimizer("mosaic_tpu", shardings), sharded, fused=fused)
