@@ -65,7 +65,9 @@ def main() -> None:
             clipped = optax.chain(optax.clip_by_global_norm(1.0), tx)
             result = train(config, clipped, corpus)
             size = result.state_bytes / result.parameters
-            print(f"| {name} | {accumulator} | {size:.2f} | {result.held_out_loss:.3f} |", flush=True)
+            print(
+                f"| {name} | {accumulator} | {size:.2f} | {result.held_out_loss:.3f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def run(
     return updates, state
 
 
-
 @pytest.mark.parametrize(
     "inner",
     [
@@ -165,7 +164,9 @@ def test_a_jitted_update_inside_is_refused_and_not_taken_from_its_cache() -> Non
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize(("every_k", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("every_k", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)]
+)
 def test_numbers_that_are_no_count_of_micro_batches(every_k: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="every_k must be"):
         accumulate_into_residual(microadam(1e-3), every_k)
