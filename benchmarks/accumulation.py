@@ -23,25 +23,23 @@ from microadam_jax import (
 )
 
 MICRO_BATCHES = 4
-
-
-def layout(residual: object) -> MicroAdamLayout:
-    """The preset for pre-training, with another residual."""
-    return MicroAdamLayout(top_k(density=30 / 256), residual, Window(1))
-
-
-RESIDUALS = {
-    "4 bits, to nearest": affine4(),
-    "4 bits, stochastic": affine4(rounding="stochastic"),
-    "bfloat16": "bfloat16",
+SETTINGS = {
+    "float32 accumulator (`optax.MultiSteps`), 4-bit residual": (optax.MultiSteps, affine4()),
+    "4-bit residual": (accumulate_into_residual, affine4()),
+    "bfloat16 residual": (accumulate_into_residual, "bfloat16"),
+    "4-bit residual, stochastic rounding": (
+        accumulate_into_residual,
+        affine4(rounding="stochastic"),
+    ),
 }
 
 
 def main() -> None:
-    """Trains with each residual, with and without an accumulator."""
+    """Trains with each setting and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
     rows = Config().batch // MICRO_BATCHES
     count = args.steps * MICRO_BATCHES
@@ -52,22 +50,18 @@ def main() -> None:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, args.rate, args.steps // 20, args.steps, 0.1 * args.rate
     )
-    print("| residual | accumulator | bytes/param | held-out loss |")
-    print("|---|---|---|---|")
-    for name, residual in RESIDUALS.items():
-        inner = microadam(rate, layout=layout(residual))
-        accumulated = {
-            "float32, `optax.MultiSteps`": optax.MultiSteps(inner, MICRO_BATCHES),
-            "none": accumulate_into_residual(inner, MICRO_BATCHES),
-        }
-        for accumulator, tx in accumulated.items():
-            # Each micro-batch is clipped, whatever adds them up.
-            clipped = optax.chain(optax.clip_by_global_norm(1.0), tx)
-            result = train(config, clipped, corpus)
-            size = result.state_bytes / result.parameters
-            print(
-                f"| {name} | {accumulator} | {size:.2f} | {result.held_out_loss:.3f} |", flush=True
-            )
+    print("| added up in | bytes/param | held-out loss |")
+    print("|---|---|---|")
+    for name in args.settings:
+        accumulate, residual = SETTINGS[name]
+        # The preset for pre-training, with that residual.
+        layout = MicroAdamLayout(top_k(density=30 / 256), residual, Window(1))
+        accumulating = accumulate(microadam(rate, layout=layout), MICRO_BATCHES)
+        # Each micro-batch is clipped, whatever adds them up.
+        tx = optax.chain(optax.clip_by_global_norm(1.0), accumulating)
+        result = train(config, tx, corpus)
+        size = result.state_bytes / result.parameters
+        print(f"| {name} | {size:.2f} | {result.held_out_loss:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,16 @@ def main() -> int:
     """
     try:
         # Before anything that may fail in one process only, such as reading the run to resume.
-        join(unchecked())
+        given = unchecked()
+        console = Console(highlight=False)
+        if given.coordinator is not None:
+            # Where one never comes, JAX ends the others with a stack trace and no cause.
+            count = given.processes or "all"
+            console.print(f"Waiting for {count} processes, five minutes at most ...")
+        join(given)
         with together():
             config = from_flags()
-        return 0 if compare(config, Console(highlight=False)) else 130
+        return 0 if compare(config, console) else 130
     except (PretrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import re
 import signal
+import socket
+import time
 from collections.abc import Generator
 
 import jax
@@ -13,6 +15,7 @@ from jax.experimental import multihost_utils
 from .config import Config, PretrainError
 
 _MESSAGE_BYTES = 1024
+PATIENCE_SECONDS = 300.0  # JAX's own
 
 
 def join(config: Config) -> None:
@@ -22,8 +25,8 @@ def join(config: Config) -> None:
         config: Names the coordinator, or leaves it to JAX to find the cluster.
 
     Raises:
-        PretrainError: If the flags contradict each other, JAX finds no cluster, or the others do
-            not come.
+        PretrainError: If the flags contradict each other, JAX finds no cluster, or process 0 does
+            not answer.
     """
     if config.coordinator is None:
         if config.processes is not None or config.process_id is not None:
@@ -44,6 +47,8 @@ def join(config: Config) -> None:
         )
     else:
         address = config.coordinator
+        if config.process_id:
+            _wait_for(address)
     try:
         with _quit_at_once():
             jax.distributed.initialize(address, config.processes, config.process_id)
@@ -54,10 +59,27 @@ def join(config: Config) -> None:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise PretrainError(
-            f"The processes did not find each other at --coordinator {config.coordinator} "
-            f"({reason}). Start all {config.processes or 'of them'} within five minutes, each with "
-            "its own --process-id, and let process 0 be reached there from every host."
+            f"Joining at --coordinator {config.coordinator} failed ({reason}). The port must be "
+            "free on the host of process 0, and each process needs its own --process-id."
         ) from error
+
+
+def _wait_for(address: str) -> None:
+    """Waits until process 0 listens; JAX would abort, with a stack trace, where it does not."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PretrainError(
+                    f"There is no process 0 at --coordinator {address} ({error}), after "
+                    f"{PATIENCE_SECONDS:.0f} seconds. Start it on that host, with --process-id 0, "
+                    "and let the port be open to the others."
+                ) from error
+        time.sleep(0.5)
 
 
 def joining_flags(config: Config) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from examples.llama import processes
 from examples.llama.comparison import compare
 from examples.llama.config import PretrainError, from_flags, unchecked
 from examples.llama.processes import join, joining_flags, require_same, together
@@ -162,16 +163,25 @@ def test_what_differs_is_refused(other: list[np.ndarray]) -> None:
 def test_a_coordinator_that_does_not_answer_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(processes, "PATIENCE_SECONDS", 0.0)
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))  # and nobody listens
+        flags = f"--coordinator localhost:{taken.getsockname()[1]} --processes 2 --process-id 1"
+        with pytest.raises(PretrainError, match=r"no process 0 at --coordinator .*refused"):
+            join(unchecked(flags.split()))
+
+
+def test_what_jax_says_of_joining_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def initialize(*_: object) -> None:
-        raise RuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded\nmore of it")
+        raise RuntimeError("UNKNOWN: Failed to start RPC server\nmore of it")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     before = signal.getsignal(signal.SIGINT)
-    flags = "--coordinator host:1234 --processes 2 --process-id 1"
-    with pytest.raises(PretrainError, match=r"host:1234 \(DEADLINE_EXCEEDED: Deadline Exceeded\)"):
-        join(unchecked(flags.split()))
+    flags = ["--coordinator", "host:1234", "--processes", "2", "--process-id", "0"]
+    with pytest.raises(PretrainError, match=r"host:1234 failed \(UNKNOWN: Failed to start"):
+        join(unchecked(flags))
     assert signal.getsignal(signal.SIGINT) is before
-    assert joining_flags(unchecked(flags.split())) == flags.split()
+    assert joining_flags(unchecked(flags)) == flags
 
 
 @pytest.mark.parametrize(
