@@ -110,7 +110,7 @@ class Config:
     """Steps between looks at the losses, which stay on the device in between."""
     diagnostics: bool = False
     """Write diagnostics.csv: what compression does to attention, feed-forward and other
-    parameters at each look at the losses."""
+    parameters at each look at the losses. Without error feedback only update_norm is filled in."""
     save_every: int = 500
     """Steps between checkpoints."""
     out: Path = Path("runs/pretrain")

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import BlockSparse, Compressor, TopK, top_k
-from microadam_jax.diagnostics import observe_feedback, observing
+from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
 from microadam_jax.memory import remark
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
@@ -106,6 +106,7 @@ def error_feedback(
     def init(params: optax.Params) -> ErrorFeedbackState:
         setting("residual", codec)
         setting("compressor", compressor)
+        announce_feedback()
         batch = told_micro_batch()
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
