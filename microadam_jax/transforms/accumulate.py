@@ -8,6 +8,7 @@ import optax
 
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState
 from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch
+from microadam_jax.transforms.project_gradients import ProjectGradientsState
 from microadam_jax.trees import path_name
 
 
@@ -37,26 +38,26 @@ def accumulate_into_residual(
             \text{ with zero updates} \\
         a &= g_k / k + Q^{-1}(e), \qquad c = C(a), \qquad e \leftarrow Q(a - c)
 
-    and :math:`c` goes on as ever. With a residual that is exact this is the step of the mean
-    gradient. One that is not is rounded :math:`k` times in a step instead of once, and what is
-    rounded is lost: nearest rounding drops an element of :math:`g_i / k` below half a level of
-    its bucket, so give :func:`affine4` ``rounding="stochastic"``, which is right on average, or
-    take ``"bfloat16"``.
+    and :math:`c` goes on as ever. With a float32 residual, as that of :class:`FeedBack` in
+    :func:`ldadam`, this is the step of the mean gradient. One in fewer bits is rounded :math:`k`
+    times in a step instead of once, and each rounding loses up to half a level of its bucket:
+    the more micro-batches, the more is lost.
 
     Links before the error feedback, such as ``optax.clip_by_global_norm``, see the gradient of
     each micro-batch instead of the mean. All other links, their counts and schedules see only
     steps. Put ``optax.apply_if_finite`` around it: it then skips single micro-batches.
 
     Args:
-        inner: a transformation in which each parameter passes one :func:`error_feedback`, such as
-            :func:`microadam`, :func:`sparse_mfac`, :func:`lowrank_mfac`, :func:`sparse_ggt`, or
-            a chain of links with it.
+        inner: a transformation in which each parameter passes one :func:`error_feedback`, or
+            :func:`project_gradients` with :class:`FeedBack`: :func:`microadam`,
+            :func:`sparse_mfac`, :func:`lowrank_mfac`, :func:`sparse_ggt`, :func:`ldadam`,
+            :func:`dct_adamw`, or a chain with such a link.
         every_k: :math:`k`. Another one may continue a state, if it does so between two steps.
 
     Returns:
-        The transformation. Its state is that of ``inner`` and a counter. Only leaves that the
-        compressor keeps dense, which have no residual, take 3 bytes per element more: a float32
-        sum.
+        The transformation. Its state is that of ``inner`` and a counter. Only leaves that
+        are not compressed, and so have no residual, take more: a float32 sum, in place of one byte
+        per element in :func:`error_feedback`, and of nothing in :func:`project_gradients`.
 
     Raises:
         TypeError: if ``every_k`` is no int.
@@ -108,10 +109,10 @@ def accumulate_into_residual(
         def add() -> tuple[optax.Updates, AccumulateIntoResidualState]:
             unused, after = take(completes=False)
             inner_state = jax.tree.map(
-                lambda new, old: new if isinstance(new, ErrorFeedbackState) else old,
+                lambda new, old: new if _holds_residual(new) else old,
                 after,
                 state.inner_state,
-                is_leaf=lambda node: isinstance(node, ErrorFeedbackState),
+                is_leaf=_holds_residual,
             )
             count = state.micro_step + 1
             zeros = jax.tree.map(jnp.zeros_like, unused)
@@ -128,6 +129,10 @@ def accumulate_into_residual(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
 
 
+def _holds_residual(node: Any) -> bool:
+    return isinstance(node, ErrorFeedbackState | ProjectGradientsState)
+
+
 def _require_residuals(tree: Any, batch: MicroBatch) -> None:
     """Refuses parameters whose gradients would not be added up."""
     paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
@@ -137,7 +142,8 @@ def _require_residuals(tree: Any, batch: MicroBatch) -> None:
         raise ValueError(
             f"accumulate_into_residual finds no error feedback, and so no residual, for "
             f"{len(missing)} of {len(paths)} parameters ({shown}). microadam, sparse_mfac, "
-            "lowrank_mfac and sparse_ggt have one. In optax.partition or optax.masked wrap the "
-            "part that has one, inside; for other methods sum the gradients within the step, or "
-            "use optax.MultiSteps. A jitted update is to be wrapped before it is jitted."
+            "lowrank_mfac, sparse_ggt, ldadam and dct_adamw have one. In optax.partition or "
+            "optax.masked wrap the part that has one, inside; for other methods sum the gradients "
+            "within the step, or use optax.MultiSteps. A jitted update is to be wrapped before it "
+            "is jitted."
         )

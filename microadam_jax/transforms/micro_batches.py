@@ -42,10 +42,13 @@ class MicroBatch:
 
 
 @contextlib.contextmanager
-def of_micro_batch(batch: MicroBatch) -> Generator[None]:
+def of_micro_batch(batch: MicroBatch | None) -> Generator[None]:
     """Links that are initialized or updated inside are told of ``batch``.
 
     An argument of the update might be dropped by a wrapper on the way to them.
+
+    Args:
+        batch: the micro-batch, or None to hide it from links that see something else.
     """
     token = _current.set(batch)
     try:
