@@ -128,8 +128,8 @@ def _warn_of(extra: Mapping[str, float]) -> None:
         shown = ", ".join(f"{name} ({extra[name] / 2**20:.1f} MiB)" for name in whole[:3])
         warnings.warn(
             f"{len(whole)} arrays of the state stay whole along an axis that should be cut, and "
-            f"take {total / 2**20:.1f} MiB more of each device than if it were: {shown}"
-            f"{', ...' if len(whole) > 3 else ''}. The number of blocks, or of elements, along it "
+            f"take {total / 2**20:.1f} MiB more of each device than if they were: {shown}"
+            f"{f' and {len(whole) - 3} more' if len(whole) > 3 else ''}. The number of blocks, or of elements, along it "
             "is no multiple of the devices: cut another axis of these parameters, or this one "
             "over fewer devices.",
             stacklevel=3,
