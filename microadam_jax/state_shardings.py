@@ -126,12 +126,12 @@ def _warn_of(extra: Mapping[str, float]) -> None:
     total = sum(extra[name] for name in whole)
     if total > UNNOTICED_BYTES:
         shown = ", ".join(f"{name} ({extra[name] / 2**20:.1f} MiB)" for name in whole[:3])
+        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
         warnings.warn(
             f"{len(whole)} arrays of the state stay whole along an axis that should be cut, and "
-            f"take {total / 2**20:.1f} MiB more of each device than if they were: {shown}"
-            f"{f' and {len(whole) - 3} more' if len(whole) > 3 else ''}. The number of blocks, or of elements, along it "
-            "is no multiple of the devices: cut another axis of these parameters, or this one "
-            "over fewer devices.",
+            f"take {total / 2**20:.1f} MiB more of each device than if they were: {shown}{more}. "
+            "The number of blocks, or of elements, along it is no multiple of the devices: cut "
+            "another axis of these parameters, or this one over fewer devices.",
             stacklevel=3,
         )
 
