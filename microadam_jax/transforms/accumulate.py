@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.transforms.descent import Fusable
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState
 from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch
 from microadam_jax.transforms.project_gradients import ProjectGradientsState
@@ -45,7 +46,9 @@ def accumulate_into_residual(
 
     Links before the error feedback, such as ``optax.clip_by_global_norm``, see the gradient of
     each micro-batch instead of the mean. All other links, their counts and schedules see only
-    steps. Put ``optax.apply_if_finite`` around it: it then skips single micro-batches.
+    steps. Put ``optax.apply_if_finite`` around it: it then skips single micro-batches. In
+    :func:`fused_apply` no update is written, which the compiler otherwise keeps for all leaves at
+    once.
 
     Args:
         inner: a transformation in which each parameter passes one :func:`error_feedback`, or
@@ -97,17 +100,19 @@ def accumulate_into_residual(
         updates: optax.Updates,
         state: AccumulateIntoResidualState,
         params: optax.Params | None = None,
+        *,
+        apply: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateIntoResidualState]:
-        def take(completes: bool) -> tuple[optax.Updates, Any]:
+        def take(completes: bool, **options: bool) -> tuple[optax.Updates, Any]:
             batch = MicroBatch(state.micro_step, every_k, completes)
             with of_micro_batch(batch):
-                results = inner.update(updates, state.inner_state, params, **extra_args)
+                results = inner.update(updates, state.inner_state, params, **options, **extra_args)
             _require_residuals(updates, batch)
             return results
 
         def add() -> tuple[optax.Updates, AccumulateIntoResidualState]:
-            unused, after = take(completes=False)
+            dropped, after = take(completes=False)
             inner_state = jax.tree.map(
                 lambda new, old: new if _holds_residual(new) else old,
                 after,
@@ -115,18 +120,23 @@ def accumulate_into_residual(
                 is_leaf=_holds_residual,
             )
             count = state.micro_step + 1
-            zeros = jax.tree.map(jnp.zeros_like, unused)
-            return zeros, AccumulateIntoResidualState(count, inner_state)
+            if apply:
+                moved = jax.tree.map(lambda u, p: jnp.asarray(p, u.dtype), dropped, params)
+            else:
+                moved = jax.tree.map(jnp.zeros_like, dropped)
+            return moved, AccumulateIntoResidualState(count, inner_state)
 
         def step() -> tuple[optax.Updates, AccumulateIntoResidualState]:
-            moved, inner_state = take(completes=True)
+            moved, inner_state = take(completes=True, **({"apply": True} if apply else {}))
             count = jnp.zeros_like(state.micro_step)
             return moved, AccumulateIntoResidualState(count, inner_state)
 
         return jax.lax.cond(state.micro_step + 1 >= every_k, step, add)
 
+    # Only where inner can apply its update itself can this.
+    kind = Fusable if isinstance(inner, Fusable) else optax.GradientTransformationExtraArgs
     # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return kind(init, update)  # pyrefly: ignore
 
 
 def _holds_residual(node: Any) -> bool:
