@@ -72,7 +72,7 @@ def compare(config: Config, console: Console) -> bool:
             if not result.finished:
                 console.print(
                     f"{label} is saved at step {len(result.rows)} of {config.steps}. "
-                    f"{_resume_command(config)}",
+                    f"{resume_command(config)}",
                     soft_wrap=True,
                 )
                 return False
@@ -143,7 +143,8 @@ def _on_interruption(config: Config) -> str:
     )
 
 
-def _resume_command(config: Config) -> str:
+def resume_command(config: Config) -> str:
+    """Says how to continue the run, with the flags with which this process joined it."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())

@@ -16,9 +16,9 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from examples.llama import processes
-from examples.llama.comparison import compare
+from examples.llama.comparison import resume_command, compare
 from examples.llama.config import PretrainError, from_flags, unchecked
-from examples.llama.processes import join, joining_flags, require_same, together
+from examples.llama.processes import join, require_same, together
 
 ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
@@ -181,7 +181,8 @@ def test_what_jax_says_of_joining_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(PretrainError, match=r"host:1234 failed \(UNKNOWN: Failed to start"):
         join(unchecked(flags))
     assert signal.getsignal(signal.SIGINT) is before
-    assert joining_flags(unchecked(flags)) == flags
+    (command,) = resume_command(unchecked([*flags, "--out", "run"])).splitlines()[1:]
+    assert command.endswith(shlex.join(["--resume", "run", *flags]))
 
 
 @pytest.mark.parametrize(
