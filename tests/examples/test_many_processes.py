@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from examples.llama import processes
-from examples.llama.comparison import resume_command, compare
+from examples.llama.comparison import compare, resume_command
 from examples.llama.config import PretrainError, from_flags, unchecked
 from examples.llama.processes import join, require_same, together
 
