@@ -13,8 +13,8 @@ python examples/pretrain_llama.py --mesh data=2 --coordinator HOST:PORT --proces
 import sys
 
 from llama.comparison import compare
-from llama.config import PretrainError, from_flags
-from llama.processes import join, leads
+from llama.config import PretrainError, from_flags, unchecked
+from llama.processes import join, together
 from rich.console import Console
 
 
@@ -25,9 +25,16 @@ def main() -> int:
         The exit status: 2 after a mistake in the settings, 130 after Ctrl-C, as shells do.
     """
     try:
-        config = from_flags()
-        join(config)
-        console = Console(highlight=False, quiet=not leads())
+        # Before anything that may fail in one process only, such as reading the run to resume.
+        given = unchecked()
+        console = Console(highlight=False)
+        if given.coordinator is not None:
+            # Where one never comes, JAX ends the others with a stack trace and no cause.
+            count = given.processes or "all"
+            console.print(f"Waiting for {count} processes, five minutes at most ...")
+        join(given)
+        with together():
+            config = from_flags()
         return 0 if compare(config, console) else 130
     except (PretrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

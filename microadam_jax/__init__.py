@@ -72,6 +72,7 @@ from microadam_jax.subspace import (
     uniform_rows,
 )
 from microadam_jax.transforms import (
+    AccumulateIntoResidualState,
     CompressState,
     CorrectBiasState,
     DecayUpdatedWeightsState,
@@ -87,6 +88,7 @@ from microadam_jax.transforms import (
     ScaleByWindowAdamState,
     SubspaceMomentumState,
     Window,
+    accumulate_into_residual,
     compress,
     correct_bias,
     decay_updated_weights,
@@ -111,6 +113,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MODELS",
     "OUTPUT_HEAD",
+    "AccumulateIntoResidualState",
     "Axes",
     "BlockSparse",
     "Blocks",
@@ -147,6 +150,7 @@ __all__ = [
     "Subsets",
     "SubspaceMomentumState",
     "Window",
+    "accumulate_into_residual",
     "adagrad_sn",
     "adam_mini",
     "adam_mini4bit",

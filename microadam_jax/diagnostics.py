@@ -1,8 +1,10 @@
 """What compression does to each group of parameters, recorded in the state."""
 
+import contextlib
 import contextvars
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,7 +17,16 @@ from microadam_jax.trees import KeyPath, path_name
 
 Squares = dict[str, jax.Array]
 
-_observed: contextvars.ContextVar[list[tuple[KeyPath, Squares]] | None] = contextvars.ContextVar(
+
+@dataclasses.dataclass
+class _Observed:
+    """What the links tell of one call: whether one feeds back, and the squares of its leaves."""
+
+    feeds_back: bool = False
+    leaves: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
+
+
+_observed: contextvars.ContextVar[_Observed | None] = contextvars.ContextVar(
     "observed", default=None
 )
 
@@ -23,15 +34,17 @@ _observed: contextvars.ContextVar[list[tuple[KeyPath, Squares]] | None] = contex
 class DiagnosticsState(NamedTuple):
     """The latest step in numbers, and the state of what was measured.
 
-    Each field but the last has one float32 scalar for each group.
+    Each field but the last is a dictionary with one float32 scalar for each group. The three
+    about the residual are empty where no link is :func:`error_feedback`. What its compressor
+    keeps dense is left out of them; of a group that is all dense everything is sent and nothing
+    is left, so its numbers are 1, 0 and 0.
 
     Attributes:
         update_norm: the norm of the update.
-        kept_mass: which part of the squared norm of gradient and old residual was sent on; NaN
-            where there is no error feedback.
-        residual_norm: the norm of the residual as it is stored; NaN likewise.
+        kept_mass: which part of the squared norm of gradient and old residual was sent on.
+        residual_norm: the norm of the residual as it is stored.
         quantization_error: the norm of what storing changed in the residual, over the norm of
-            the residual before; NaN likewise.
+            the residual before.
         inner_state: of the transformation.
     """
 
@@ -45,6 +58,13 @@ class DiagnosticsState(NamedTuple):
 def observing() -> bool:
     """Whether links should tell what they do."""
     return _observed.get() is not None
+
+
+def announce_feedback() -> None:
+    """Tells the diagnostics, while a state is made, that there will be something to observe."""
+    observed = _observed.get()
+    if observed is not None:
+        observed.feeds_back = True
 
 
 def observe_feedback(
@@ -62,7 +82,8 @@ def observe_feedback(
     if observed is not None:
         arrays = {"accumulated": accumulated, "rest": rest, "stored": stored}
         arrays["error"] = rest - stored
-        observed.append((path, {name: jnp.sum(jnp.square(x)) for name, x in arrays.items()}))
+        squares = {name: jnp.sum(jnp.square(x)) for name, x in arrays.items()}
+        observed.leaves.append((path, squares))
 
 
 def with_diagnostics(
@@ -72,7 +93,8 @@ def with_diagnostics(
 
     Read the fields of :class:`DiagnosticsState` with ``optax.tree_utils.tree_get``. Measuring
     decodes the residual once more, so leave it out of a run that has to be fast or small. Put
-    ``optax.apply_if_finite`` and ``optax.MultiSteps`` around it and not inside.
+    ``optax.apply_if_finite``, ``optax.MultiSteps`` and :func:`accumulate_into_residual` around it
+    and not inside.
 
     Args:
         inner: any transformation.
@@ -94,7 +116,10 @@ def with_diagnostics(
         >>> _, state = tx.update(params, tx.init(params), params)
         >>> kept = optax.tree_utils.tree_get(state, "kept_mass")
         >>> print({group: round(float(mass), 4) for group, mass in kept.items()})
-        {'attention': 0.0156, 'other': nan}
+        {'attention': 0.0156, 'other': 1.0}
+        >>> tx = with_diagnostics(optax.adam(1e-3))
+        >>> optax.tree_utils.tree_get(tx.init(params), "kept_mass")
+        {}
     """
     inner = optax.with_extra_args_support(inner)
     patterns: dict[str, re.Pattern[str]] = {}
@@ -118,10 +143,13 @@ def with_diagnostics(
         return sums
 
     def init(params: optax.Params) -> DiagnosticsState:
-        def zeros() -> dict[str, jax.Array]:
-            return {name: jnp.zeros([], jnp.float32) for name in names}
+        with _observing() as observed:
+            inner_state = inner.init(params)
 
-        return DiagnosticsState(zeros(), zeros(), zeros(), zeros(), inner.init(params))
+        def zeros(defined: bool = observed.feeds_back) -> dict[str, jax.Array]:
+            return {name: jnp.zeros([], jnp.float32) for name in names if defined}
+
+        return DiagnosticsState(zeros(True), zeros(), zeros(), zeros(), inner_state)
 
     def update(
         updates: optax.Updates,
@@ -129,31 +157,35 @@ def with_diagnostics(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DiagnosticsState]:
-        observed: list[tuple[KeyPath, Squares]] = []
-        token = _observed.set(observed)
-        try:
+        with _observing() as observed:
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        finally:
-            _observed.reset(token)
         leaves = jax.tree.leaves_with_path(updates)
         squares = [(p, {"update": jnp.sum(jnp.square(u.astype(jnp.float32)))}) for p, u in leaves]
-        fed_back = {group_of(path) for path, _ in observed}
-
-        def where_fed_back(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            nan = jnp.full([], jnp.nan, jnp.float32)
-            return {name: values[name] if name in fed_back else nan for name in names}
-
-        sums = {q: total(observed, q) for q in ("accumulated", "rest", "stored", "error")}
+        norm = jax.tree.map(jnp.sqrt, total(squares, "update"))
+        if not state.kept_mass:
+            return updates, DiagnosticsState(norm, {}, {}, {}, inner_state)
+        quantities = ("accumulated", "rest", "stored", "error")
+        accumulated, rest, stored, error = (total(observed.leaves, name) for name in quantities)
         return updates, DiagnosticsState(
-            jax.tree.map(jnp.sqrt, total(squares, "update")),
-            where_fed_back(jax.tree.map(_part_sent, sums["rest"], sums["accumulated"])),
-            where_fed_back(jax.tree.map(jnp.sqrt, sums["stored"])),
-            where_fed_back(jax.tree.map(_relative, sums["error"], sums["rest"])),
+            norm,
+            jax.tree.map(_part_sent, rest, accumulated),
+            jax.tree.map(jnp.sqrt, stored),
+            jax.tree.map(_relative, error, rest),
             inner_state,
         )
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+@contextlib.contextmanager
+def _observing() -> Generator[_Observed]:
+    observed = _Observed()
+    token = _observed.set(observed)
+    try:
+        yield observed
+    finally:
+        _observed.reset(token)
 
 
 def _part_sent(rest: jax.Array, accumulated: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """Where each array of an optimizer's state lies, before there is one."""
 
-from collections.abc import Container, Sequence
+import math
+import warnings
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from microadam_jax.boxes import without_boxes
 from microadam_jax.sharding import fitted, shards_along
-from microadam_jax.trees import KeyPath
+from microadam_jax.trees import KeyPath, path_name
+
+# What arrays may take on a device beyond their share before anything is said: few can act on less.
+UNNOTICED_BYTES = 2**20
 
 
 def state_shardings(
@@ -43,6 +48,11 @@ def state_shardings(
     Returns:
         Shardings in the structure of ``tx.init(params)``.
 
+    Warns:
+        UserWarning: once, if arrays stay whole along axes of more than one number because a
+            sharding, or ``zero_axis``, does not divide them, and take over 1 MiB more of each
+            device than if they were cut. It names them.
+
     Raises:
         ValueError: if there is no sharding to take the mesh from, if ``zero_axis`` is no axis of
             it, or if its devices do not have such a memory.
@@ -66,6 +76,7 @@ def state_shardings(
     mesh = _mesh_of(columns)
     _require_memory(mesh, memory_kind)
     state = jax.eval_shape(lambda params: tx.init(params), params)
+    asked = shardings
     if zero_axis is not None:
         _require_axis(mesh, zero_axis)
         shapes: dict[KeyPath, list[tuple[int, ...]]] = {path: [leaf.shape] for path, leaf in leaves}
@@ -81,7 +92,48 @@ def state_shardings(
         sharding = fitted(shardings[owner], leaf.shape)
         return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
 
-    return jax.tree.map_with_path(place, state)
+    placed = jax.tree.map_with_path(place, state)
+    extra: dict[str, float] = {}
+    for (path, leaf), sharding in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(placed), strict=True
+    ):
+        if (owner := _owner(path, asked)) is not None:
+            extra[path_name(path)] = _extra_bytes(leaf, asked[owner], sharding, zero_axis)
+    _warn_of(extra)
+    return placed
+
+
+def _extra_bytes(
+    leaf: jax.ShapeDtypeStruct, asked: NamedSharding, found: NamedSharding, zero_axis: str | None
+) -> float:
+    """What ``leaf`` takes of a device beyond what it would take, were it cut as was asked."""
+    wish = _pieces(leaf.shape, asked)
+    if zero_axis is not None and zero_axis not in jax.tree.leaves([*asked.spec]):
+        wish *= asked.mesh.shape[zero_axis]
+    size = leaf.size * leaf.dtype.itemsize
+    # A number that all the devices share cannot be cut.
+    return size / _pieces(leaf.shape, found) - size / min(wish, max(1, leaf.size))
+
+
+def _pieces(shape: tuple[int, ...], sharding: NamedSharding) -> int:
+    """Into how many pieces the axes of more than one number are cut."""
+    axes = zip(shape, sharding.spec, strict=False)
+    return math.prod(shards_along(sharding.mesh, entry) for size, entry in axes if size > 1)
+
+
+def _warn_of(extra: Mapping[str, float]) -> None:
+    whole = sorted((name for name, size in extra.items() if size > 0), key=lambda n: -extra[n])
+    total = sum(extra[name] for name in whole)
+    if total > UNNOTICED_BYTES:
+        shown = ", ".join(f"{name} ({extra[name] / 2**20:.1f} MiB)" for name in whole[:3])
+        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+        warnings.warn(
+            f"{len(whole)} arrays of the state stay whole along an axis that should be cut, and "
+            f"take {total / 2**20:.1f} MiB more of each device than if they were: {shown}{more}. "
+            "The number of blocks, or of elements, along it is no multiple of the devices: cut "
+            "another axis of these parameters, or this one over fewer devices.",
+            stacklevel=3,
+        )
 
 
 def _owner(path: KeyPath, parameters: Container[KeyPath]) -> KeyPath | None:

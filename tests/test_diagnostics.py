@@ -13,6 +13,7 @@ from rich.console import Console
 
 from examples.llama.comparison import compare
 from examples.llama.config import from_flags
+from examples.llama.metrics import DiagnosticsFile
 from microadam_jax import adamw8bit, error_feedback, microadam, to_dense, top_k, with_diagnostics
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
@@ -39,8 +40,28 @@ def test_the_numbers_of_one_block() -> None:
     }
     for field, value in expected.items():
         np.testing.assert_allclose(get(state, field)["matrices"], value, rtol=1e-4)
-    assert get(state, "update_norm")["other"] == 0
-    assert np.isnan(get(state, "kept_mass")["other"])
+    nothing = {"update_norm": 0, "kept_mass": 1, "residual_norm": 0, "quantization_error": 0}
+    assert {field: get(state, field)["other"] for field in expected} == nothing
+
+
+def test_without_error_feedback_nothing_is_said_of_a_residual(tmp_path: Path) -> None:
+    params = {"w": jnp.ones((2, 8))}
+    tx = with_diagnostics(optax.sgd(0.5), GROUPS)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert float(get(state, "update_norm")["matrices"]) == 2
+    assert [get(state, field) for field in DiagnosticsFile.FIELDS[1:]] == [{}, {}, {}]
+    file = DiagnosticsFile(tmp_path / "diagnostics.csv", last_step=0)
+    file.append(1, state)
+    assert file.path.read_text().splitlines()[1:] == ["1,matrices,2.0,,,", "1,other,0.0,,,"]
+
+
+@pytest.mark.parametrize("inner", [microadam(1e-2), optax.adam(1e-2)], ids=["micro", "adam"])
+def test_the_state_can_be_mapped(inner: optax.GradientTransformation) -> None:
+    params = {"w": jnp.full((16, 512), 0.5), "b": jnp.ones(8)}
+    tx = with_diagnostics(inner, GROUPS)
+    state = tx.init(params)
+    mapped = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize("inner", [microadam(1e-2), adamw8bit(1e-2)], ids=["micro", "8bit"])

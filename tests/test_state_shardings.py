@@ -12,7 +12,14 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import adam_mini, adamw8bit, came, microadam, state_shardings
+from microadam_jax import (
+    adam_mini,
+    adamw8bit,
+    came,
+    memory_report,
+    microadam,
+    state_shardings,
+)
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
@@ -162,6 +169,28 @@ def test_states_in_host_memory_are_fetched_for_the_step() -> None:
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == on_host
     expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def test_arrays_that_stay_whole_are_named_with_what_they_cost() -> None:
+    # 16 blocks in a row of 4096: they divide over 8 devices, and not over 3.
+    params = {"w": jax.ShapeDtypeStruct((6144, 4096), jnp.float32)}
+
+    def place(size: int, spec: P, **options: Any) -> Any:
+        mesh = jax.make_mesh((size,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:size])
+        return state_shardings(microadam(1e-3), params, on(mesh, {"w": spec}), **options)
+
+    place(8, P(None, "fsdp"))
+    place(3, P("fsdp"))
+    place(8, P(), zero_axis="fsdp")
+    report = memory_report(microadam(1e-3), params)
+    extra = report.total * 2 / 3 / 2**20
+    with pytest.warns(UserWarning, match=rf"^5 arrays .* {extra:.1f} MiB more of each device") as w:
+        place(3, P(None, "fsdp"))
+    assert "0/residual/codes/w (8.0 MiB), 1/window_values/w (" in str(w[0].message)
+    assert w[0].filename == __file__
+    odd = {"w": jax.ShapeDtypeStruct((1021, 1021), jnp.float32)}
+    with pytest.warns(UserWarning, match="mu/w"):
+        state_shardings(adam_mini(1e-3), odd, on(mesh_of(), P()), zero_axis="data")
 
 
 @pytest.mark.parametrize(

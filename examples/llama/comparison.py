@@ -1,12 +1,14 @@
 """A comparison: every optimizer on the same weights and batches, then the report."""
 
+import functools
+import json
 import shlex
 import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+import jax
 import optax
 from rich.console import Console
 
@@ -20,7 +22,7 @@ from .data import Corpus, load_corpus
 from .interruption import Interruption
 from .metrics import DiagnosticsFile, MetricsFile, Row
 from .partitioning import place
-from .processes import leads, require_same_text, wait_for_all
+from .processes import joining_flags, leads, require_same, together
 from .progress import progress
 from .report import write_report
 from .training import Result, train
@@ -31,7 +33,7 @@ def compare(config: Config, console: Console) -> bool:
 
     Args:
         config: The settings, including whether to continue an earlier run.
-        console: Where progress and the table are shown.
+        console: Where progress and the table are shown, by one of several processes.
 
     Returns:
         Whether everything was finished, and not interrupted.
@@ -39,28 +41,38 @@ def compare(config: Config, console: Console) -> bool:
     Raises:
         PretrainError: If something in the settings does not fit.
     """
-    chosen = optimizers.build(config)
-    corpus = load_corpus(config)
-    require_same_text(corpus.digest)
-    place(config, corpus.vocab)  # refuses a mesh that does not fit before anything is written
-    if config.resume is None and leads():
-        _clear(config, chosen)
-        configuration.save(config)
-    wait_for_all("earlier runs are cleared away")
+    with together():
+        chosen = optimizers.build(config)
+        corpus = load_corpus(config)
+        place(config, corpus.vocab)  # refuses a mesh that does not fit before anything is written
+    require_same(
+        json.dumps(config.shared()),
+        "The processes were started with different flags: only --process-id may differ.",
+    )
+    require_same(
+        corpus.digest,
+        "The processes have read different texts: give each the same files, with --text.",
+    )
+    with together():
+        if config.resume is None and leads():
+            _clear(config, chosen)
+            configuration.save(config)
+    own_console = console
+    console = console if leads() else Console(quiet=True)
     console.print(
         f"{config.preset} model, {config.steps} steps of {config.batch} x {config.seq_len} tokens "
         f"from {config.text or 'the Python standard library'}; results go to {config.out}",
         soft_wrap=True,
     )
     results: dict[str, Result] = {}
-    with Interruption(console) as interruption:
+    with Interruption(own_console, _on_interruption(config)) as interruption:
         for label, optimizer in chosen.items():
             result = _train_one(config, label, optimizer, corpus, console, interruption)
             results[label] = result
             if not result.finished:
                 console.print(
                     f"{label} is saved at step {len(result.rows)} of {config.steps}. "
-                    f"To resume:\n  {_resume_command(config.out)}",
+                    f"{resume_command(config)}",
                     soft_wrap=True,
                 )
                 return False
@@ -84,31 +96,29 @@ def _train_one(
         "state format": STATE_FORMAT,
     }
     with Checkpoints(folder / "checkpoints", identity) as checkpoints:
-        if not leads():
-            return train(
-                config, optimizer, corpus, checkpoints=checkpoints, stop=interruption.requested
-            )
-        metrics = MetricsFile(folder / "metrics.csv", checkpoints.latest_step)
-        extra: dict[str, Any] = {}
-        if config.diagnostics:
-            file = DiagnosticsFile(folder / "diagnostics.csv", checkpoints.latest_step)
-            extra["observe_state"] = file.append
+        require_same(
+            str(checkpoints.latest_step),
+            "The processes see different checkpoints: let --out be a directory that all share.",
+        )
+        run = functools.partial(
+            train, config, optimizer, corpus, checkpoints=checkpoints, stop=interruption.requested
+        )
+        with together():
+            metrics = None
+            if leads():
+                metrics = MetricsFile(folder / "metrics.csv", checkpoints.latest_step)
+                if config.diagnostics:
+                    file = DiagnosticsFile(folder / "diagnostics.csv", checkpoints.latest_step)
+                    run = functools.partial(run, observe_state=file.append)
+        if metrics is None:
+            return run()
         with progress(console, label, config.steps, metrics.rows) as show:
 
             def observe(rows: list[Row]) -> None:
                 metrics.append(rows)
                 show(rows)
 
-            return train(
-                config,
-                optimizer,
-                corpus,
-                checkpoints=checkpoints,
-                rows=metrics.rows,
-                observe=observe,
-                stop=interruption.requested,
-                **extra,
-            )
+            return run(rows=metrics.rows, observe=observe)
 
 
 def _clear(config: Config, labels: Iterable[str]) -> None:
@@ -124,8 +134,23 @@ def _clear(config: Config, labels: Iterable[str]) -> None:
         shutil.rmtree(config.out / label / "checkpoints", ignore_errors=True)
 
 
-def _resume_command(out: Path) -> str:
+def _on_interruption(config: Config) -> str:
+    if jax.process_count() == 1:
+        return "Finishing the step, then saving (Ctrl-C again quits at once) ..."
+    return (
+        f"All processes save and stop at the next multiple of --log-every {config.log_every} steps "
+        "(Ctrl-C again quits this one at once, without saving, and the others fail) ..."
+    )
+
+
+def resume_command(config: Config) -> str:
+    """Says how to continue the run, with the flags with which this process joined it."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), sys.argv[0], "--resume", str(out)])
+    joining = joining_flags(config)
+    resume = [str(python), sys.argv[0], "--resume", str(config.out), *joining]
+    each = " on every host"
+    if config.process_id is not None:
+        each += ", each with its own --process-id"
+    return f"To resume{each if joining else ''}:\n  {shlex.join(resume)}"

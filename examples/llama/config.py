@@ -22,6 +22,8 @@ _FREE_TO_CHANGE = {
     "resume",
     "save_every",
 }
+# Settings that may be others in each of several processes; a directory may be mounted elsewhere.
+_OF_ONE_PROCESS = {"coordinator", "out", "overwrite", "process_id", "resume"}
 
 
 class PretrainError(Exception):
@@ -108,7 +110,7 @@ class Config:
     """Steps between looks at the losses, which stay on the device in between."""
     diagnostics: bool = False
     """Write diagnostics.csv: what compression does to attention, feed-forward and other
-    parameters at each look at the losses."""
+    parameters at each look at the losses. Without error feedback only update_norm is filled in."""
     save_every: int = 500
     """Steps between checkpoints."""
     out: Path = Path("runs/pretrain")
@@ -165,6 +167,10 @@ class Config:
         """Lists, as JSON values, the settings that two parts of one run must share."""
         return {k: v for k, v in self.to_json().items() if k not in _FREE_TO_CHANGE}
 
+    def shared(self) -> dict[str, Any]:
+        """Lists, as JSON values, the settings that all processes of a run must share."""
+        return {k: v for k, v in self.to_json().items() if k not in _OF_ONE_PROCESS}
+
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
@@ -200,6 +206,11 @@ PRESETS: dict[str, Config] = {
 }
 
 
+def unchecked(flags: list[str] | None = None) -> Config:
+    """Reads only what the command-line flags say, by default those of the process."""
+    return tyro.cli(Config, args=flags)
+
+
 def from_flags(flags: list[str] | None = None) -> Config:
     """Reads a configuration from command-line flags.
 
@@ -213,7 +224,7 @@ def from_flags(flags: list[str] | None = None) -> Config:
     Raises:
         PretrainError: If the settings contradict each other or there is no run to resume.
     """
-    given = tyro.cli(Config, args=flags)
+    given = unchecked(flags)
     base = PRESETS[given.preset] if given.resume is None else load(given.resume)
     config = tyro.cli(Config, args=flags, default=base)
     config.check()

@@ -10,9 +10,10 @@ from rich.console import Console
 class Interruption:
     """Notes the first Ctrl-C (or SIGTERM) while entered; the second one quits at once."""
 
-    def __init__(self, console: Console) -> None:
-        """Prepares to say on `console` that the request was heard."""
+    def __init__(self, console: Console, message: str) -> None:
+        """Prepares to say `message` on `console` when the request was heard."""
         self._console = console
+        self._message = message
         self._requested = False
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -40,4 +41,4 @@ class Interruption:
         # compilation is one bytecode.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._console.show_cursor()  # the progress bar hid it and may not get to undo that
-        self._console.print("Finishing the step, then saving (Ctrl-C again quits at once) ...")
+        self._console.print(self._message, soft_wrap=True)

@@ -69,7 +69,9 @@ class DiagnosticsFile:
         fields = [optax.tree_utils.tree_get(state, field) for field in self.FIELDS]
         with self.path.open("a", newline="") as stream:
             csv.writer(stream).writerows(
-                [step, group, *(float(field[group]) for field in fields)] for group in fields[0]
+                # Without error feedback there is nothing to say of its residual.
+                [step, group, *(float(field[group]) if field else "" for field in fields)]
+                for group in fields[0]
             )
 
 

@@ -1,5 +1,9 @@
 """The links of a chain."""
 
+from microadam_jax.transforms.accumulate import (
+    AccumulateIntoResidualState,
+    accumulate_into_residual,
+)
 from microadam_jax.transforms.adam_mini import ScaleByAdamMiniState, scale_by_adam_mini
 from microadam_jax.transforms.came import ScaleByCameState, scale_by_came
 from microadam_jax.transforms.compress import CompressState, compress, to_dense
@@ -30,6 +34,7 @@ from microadam_jax.transforms.window_adam import (
 )
 
 __all__ = [
+    "AccumulateIntoResidualState",
     "CompressState",
     "CorrectBiasState",
     "DecayUpdatedWeightsState",
@@ -45,6 +50,7 @@ __all__ = [
     "ScaleByWindowAdamState",
     "SubspaceMomentumState",
     "Window",
+    "accumulate_into_residual",
     "compress",
     "correct_bias",
     "decay_updated_weights",

@@ -12,11 +12,12 @@ from jax.typing import ArrayLike
 from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import BlockSparse, Compressor, TopK, top_k
-from microadam_jax.diagnostics import observe_feedback, observing
+from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
 from microadam_jax.memory import remark
-from microadam_jax.sharding import require_named, told, unused_state
+from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.compress import first_carried
+from microadam_jax.transforms.micro_batches import told_micro_batch
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path, path_name
 from pallas_kernels.topk_compress import topk_compress
 
@@ -27,7 +28,8 @@ class ErrorFeedbackState(NamedTuple):
     Attributes:
         count: int32 scalar, steps taken.
         residual: the codec's NamedTuple, with a tree of the parameters' structure for each of
-            its arrays.
+            its arrays. Those of a leaf that is kept dense are unused; inside
+            :func:`accumulate_into_residual` the first of them is the float32 sum of its gradients.
         carried: the compressor's NamedTuple, likewise; Top-K's is empty.
     """
 
@@ -104,13 +106,20 @@ def error_feedback(
     def init(params: optax.Params) -> ErrorFeedbackState:
         setting("residual", codec)
         setting("compressor", compressor)
+        announce_feedback()
+        batch = told_micro_batch()
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
             for text in compressor.remarks(path, parameter):
                 remark(path, text)
-            if compressor.keeps_dense(path, parameter):
-                return tuple(unused_state(parameter) for _ in range(arrays))
-            return tuple(codec.zeros(parameter))
+            if batch is not None:
+                batch.taken.append(path)
+            if not compressor.keeps_dense(path, parameter):
+                return tuple(codec.zeros(parameter))
+            unused = [unused_state(parameter) for _ in range(arrays)]
+            if batch is not None:
+                unused[0] = state_zeros(parameter, parameter.shape, jnp.float32)
+            return tuple(unused)
 
         residual = codec.Encoded(*map_with_path(zeros, arrays, params))
         carried = first_carried(compressor, params)
@@ -124,6 +133,7 @@ def error_feedback(
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         del extra_args
         placed = told(shardings, updates)
+        batch = told_micro_batch()
 
         def send(
             path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
@@ -155,14 +165,37 @@ def error_feedback(
                 left = codec.encode(owed - bypass, key)
             return sent, *left, *compressor.carry(sent, carried)
 
+        def take_share(
+            path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
+        ) -> tuple[Any, ...]:
+            if batch is None:
+                return send(path, gradient, target, *stored)
+            batch.taken.append(path)
+            share = batch.share(gradient)
+            if compressor.keeps_dense(path, gradient):
+                total = stored[0] + share
+                if batch.completes:
+                    return total.astype(gradient.dtype), jnp.zeros_like(total), *stored[1:]
+                return gradient, total, *stored[1:]
+            if batch.completes:
+                return send(path, share, target, *stored)
+            residual, carried = stored[:arrays], stored[arrays:]
+            key = batch.key(leaf_key(seed, state.count, path)) if codec.needs_key else None
+            accumulated = share + codec.decode(codec.Encoded(*residual), gradient.shape)
+            # Only so that the links that follow can be traced: their results are dropped.
+            sent = compressor.compress(accumulated, target.dtype, carried)
+            return sent, *codec.encode(accumulated, key), *carried
+
         targets = updates if params is None else params
         results = 1 + arrays + carried_arrays
         sent, *kept = map_with_path(
-            send, results, updates, targets, *state.residual, *state.carried
+            take_share, results, updates, targets, *state.residual, *state.carried
         )
         residual = codec.Encoded(*kept[:arrays])
         carried = compressor.Carried(*map(boxed_like, kept[arrays:], state.carried))
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = state.count
+        if batch is None or batch.completes:
+            count = jnp.asarray(optax.safe_increment(count))
         return sent, ErrorFeedbackState(count, residual, carried)
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.

@@ -24,6 +24,7 @@ from microadam_jax.subspace.projection import (
 from microadam_jax.subspace.refresh import Refresh, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
+from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch, told_micro_batch
 from microadam_jax.transforms.moments import one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 
@@ -34,7 +35,8 @@ class ProjectGradientsState(NamedTuple):
     """The bases, what complements need, and the state of the inner transformation.
 
     Of a parameter that is not projected, ``basis`` and ``complement`` hold one number for each
-    array, which is not used.
+    array, which is not used; with :class:`FeedBack` inside :func:`accumulate_into_residual`,
+    ``complement`` holds the float32 sum of its gradients.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -142,13 +144,21 @@ def project_gradients(
                 return (state_zeros(parameter, parameter.shape, jnp.float32),)
             return (view.zeros(parameter, rules.low(view), jnp.float32),)
 
+        batch = told_micro_batch() if complement.feeds_back else None
+
         def rest(path: KeyPath, parameter: jax.Array) -> Arrays:
-            return assign(path, parameter).zeros(parameter, complement.layouts)
+            leaf = assign(path, parameter)
+            if batch is not None:
+                batch.taken.append(path)
+                if leaf.assigned.view is None:
+                    return (state_zeros(parameter, parameter.shape, jnp.float32),)
+            return leaf.zeros(parameter, complement.layouts)
 
         basis = rules.projection.zeros(params)
         kept = map_with_path(rest, len(complement.layouts), params)
         (projected,) = map_with_path(low, 1, params)
-        inner_state = inner.init(boxed_moments(projected, params))
+        with of_micro_batch(None):
+            inner_state = inner.init(boxed_moments(projected, params))
         rules.moments(inner_state)  # refuses a state that lacks them
         return ProjectGradientsState(
             jnp.zeros([], jnp.int32),
@@ -164,6 +174,14 @@ def project_gradients(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectGradientsState]:
         assign = rules.projection.assign(updates)
+        targets = updates if params is None else params
+        batch = told_micro_batch()
+        if batch is not None and complement.feeds_back:
+            (residual,) = state.complement
+            updates, residual = _with_residual(batch, assign, updates, residual)
+            state = state._replace(complement=complement.Kept(residual))
+            if not batch.completes:
+                return updates, state
         moments = rules.moments(state.inner_state)
         width, bases = len(moments), len(state.basis)
         entered: list[_Entered | None] = []
@@ -187,7 +205,8 @@ def project_gradients(
         inner_state = rules.renewed(
             inner, state.inner_state, dict(zip(moments, new, strict=False)), due, low
         )
-        scaled, inner_state = inner.update(low, inner_state, None, **extra_args)
+        with of_micro_batch(None):
+            scaled, inner_state = inner.update(low, inner_state, None, **extra_args)
 
         leaving = iter(entered)
 
@@ -203,7 +222,6 @@ def project_gradients(
             out = one.view.unfold(moved, WHOLE, g).astype(target.dtype)
             return out, *unfolded(one.view, rest, complement.layouts, g)
 
-        targets = updates if params is None else params
         out, *rest = map_with_path(
             leave, 1 + len(state.complement), updates, targets, scaled, *state.complement
         )
@@ -216,6 +234,28 @@ def project_gradients(
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+
+def _with_residual(
+    batch: MicroBatch,
+    assign: Callable[[KeyPath, Any], Projected],
+    updates: optax.Updates,
+    residual: Any,
+) -> tuple[optax.Updates, Any]:
+    """Gradients and residual after a micro-batch; where it completes a step, before that step."""
+
+    def take(path: KeyPath, g: jax.Array, kept: jax.Array) -> Arrays:
+        batch.taken.append(path)
+        share = batch.share(g)
+        total = kept + share
+        if not batch.completes:
+            return g, total.astype(kept.dtype)
+        if assign(path, g).assigned.view is None:
+            return total.astype(g.dtype), jnp.zeros_like(kept)
+        return share, kept
+
+    updates, after = map_with_path(take, 2, updates, residual)
+    return updates, boxed_like(after, residual)
 
 
 class _Entered(NamedTuple):

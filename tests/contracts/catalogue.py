@@ -24,6 +24,7 @@ from microadam_jax import (
     Storage,
     Subsets,
     Window,
+    accumulate_into_residual,
     adagrad_sn,
     adam_mini,
     adam_mini4bit,
@@ -130,6 +131,10 @@ def window_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformatio
 
 def feedback(alpha: float | None, seed: int, residual: Any) -> optax.GradientTransformation:
     return optax.chain(error_feedback(COMPRESSOR, residual, alpha, seed), to_dense())
+
+
+def accumulated(learning_rate: float) -> optax.GradientTransformation:
+    return accumulate_into_residual(microadam(learning_rate), every_k=2)
 
 
 def quantized_adamw(learning_rate: float) -> optax.GradientTransformation:
@@ -243,6 +248,7 @@ VARIANTS = {
     "microadam, alpha and stochastic": Entry(
         microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
     ),
+    "micro-batches in the residual": Entry(accumulated, {"learning_rate": 1e-2}),
     "adamw4bit_factored": Entry(
         adamw4bit_factored,
         {"learning_rate": 1e-2, "partition": PARTITION, "mu_codec": MU4},

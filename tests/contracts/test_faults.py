@@ -1,5 +1,7 @@
-"""Bad gradients at every optimizer: no crash, no poisoned state under ``apply_if_finite``."""
+"""Bad gradients and interrupted steps at every optimizer: no crash, no poisoned state."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -10,7 +12,9 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from microadam_jax import aliases
+from microadam_jax import accumulate_into_residual, aliases, with_diagnostics
+from microadam_jax.diagnostics import observing
+from microadam_jax.transforms.micro_batches import told_micro_batch
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 NAMES = [name for name in aliases.__all__ if name.islower()]
@@ -67,14 +71,22 @@ def tree_of(function: Any) -> Any:
 PARAMS = tree_of(lambda shape, dtype: jnp.full(shape, 0.5, dtype))
 
 
-@pytest.mark.parametrize(
+@functools.cache
+def compiled(name: str) -> tuple[Any, Callable[..., Any]]:
+    """The first state, and a step that is compiled once for all tests."""
+    tx = optax.apply_if_finite(getattr(aliases, name)(1e-3), max_consecutive_errors=100)
+    return jax.jit(tx.init)(PARAMS), jax.jit(tx.update)
+
+
+each_name = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.matrix) for name in NAMES],
 )
+
+
+@each_name
 def test_any_gradients_in_any_order(name: str) -> None:
-    tx = optax.apply_if_finite(getattr(aliases, name)(1e-3), max_consecutive_errors=100)
-    start = jax.jit(tx.init)(PARAMS)
-    update = jax.jit(tx.update)
+    start, update = compiled(name)
     kinds = st.lists(
         st.tuples(st.sampled_from(ORDINARY + FAULTS), st.integers(0, 3)), min_size=1, max_size=5
     )
@@ -100,6 +112,84 @@ def test_any_gradients_in_any_order(name: str) -> None:
             state = after
 
     check()
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@each_name
+def test_interrupted_steps_leave_no_trace(name: str) -> None:
+    """What is computed from a state and never used, used twice, or used again after a restore."""
+    start, update = compiled(name)
+    steps = st.lists(
+        st.tuples(
+            st.sampled_from(ORDINARY + FAULTS),
+            st.sampled_from((*FAULTS, "normal", "repeated", "restored")),
+        ),
+        min_size=2,
+        max_size=4,
+    )
+
+    @hypothesis.settings(max_examples=5)
+    @hypothesis.given(steps)
+    @hypothesis.example([("normal", "all nan"), ("one", "restored"), ("large", "repeated")])
+    def check(steps: list[tuple[str, str]]) -> None:
+        grads = {
+            kind: tree_of(lambda shape, dtype: gradient(kind, 1, shape, dtype))  # noqa: B023
+            for kind in (*ORDINARY, *FAULTS)
+        }
+        expected = start
+        for kind, _ in steps:
+            _, expected = update(grads[kind], expected, PARAMS)
+
+        state = before = start
+        previous = None
+        for kind, interruption in steps:
+            if interruption == "repeated":
+                first = update(grads[kind], state, PARAMS)
+                assert_same_bits(first, update(grads[kind], state, PARAMS))
+            elif interruption == "restored" and previous is not None:
+                # The checkpoint is of the step before; that step is taken again.
+                saved = jax.tree.map(np.asarray, before)
+                _, state = update(previous, jax.tree.map(jnp.asarray, saved), PARAMS)
+            elif interruption in grads:
+                update(grads[interruption], state, PARAMS)  # and Ctrl-C before it is applied
+            before, previous = state, grads[kind]
+            _, state = update(previous, before, PARAMS)
+        assert_same_bits(state, expected)
+
+    check()
+
+
+def test_an_interruption_after_donation_is_survived_by_a_copy() -> None:
+    start, update = compiled("microadam")
+    donating = jax.jit(update.__wrapped__, donate_argnums=1)
+    grads = [
+        tree_of(lambda shape, dtype: gradient("normal", seed, shape, dtype))  # noqa: B023
+        for seed in range(2)
+    ]
+    saved = jax.tree.map(np.array, start)
+    lost = jax.tree.map(jnp.array, saved)
+    donating(grads[0], lost, PARAMS)  # Ctrl-C: neither the old state nor the new one is left
+    assert any(leaf.is_deleted() for leaf in jax.tree.leaves(lost))
+    state, expected = jax.tree.map(jnp.array, saved), start
+    for g in grads:
+        (_, state), (_, expected) = donating(g, state, PARAMS), update(g, expected, PARAMS)
+    assert_same_bits(state, expected)
+
+
+@pytest.mark.parametrize("wrap", [with_diagnostics, lambda tx: accumulate_into_residual(tx, 2)])
+def test_an_interruption_while_a_step_is_traced_is_forgotten(wrap: Callable[..., Any]) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    inner = aliases.microadam(1e-3)
+    tx = wrap(optax.chain(inner, optax.stateless(interrupted)))
+    with pytest.raises(KeyboardInterrupt):
+        jax.eval_shape(tx.update, PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS)
+    assert not observing()
+    assert told_micro_batch() is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -205,6 +205,10 @@ class MicroAdamOracle:
         self.theta = self.theta + update
         return update
 
+    def add(self, share: npt.ArrayLike) -> None:
+        """Adds a micro-batch's share of the gradient to the error, and takes no step."""
+        self.error = self._stored(np.asarray(share, np.float64) + self.error)
+
     def _blocks(self, *arrays: Floats) -> Iterator[tuple[Floats, ...]]:
         """Yields, block by block, writable views into leaf-shaped contiguous arrays."""
         *lead, length = self.theta.shape or (1,)

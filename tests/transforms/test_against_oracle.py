@@ -9,7 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
+from microadam_jax import (
+    Blocks,
+    MicroAdamLayout,
+    Window,
+    accumulate_into_residual,
+    affine4,
+    microadam,
+    top_k,
+)
 from tests.oracles.microadam import AdamOracle, MicroAdamOracle
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
@@ -104,6 +112,29 @@ def test_options(residual: Any, weight_decay: float, alpha: float | None) -> Non
     compressor = top_k(count=5, blocks=Blocks(64), **EVERYTHING)
     layout = MicroAdamLayout(compressor, residual, Window(4, dtype="float32"))
     assert_follows(layout, (6, 256), alpha, weight_decay)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.1])
+@pytest.mark.parametrize("residual", ["float32", affine4(64)], ids=["exact", "4-bit"])
+def test_micro_batches_in_the_residual(residual: Any, alpha: float | None) -> None:
+    compressor = top_k(count=5, blocks=Blocks(64), **EVERYTHING)
+    layout = MicroAdamLayout(compressor, residual, Window(4, dtype="float32"))
+    inner = microadam(0.01, weight_decay=0.1, alpha=alpha, layout=layout)
+    tx, params = accumulate_into_residual(inner, every_k=3), np.ones((6, 256), np.float32)
+    oracle = oracle_for(layout, params, learning_rate=0.01, weight_decay=0.1, alpha=alpha or 0.0)
+    update, state, batches = jax.jit(tx.update), tx.init(params), gradients(params.shape)
+    for _ in range(STEPS):
+        for _ in range(2):
+            gradient = next(batches)
+            updates, state = update(gradient, state, params)
+            oracle.add(gradient / 3)
+            assert not updates.any()
+        gradient = next(batches)
+        updates, state = update(gradient, state, params)
+        expected = oracle.step(gradient / 3)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=2e-5 * scale)
+        params = optax.apply_updates(params, updates)
 
 
 @pytest.mark.parametrize("length", [1, 3, 25])

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
+    accumulate_into_residual,
     adam_mini8bit,
     adamw4bit_factored,
     adamw8bit,
@@ -57,6 +58,7 @@ CASES = {
     "decay of some": (microadam(1e-2, weight_decay=0.1, mask=BUT_KERNELS), "float32"),
     "an array of a decay": (microadam(1e-2, weight_decay=jnp.float32(0.1)), "bfloat16"),
     "a bypass": (microadam(1e-2, alpha=0.1), "float32"),
+    "micro-batches in the residual": (accumulate_into_residual(microadam(1e-2), 2), "float32"),
     "pretrain": (microadam(1e-2, layout="pretrain"), "bfloat16"),
 }
 
