@@ -58,7 +58,7 @@ def run(
     if padded and isinstance(place, NamedSharding) and any(place.spec[rank - 1 :]):
         place = "the last axis is sharded and its last block padded, so shards cut blocks"
     if implementation is not None:
-        kernel, reason = kernels[implementation]
+        kernel, reason = kernels.get(implementation, (xla, "there is no such kernel"))
         reason = reason or (place if isinstance(place, str) else None)
         if reason is not None:
             raise NotImplementedError(
@@ -140,4 +140,6 @@ def _mapped(
 def _spec(sharding: NamedSharding, array: jax.Array) -> PartitionSpec:
     """The specification of an array that is whole where its axis has size 1."""
     spec = sharding.spec
-    return PartitionSpec(*(None if n == 1 else axis for axis, n in zip(spec, array.shape, strict=False)))
+    return PartitionSpec(
+        *(None if n == 1 else axis for axis, n in zip(spec, array.shape, strict=False))
+    )

@@ -24,16 +24,16 @@ class Turns:
     whole decoded moments, and on CPUs those of all leaves at once.
 
     Args:
-        count: the optimizer's step count.
+        count: the optimizer's step count, or the turn that another one has come to.
     """
 
     def __init__(self, count: jax.Array) -> None:
         """Begins with the first leaf."""
-        self._turn = count
+        self.turn = count
 
     def alone(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, in turn."""
-        result, self._turn = _apart(function, self._turn, arguments)
+        result, self.turn = _apart(function, self.turn, arguments)
         return result
 
     def take(
@@ -100,8 +100,8 @@ class Turns:
 
         place = dealt[replaces]
         output = place if in_place else jnp.zeros_like(place, dtype=shape.dtype)
-        before = output, tuple(map(dealing.deal, carried)), self._turn
-        output, state, self._turn = jax.lax.fori_loop(0, math.prod(cuts), body, before)
+        before = output, tuple(map(dealing.deal, carried)), self.turn
+        output, state, self.turn = jax.lax.fori_loop(0, math.prod(cuts), body, before)
         return output.reshape(leaf.shape), tuple(map(jnp.reshape, state, wholes))
 
 

@@ -1,5 +1,6 @@
 """Any optimizer with its state in few bits."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.codecs.rounding import Draw, Rows
+from microadam_jax.sharding import require_named, told
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise
+from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+from pallas_kernels.dispatch import check_implementation
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
@@ -41,6 +44,8 @@ def quantize_state(
     *,
     elementwise: bool = False,
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps named fields of a transformation's state in few bits.
 
@@ -62,6 +67,12 @@ def quantize_state(
             updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy
             of the state exists during the step. Otherwise it can exist.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
+        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU, for leaves
+            that it supports, and ``"xla"`` elsewhere; ``"mosaic_tpu"`` insists on the kernel for
+            all leaves that are stored through a codec.
+        shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
+            for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
+            else tells.
 
     Returns:
         The transformation. ``init`` makes the inner state in full before it is stored, unless it
@@ -89,8 +100,15 @@ def quantize_state(
         unsigned = [codec.name for codec in storage.codecs if not codec.signed]
         if name in SIGNED_FIELDS and unsigned:
             raise ValueError(f"{name!r} has both signs, which {unsigned[0]} cannot hold.")
+    check_implementation("quantize_state", implementation)
+    require_named(shardings)
     if elementwise:
         require_elementwise(inner)
+    elif implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation={implementation!r} needs elementwise=True: kernels update every "
+            "element alone."
+        )
 
     def init(params: optax.Params) -> QuantizedState:
         found: list[str] = []
@@ -121,7 +139,8 @@ def quantize_state(
     ) -> tuple[optax.Updates, QuantizedState]:
         targets = updates if params is None else params
         finish = finishes(finish, updates)
-        step = _Step(inner, storages, state, targets, finish, seed, extra_args)
+        kernels = implementation, shardings
+        step = _Step(inner, storages, state, targets, finish, seed, *kernels, extra_args)
         run = step.leaf_by_leaf if elementwise else step.at_once
         scaled, inner_state = run(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -140,6 +159,8 @@ class _Step(NamedTuple):
     targets: Any
     finish: Any
     seed: ArrayLike
+    implementation: str | None
+    shardings: Any
     extra_args: dict[str, Any]
 
     @property
@@ -147,9 +168,9 @@ class _Step(NamedTuple):
         """The shapes of the inner state."""
         return jax.eval_shape(self.inner.init, self.targets)
 
-    def draw(self, name: str, path: KeyPath, rows: Rows = Rows()) -> Draw:
-        """What the random numbers of a part of a field follow from."""
-        return Draw(leaf_key(self.seed, self.state.count, (GetAttrKey(name), *path)), rows)
+    def key(self, name: str, path: KeyPath) -> jax.Array:
+        """The random key of a leaf of a field."""
+        return leaf_key(self.seed, self.state.count, (GetAttrKey(name), *path))
 
     def at_once(self, gradients: Any, params: Any) -> tuple[Any, Any]:
         """Decodes the whole state, updates, and encodes it."""
@@ -163,7 +184,7 @@ class _Step(NamedTuple):
             def decode_leaf(path: KeyPath, leaf: Any, *slots: jax.Array) -> tuple[jax.Array]:
                 codec = codec_of(path, leaf)
                 storage.require(path, codec, slots, leaf)
-                return (storage.decode(codec, slots, leaf.shape),)
+                return (codec.decode(storage.encoded(codec, slots), leaf.shape),)
 
             columns = storage.columns(stored, name)
             return map_with_path(decode_leaf, 1, shapes, *columns)[0]
@@ -176,8 +197,8 @@ class _Step(NamedTuple):
 
             def encode_leaf(path: KeyPath, leaf: Any, x: jax.Array, *slots: jax.Array) -> Arrays:
                 codec = codec_of(path, leaf)
-                draw = self.draw(name, path) if codec.needs_key else None
-                return storage.encode(codec, x, slots, draw)
+                key = self.key(name, path) if codec.needs_key else None
+                return storage.replaced(slots, codec.encode(x.astype(jnp.float32), key))
 
             columns = storage.columns(stored, name)
             new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
@@ -244,7 +265,7 @@ class _Step(NamedTuple):
 
         _map_fields(find, shapes, stored)
         widths = [len(field.columns) for field in fields]
-        turns = Turns(self.state.count)
+        turns, placed = Turns(self.state.count), told(self.shardings, gradients)
 
         def update_leaf(
             path: KeyPath,
@@ -257,24 +278,26 @@ class _Step(NamedTuple):
             for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
                 field.storage.require(path, codec, own, g)
 
-            def step(part: Rows, carried: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
+            def rule(moments: Arrays, inputs: Arrays) -> tuple[Any, list[jax.Array]]:
                 g, p = inputs
-                rows = list(zip(fields, codecs, _split(carried, widths), strict=True))
-                decoded = [f.storage.decode(codec, own, g.shape) for f, codec, own in rows]
-                state = with_leaves(iter(decoded))
+                state = with_leaves(iter(moments))
                 scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
-                encoded: list[jax.Array] = []
-                for (field, codec, own), new in zip(rows, leaves_of(state), strict=True):
-                    draw = self.draw(field.name, path, part) if codec.needs_key else None
-                    encoded += field.storage.encode(codec, new, own, draw)
                 scaled = jnp.asarray(scaled, p.dtype)
-                return finish(scaled, *read_by(finish, p)), tuple(encoded)
+                return finish(scaled, *read_by(finish, p)), leaves_of(state)
 
-            chunkable = all(codec.chunkable for codec in codecs)
-            scaled, new = turns.take(
-                step, slots, (g, p), chunkable=chunkable, replaces=replaced_by(finish)
+            moments = [
+                Moment(field.storage, codec, own, functools.partial(self.key, field.name, path))
+                for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True)
+            ]
+            scaled, new = stored_step(
+                turns,
+                rule,
+                moments,
+                (g, p),
+                replaces=replaced_by(finish),
+                kernels=Kernels(self.implementation, placed.get(path)),
             )
-            return scaled, *new
+            return scaled, *itertools.chain(*new)
 
         columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params

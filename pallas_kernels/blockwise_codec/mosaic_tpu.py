@@ -151,9 +151,7 @@ def step(
         for x in statistics:
             calls.in_place(x.reshape(outer, rows, x.shape[-1]).swapaxes(1, 2), spec)
 
-    plan = _Plan(
-        rule, codecs, sizes, tuple(blocks), tuple(kinds), n, width, wrapped(whole[-1])
-    )
+    plan = _Plan(rule, codecs, sizes, tuple(blocks), tuple(kinds), n, width, wrapped(whole[-1]))
     output, *new = pl.pallas_call(
         functools.partial(_kernel, plan=plan, draws=bool(places), groups=_groups(rows)),
         grid=(outer, pl.cdiv(rows, ROWS), pl.cdiv(n, width)),
@@ -220,9 +218,7 @@ def _folded(shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(lead), rows
 
 
-def _spread(
-    x: jax.Array, shape: tuple[int, ...], outer: int, rows: int
-) -> tuple[jax.Array, str]:
+def _spread(x: jax.Array, shape: tuple[int, ...], outer: int, rows: int) -> tuple[jax.Array, str]:
     """An input with three axes, the first and one of the others of size 1 if they can be."""
     *lead, height, width = x.shape
     folded = outer != math.prod(shape[:-2])
@@ -263,7 +259,9 @@ def _kernel(*refs, plan: _Plan, draws: bool, groups: int) -> None:
     new = take_moments()
     (columns_ref,) = take(1)
     per_block = [ref[...] for refs in stored for ref in refs[1:]]
-    per_row = [ref[...] for ref, kind in zip(input_refs, plan.kinds, strict=True) if kind == "column"]
+    per_row = [
+        ref[...] for ref, kind in zip(input_refs, plan.kinds, strict=True) if kind == "column"
+    ]
     columns_ref[...] = _turned([*per_block, *per_row])
 
     leading, first_row, first_column = (
@@ -281,9 +279,7 @@ def _kernel(*refs, plan: _Plan, draws: bool, groups: int) -> None:
         ]
         for number in range(plan.width // PIECE[1]):
             piece = _Piece(plan, rows, number)
-            moments = [
-                piece.decode(which, refs[0], columns) for which, refs in enumerate(stored)
-            ]
+            moments = [piece.decode(which, refs[0], columns) for which, refs in enumerate(stored)]
             output, *moments = plan.rule(scalars, [*moments, *piece.inputs(input_refs, columns)])
             output_ref[rows, piece.lanes] = output
             column = first_column + number * PIECE[1] + _iota(PIECE, 1)
@@ -335,7 +331,10 @@ class _Piece(NamedTuple):
 
     def inputs(self, refs: Sequence[Any], columns: jax.Array) -> Iterator[jax.Array]:
         """The inputs, the gradient in float32."""
-        at = sum(c.statistics * blocks for c, blocks in zip(self.plan.codecs, self.plan.blocks, strict=True))
+        at = sum(
+            c.statistics * blocks
+            for c, blocks in zip(self.plan.codecs, self.plan.blocks, strict=True)
+        )
         for index, (ref, kind) in enumerate(zip(refs, self.plan.kinds, strict=True)):
             if kind == "all":
                 x = ref[self.rows, self.lanes]

@@ -23,7 +23,7 @@ def step(
     moments = (codec.decode(x, shape) for codec, x in zip(codecs, encoded, strict=True))
     output, new = rule(tuple(moments), tuple(inputs))
     stored = (
-        codec.encode(x, key if codec.needs_key else None)
+        codec.encode(x.astype(jnp.float32), key if codec.needs_key else None)
         for codec, x, key in zip(codecs, new, keys, strict=True)
     )
     return output, tuple(stored)

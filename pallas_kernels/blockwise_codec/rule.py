@@ -71,7 +71,7 @@ def _part(
 ) -> Callable[..., list[jax.Array]]:
     """Some equations of a program as a function."""
     part = program.replace(
-        constvars=[], invars=[*arguments], outvars=[*results], eqns=[*equations], debug_info=None
+        constvars=[], invars=[*arguments], outvars=[*results], eqns=[*equations], debug_info=program.debug_info.with_unknown_names()
     )
     return core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
 
@@ -81,7 +81,9 @@ def _foreign(equations: Sequence[Any]) -> str | None:
     for equation in equations:
         name = equation.primitive.name
         if name in CALLS:
-            inner = (p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+            inner = (
+                p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")
+            )
             found = next(filter(None, (_foreign(getattr(p, "jaxpr", p).eqns) for p in inner)), None)
             if found is not None:
                 return found
