@@ -47,9 +47,17 @@ class Rule:
                 self._equations.append(equation)
         read = [v for equation in self._equations for v in equation.invars] + program.outvars
         needed = [*dict.fromkeys(v for v in read if not isinstance(v, core.Literal) and v in known)]
-        before = _part(program, first, program.constvars, needed)
-        self._step = _part(program, self._equations, [*needed, *program.invars], program.outvars)
-        self.scalars: tuple[jax.Array, ...] = tuple(before(*closed.consts))
+        self._program, self._needed = program, needed
+        # Where they were traced there may be a mesh, which there is none of in a kernel.
+        before = program.replace(
+            constvars=[],
+            invars=program.constvars,
+            outvars=needed,
+            eqns=first,
+            debug_info=program.debug_info.with_unknown_names(),
+        )
+        evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(before, []))
+        self.scalars: tuple[jax.Array, ...] = tuple(evaluate(*closed.consts))
         self.results: tuple[Any, ...] = tuple(v.aval for v in program.outvars)
 
     @property
@@ -63,30 +71,47 @@ class Rule:
 
     def __call__(self, scalars: Sequence[jax.Array], tiles: Sequence[jax.Array]) -> list[jax.Array]:
         """Runs the operations."""
-        return self._step(*scalars, *tiles)
+        names = [*self._needed, *self._program.invars]
+        known = dict(zip(names, [*scalars, *tiles], strict=True))
+        return _results(self._equations, known, self._program.outvars)
 
 
-def _part(
-    program: core.Jaxpr, equations: Sequence[Any], arguments: Sequence[Any], results: Sequence[Any]
-) -> Callable[..., list[jax.Array]]:
-    """Some equations of a program as a function."""
-    part = program.replace(
-        constvars=[], invars=[*arguments], outvars=[*results], eqns=[*equations], debug_info=program.debug_info.with_unknown_names()
-    )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+def _results(equations: Sequence[Any], known: dict[Any, Any], names: Sequence[Any]) -> list[Any]:
+    """The values of ``names`` after some equations, without the mesh that these were traced on."""
+
+    def value(v: Any) -> Any:
+        return v.val if isinstance(v, core.Literal) else known[v]
+
+    for equation in equations:
+        values = [value(v) for v in equation.invars]
+        called = _called(equation)
+        if called is None:
+            parameters = equation.params | (
+                {"sharding": None} if "sharding" in equation.params else {}
+            )
+            known[equation.outvars[0]] = equation.primitive.bind(*values, **parameters)
+            continue
+        inner = dict(zip(called.jaxpr.constvars, called.consts, strict=True))
+        inner |= zip(called.jaxpr.invars, values, strict=True)
+        results = _results(called.jaxpr.eqns, inner, called.jaxpr.outvars)
+        known |= zip(equation.outvars, results, strict=True)
+    return [value(v) for v in names]
+
+
+def _called(equation: Any) -> core.ClosedJaxpr | None:
+    """The program that an equation calls."""
+    if equation.primitive.name not in CALLS:
+        return None
+    return next(p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr))
 
 
 def _foreign(equations: Sequence[Any]) -> str | None:
     """The first primitive that is not among those known."""
     for equation in equations:
-        name = equation.primitive.name
-        if name in CALLS:
-            inner = (
-                p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")
-            )
-            found = next(filter(None, (_foreign(getattr(p, "jaxpr", p).eqns) for p in inner)), None)
-            if found is not None:
-                return found
-        elif name not in PRIMITIVES:
-            return name
+        called = _called(equation)
+        found = None if called is None else _foreign(called.jaxpr.eqns)
+        if called is None and equation.primitive.name not in PRIMITIVES:
+            found = equation.primitive.name
+        if found is not None:
+            return found
     return None
