@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise_codec import mosaic_tpu, reference
@@ -137,5 +137,14 @@ def _places(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         others = [i for i in range(leaf.ndim) if i != axis]
         rows = rows + jnp.expand_dims(index * mosaic_tpu.wrapped(stride), others)
         stride *= shape[axis]
-    column = jnp.arange(shape[-1], dtype=jnp.int32)
-    return rows, jnp.expand_dims(column, range(leaf.ndim - 1))
+    columns = jnp.expand_dims(jnp.arange(shape[-1], dtype=jnp.int32), range(leaf.ndim - 1))
+    sharding = jax.typeof(leaf).sharding
+    if not any(sharding.spec):
+        return rows, columns
+    *lead, last = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    specs = PartitionSpec(*lead, None), PartitionSpec(*[None] * len(lead), last)
+    places = zip((rows, columns), specs, strict=True)
+    rows, columns = (
+        jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec)) for x, spec in places
+    )
+    return rows, columns
