@@ -149,7 +149,7 @@ def scale_by_adam_mini(
 
             def rule(moments: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
                 g, root, *p = inputs
-                mu = moving_average(b1, *moments, g.astype(jnp.float32))
+                mu = moving_average(b1, moments[0], g.astype(jnp.float32))
                 scaled = (mu / one_minus_power(b1, count) / root).astype(target.dtype)
                 return finish(scaled, *p), (mu,)
 

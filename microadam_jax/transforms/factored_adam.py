@@ -157,7 +157,7 @@ def scale_by_factored_adam(
 
             def rule(moments: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
                 g, row_root, col_root, *p = inputs
-                mu = moving_average(b1, *moments, g.astype(jnp.float32))
+                mu = moving_average(b1, moments[0], g.astype(jnp.float32))
                 scaled = mu / one_minus_power(b1, count) / (row_root * col_root + eps)
                 return finish(scaled.astype(target.dtype), *p), (mu,)
 

@@ -18,7 +18,7 @@ def blockwise_step(
     codecs: Sequence[Any],
     encoded: Sequence[Any],
     inputs: Sequence[jax.Array],
-    keys: Sequence[jax.Array | None],
+    keys: Sequence[Any],
     *,
     replaces: int = 0,
     implementation: str | None = None,
@@ -77,7 +77,8 @@ def blockwise_step(
     codecs, leaf = tuple(codecs), inputs[0]
     own, structure = jax.tree.flatten((tuple(inputs), tuple(encoded)))
     reason = mosaic_tpu.unsupported(codecs, inputs)
-    made, places, words = None, (), ()
+    made: Rule | None = None
+    places, words = (), ()
     if reason is None and implementation != "xla":
         made = Rule(
             lambda *tiles: _flat(rule(tiles[: len(codecs)], tiles[len(codecs) :])),
@@ -95,6 +96,7 @@ def blockwise_step(
         return reference.step(rule, codecs, encoded, inputs, keys)
 
     def run_kernel(*operands: jax.Array) -> Any:
+        assert made is not None
         inputs, encoded = jax.tree.unflatten(structure, operands[: len(own)])
         rest = operands[len(own) :]
         return mosaic_tpu.step(

@@ -7,8 +7,8 @@ on lanes, as the compiler itself lays it out, and is turned once for a tile.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +16,13 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blockwise_codec.piece import LANES, PIECE, Piece, Plan, iota
 from pallas_kernels.blockwise_codec.reference import uniform
 from pallas_kernels.blockwise_codec.rule import Rule
 from pallas_kernels.tpu_tiles import ROWS, cost, float32
 
-LANES = 128
-PIECE = (32, 256)  # rows, of a register of bytes, and elements of them, two of which share a byte
 WIDTH = 2048  # elements of a row in a tile
 OPERATIONS = 200  # for each element, about
-
-
-class _Plan(NamedTuple):
-    """What is known of a call when it is compiled.
-
-    Attributes:
-        rule: the step.
-        codecs: those of the moments.
-        sizes: elements in a block of each.
-        blocks: how many blocks of each a tile has.
-        kinds: of each input, whether it has ``"all"`` elements, or one for each ``"row"`` or each
-            ``"column"``.
-        n: elements in a row.
-        width: elements of a row in a tile.
-        stride: from row to row, as an int32.
-    """
-
-    rule: Rule
-    codecs: tuple[Any, ...]
-    sizes: tuple[int, ...]
-    blocks: tuple[int, ...]
-    kinds: tuple[str, ...]
-    n: int
-    width: int
-    stride: np.int32
 
 
 def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | None:
@@ -64,6 +38,9 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
         size = codec.blocks.layout_of(inputs[0]).size
         if size not in (LANES, 2 * LANES):
             return f"blocks must have {LANES} or {2 * LANES} elements; {codec.name} has {size} here"
+    columns = sum(WIDTH // LANES * codec.statistics for codec in codecs) + len(inputs)
+    if columns > LANES:
+        return f"there is room for {LANES} numbers for each row of a tile, not for {columns}"
     for index, x in enumerate(inputs):
         half = index == 0 and x.dtype == jnp.float16
         if x.dtype not in (jnp.float32, jnp.bfloat16) and not half:
@@ -151,7 +128,7 @@ def step(
         for x in statistics:
             calls.in_place(x.reshape(outer, rows, x.shape[-1]).swapaxes(1, 2), spec)
 
-    plan = _Plan(rule, codecs, sizes, tuple(blocks), tuple(kinds), n, width, wrapped(whole[-1]))
+    plan = Plan(rule, codecs, sizes, tuple(blocks), tuple(kinds), n, width, wrapped(whole[-1]))
     output, *new = pl.pallas_call(
         functools.partial(_kernel, plan=plan, draws=bool(places), groups=_groups(rows)),
         grid=(outer, pl.cdiv(rows, ROWS), pl.cdiv(n, width)),
@@ -243,7 +220,7 @@ def _groups(rows: int) -> int:
     return -(-min(rows, ROWS) // PIECE[0])
 
 
-def _kernel(*refs, plan: _Plan, draws: bool, groups: int) -> None:
+def _kernel(*refs, plan: Plan, draws: bool, groups: int) -> None:
     remaining = iter(refs)
 
     def take(count: int) -> list[Any]:
@@ -252,7 +229,7 @@ def _kernel(*refs, plan: _Plan, draws: bool, groups: int) -> None:
     def take_moments() -> list[list[Any]]:
         return [take(1 + codec.statistics) for codec in plan.codecs]
 
-    starts_ref, words_ref = take(2) if draws else (None, None)
+    draw_refs = take(2) if draws else []
     scalar_refs, input_refs = take(len(plan.rule.scalars)), take(len(plan.kinds))
     stored = take_moments()
     (output_ref,) = take(1)
@@ -278,20 +255,19 @@ def _kernel(*refs, plan: _Plan, draws: bool, groups: int) -> None:
             for ref, x in zip(scalar_refs, plan.rule.scalars, strict=True)
         ]
         for number in range(plan.width // PIECE[1]):
-            piece = _Piece(plan, rows, number)
+            piece = Piece(plan, rows, number)
             moments = [piece.decode(which, refs[0], columns) for which, refs in enumerate(stored)]
             output, *moments = plan.rule(scalars, [*moments, *piece.inputs(input_refs, columns)])
             output_ref[rows, piece.lanes] = output
-            column = first_column + number * PIECE[1] + _iota(PIECE, 1)
-            if draws:
-                row = first_row + i * PIECE[0] + _iota(PIECE, 0)
-                place = starts_ref[leading] + row * plan.stride + words_ref[0] + column
-            drawn = 1
+            column = first_column + number * PIECE[1] + iota(PIECE, 1)
+            row = first_row + i * PIECE[0] + iota(PIECE, 0)
+            drawn = 0
             for which, (codec, x, refs) in enumerate(zip(plan.codecs, moments, new, strict=True)):
                 xi = None
                 if codec.needs_key:
-                    xi = uniform(place, words_ref[drawn], words_ref[drawn + 1])
-                    drawn += 2
+                    place = row * plan.stride + column
+                    xi = _random(place, leading, drawn, *draw_refs)
+                    drawn += 1
                 if plan.n % plan.sizes[which]:
                     x = jnp.where(column < plan.n, x, 0.0)
                 updated = piece.encode(which, x, xi, refs[0], updated)
@@ -306,125 +282,12 @@ def _kernel(*refs, plan: _Plan, draws: bool, groups: int) -> None:
             first += blocks
 
 
-class _Piece(NamedTuple):
-    """A part of a tile that fits in registers.
-
-    Attributes:
-        plan: of the call.
-        rows: of the tile.
-        number: of the piece in those rows.
-    """
-
-    plan: _Plan
-    rows: Any
-    number: int
-
-    @property
-    def lanes(self) -> slice:
-        """The elements of the rows."""
-        return slice(self.number * PIECE[1], (self.number + 1) * PIECE[1])
-
-    @property
-    def bytes_of_nibbles(self) -> slice:
-        """Where their codes of four bits are."""
-        return slice(self.number * LANES, (self.number + 1) * LANES)
-
-    def inputs(self, refs: Sequence[Any], columns: jax.Array) -> Iterator[jax.Array]:
-        """The inputs, the gradient in float32."""
-        at = sum(
-            c.statistics * blocks
-            for c, blocks in zip(self.plan.codecs, self.plan.blocks, strict=True)
-        )
-        for index, (ref, kind) in enumerate(zip(refs, self.plan.kinds, strict=True)):
-            if kind == "all":
-                x = ref[self.rows, self.lanes]
-                yield x if index else float32(x)
-            elif kind == "row":
-                yield jnp.broadcast_to(ref[:, self.lanes], PIECE)
-            else:
-                yield jnp.broadcast_to(columns[:, at : at + 1], PIECE).astype(ref.dtype)
-                at += 1
-
-    def decode(self, which: int, ref: Any, columns: jax.Array) -> jax.Array:
-        """A stored moment."""
-        codec, size = self.plan.codecs[which], self.plan.sizes[which]
-        codes = self._codes(codec, size, ref)
-        values = []
-        for block, places in enumerate(self._statistics(which)):
-            # Behind the last block of the row there may be half a piece, which is not stored.
-            statistics = [columns[:, at : at + 1] for at in places or self._statistics(which)[0]]
-            part = codes[:, block * size : (block + 1) * size]
-            values.append(_values_of(codec, part, statistics))
-        return jnp.concatenate(values, axis=1)
-
-    def encode(
-        self, which: int, x: jax.Array, xi: jax.Array | None, ref: Any, columns: jax.Array
-    ) -> jax.Array:
-        """Stores a moment, and returns ``columns`` with what there is per block."""
-        codec, size = self.plan.codecs[which], self.plan.sizes[which]
-        lane, codes = _iota(columns.shape, 1), []
-        for block, places in enumerate(self._statistics(which)):
-            part = slice(block * size, (block + 1) * size)
-            code, *statistics = _codes_of(codec, x[:, part], None if xi is None else xi[:, part])
-            codes.append(code)
-            for at, number in zip(places or (), statistics, strict=bool(places)):
-                columns = jnp.where(lane == at, number, columns)
-        self._store(codec, codes, ref)
-        return columns
-
-    def _statistics(self, which: int) -> list[list[int] | None]:
-        """For each block, which columns are its; None for a block that there is not."""
-        plan = self.plan
-        counts = [c.statistics * blocks for c, blocks in zip(plan.codecs, plan.blocks, strict=True)]
-        first, blocks = sum(counts[:which]), plan.blocks[which]
-        each = PIECE[1] // plan.sizes[which]
-        return [
-            [first + k * blocks + block for k in range(plan.codecs[which].statistics)]
-            if block < blocks
-            else None
-            for block in range(self.number * each, (self.number + 1) * each)
-        ]
-
-    def _codes(self, codec: Any, size: int, ref: Any) -> jax.Array:
-        if codec.bits == 8:
-            return ref[self.rows, self.lanes].astype(jnp.int32)
-        packed = ref[self.rows, self.bytes_of_nibbles].astype(jnp.int32)
-        return jnp.concatenate(_halves(packed & 15, packed >> 4, size), axis=1)
-
-    def _store(self, codec: Any, codes: Sequence[jax.Array], ref: Any) -> None:
-        both = jnp.concatenate(codes, axis=1)
-        if codec.bits == 8:
-            ref[self.rows, self.lanes] = both.astype(jnp.uint8)
-            return
-        low, high = _halves(both[:, :LANES], both[:, LANES:], PIECE[1] // len(codes))
-        ref[self.rows, self.bytes_of_nibbles] = (low | (high << 4)).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _values_of(codec: Any, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
-    return codec.values_of(codes, statistics)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _codes_of(codec: Any, block: jax.Array, xi: jax.Array | None) -> tuple[jax.Array, ...]:
-    """The codes of a block, and what there is of it besides."""
-    statistics = codec.measure(block)
-    return codec.codes_of(block, statistics, xi), *statistics
-
-
-def _halves(one: jax.Array, other: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Two blocks from the first and the last halves of both, or these from the blocks.
-
-    One block of 256 elements has a register of first halves and one of last ones; of two
-    blocks of 128, each has half of both.
-    """
-    if size == PIECE[1]:
-        return one, other
-    first = _iota(one.shape, 1) < LANES // 2
-    return (
-        jnp.where(first, one, pltpu.roll(other, LANES // 2, axis=1)),
-        jnp.where(first, pltpu.roll(one, LANES // 2, axis=1), other),
-    )
+def _random(
+    place: jax.Array, leading: jax.Array, drawn: int, starts_ref: Any, words_ref: Any
+) -> jax.Array:
+    """Random numbers for places in an outer slice, with one of the keys."""
+    place = place + (starts_ref[leading] + words_ref[0])
+    return uniform(place, words_ref[1 + 2 * drawn], words_ref[2 + 2 * drawn])
 
 
 def _turned(numbers: Sequence[jax.Array]) -> jax.Array:
@@ -437,7 +300,3 @@ def _turned(numbers: Sequence[jax.Array]) -> jax.Array:
 def _as_before(scalar: jax.Array, dtype: Any) -> jax.Array:
     """A scalar, or all of a piece where the processor has no scalars of its dtype."""
     return scalar if scalar.dtype == dtype else jnp.full(PIECE, scalar).astype(dtype)
-
-
-def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -16,9 +16,17 @@ def step(
     codecs: Sequence[Any],
     encoded: Sequence[Any],
     inputs: Sequence[jax.Array],
-    keys: Sequence[jax.Array | None],
+    keys: Sequence[Any],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """The output of ``rule``, and the new moments as their codecs store them."""
+    """The output of ``rule``, and the new moments as their codecs store them.
+
+    Args:
+        rule: the step.
+        codecs: those of the moments.
+        encoded: what they made.
+        inputs: the gradient, and arrays that broadcast against it.
+        keys: what each codec draws random numbers from; not used by those that draw none.
+    """
     shape = inputs[0].shape
     moments = (codec.decode(x, shape) for codec, x in zip(codecs, encoded, strict=True))
     output, new = rule(tuple(moments), tuple(inputs))
