@@ -17,11 +17,10 @@ from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
 BY_128 = Blocks(128, shards=1)
 CODECS = (
     dynamic8(keep_sign=True),
-    dynamic8(signed=False),
+    linear4(Blocks(256, shards=1)),
     dynamic4(BY_128, rounding="stochastic"),
-    dynamic4(Blocks(256, shards=1), symmetric=True),
-    linear4(BY_128),
 )
+ADAM = dynamic8(keep_sign=True), dynamic8(signed=False)
 SHAPES = {
     "odd rows": (37, 256),
     "odd and padded blocks": (5, 257),
@@ -33,8 +32,7 @@ SHAPES = {
 def keep(moments: Any, inputs: Any) -> Any:
     """Returns what was stored, and stores the inputs: codes depend on no rounding."""
     gradient, squares = (x.astype(jnp.float32) for x in inputs)
-    signs = [True, False, True, True, False]
-    return math.prod(moments), [gradient if sign else squares for sign in signs[: len(moments)]]
+    return math.prod(moments), [gradient, squares, gradient][-len(moments) :]
 
 
 def run(rule: Any, codecs: Any, inputs: Any, stored: Any, **how: Any) -> Any:
@@ -92,13 +90,13 @@ def test_a_step_is_within_a_rounding(dtype: str) -> None:
     shape = (40, 256)
     (gradient, squares), stored = moments_of(shape)
     inputs = gradient, gradient.astype(dtype), squares[:, :1] + 0.1, squares[:1] + 0.1
-    step = functools.partial(run, adam, CODECS[:2], inputs, [stored] * 2, replaces=1)
+    step = functools.partial(run, adam, ADAM, inputs, [stored] * 2, replaces=1)
     found, expected = step(implementation="mosaic_tpu", interpret=True), step(implementation="xla")
     assert found[0].dtype == dtype
     tolerance = {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
     one, other = (np.asarray(x[0], np.float32) for x in (found, expected))
     np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
-    for codec, one, other in zip(CODECS, found[1], expected[1], strict=False):
+    for codec, one, other in zip(ADAM, found[1], expected[1], strict=True):
         # What was decoded may differ by a rounding, and so may what lies between two codes.
         assert np.mean(np.asarray(one.codes) != np.asarray(other.codes)) < 1e-3, codec
         np.testing.assert_allclose(one.scales, other.scales, rtol=1e-6)
@@ -136,7 +134,6 @@ def test_an_update_that_no_kernel_was_tried_with_is_refused() -> None:
     def rule(moments: Any, inputs: Any) -> Any:
         return jnp.arcsinh(moments[0]) + inputs[0], moments
 
-    run(rule, CODECS[:1], inputs, [stored])
     with pytest.raises(NotImplementedError, match=r"no kernel was tried with .* 'asinh'"):
         run(rule, CODECS[:1], inputs, [stored], implementation="mosaic_tpu")
 
