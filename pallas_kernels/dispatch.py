@@ -44,6 +44,7 @@ def run(
     rank: int,
     padded: bool,
     sharding: NamedSharding | None = None,
+    aside: tuple[jax.Array, ...] = (),
 ) -> Any:
     """Runs an operation whose arrays and results all lie as the tensor does, block by block.
 
@@ -55,11 +56,13 @@ def run(
         xla: the reference; it takes ``(*arrays, *scalars)``.
         kernels: by implementation: the kernel, which takes the same, and the reason why it
             cannot take these shapes, or None.
-        arrays: leading axes lie as those of the first.
+        arrays: the axes of each lie as those of the first, unless they have size 1.
         scalars: the same on every device.
         rank: axes of the tensor, of which the last is cut into blocks.
         padded: whether the last block exceeds the row.
         sharding: where the tensor lies, which Explicit axes tell by themselves.
+        aside: arrays that the reference takes at the end and returns in new form after its
+            result; where there are some, they follow a kernel's result as they are.
 
     Raises:
         NotImplementedError: if a named implementation cannot run; says why.
@@ -67,34 +70,37 @@ def run(
     """
     check_implementation(operation, implementation)
     if implementation == "xla":
-        return xla(*arrays, *scalars)
+        return xla(*arrays, *scalars, *aside)
     place = _placement(arrays[0], sharding, named=implementation is not None)
     if padded and isinstance(place, NamedSharding) and any(place.spec[rank - 1 :]):
         place = "the last axis is sharded and its last block padded, so shards cut blocks"
     if implementation is not None:
-        kernel, reason = kernels[implementation]
+        kernel, reason = kernels.get(implementation, (xla, "there is no such kernel"))
         reason = reason or (place if isinstance(place, str) else None)
         if reason is not None:
             raise NotImplementedError(
                 f"{operation}: {implementation!r} cannot run here: {reason}. implementation=None "
                 "falls back on 'xla' in such a case."
             )
-        return _mapped(kernel, place, arrays, scalars)
+        return _with(_mapped(kernel, place, arrays, scalars), aside)
     able = {
         platform: kernels[name][0]
         for platform, name in (("tpu", "mosaic_tpu"),)
         if name in kernels and kernels[name][1] is None
     }
     if isinstance(place, str) or not able:
-        return xla(*arrays, *scalars)
+        return xla(*arrays, *scalars, *aside)
 
     def bind(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *operands: _mapped(
-            kernel, place, operands[: len(arrays)], operands[len(arrays) :]
-        )
+        def run(*operands: jax.Array) -> Any:
+            first, last = len(arrays), len(operands) - len(aside)
+            result = _mapped(kernel, place, operands[:first], operands[first:last])
+            return _with(result, operands[last:])
+
+        return run
 
     branches = {platform: bind(kernel) for platform, kernel in able.items()}
-    return jax.lax.platform_dependent(*arrays, *scalars, **branches, default=xla)
+    return jax.lax.platform_dependent(*arrays, *scalars, *aside, **branches, default=xla)
 
 
 def _placement(
@@ -127,6 +133,10 @@ def _placement(
     )
 
 
+def _with(result: Any, aside: tuple[jax.Array, ...]) -> Any:
+    return (result, *aside) if aside else result
+
+
 def _mapped(
     kernel: Callable[..., Any],
     sharding: NamedSharding | str | None,
@@ -139,7 +149,15 @@ def _mapped(
     return jax.shard_map(
         kernel,
         mesh=sharding.mesh,
-        in_specs=(*[sharding.spec] * len(arrays), *[PartitionSpec()] * len(scalars)),
+        in_specs=(*(_spec(sharding, x) for x in arrays), *[PartitionSpec()] * len(scalars)),
         out_specs=sharding.spec,
         check_vma=False,
     )(*arrays, *scalars)
+
+
+def _spec(sharding: NamedSharding, array: jax.Array) -> PartitionSpec:
+    """The specification of an array that is whole where its axis has size 1."""
+    spec = sharding.spec
+    return PartitionSpec(
+        *(None if n == 1 else axis for axis, n in zip(spec, array.shape, strict=False))
+    )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 SIZE = 256  # elements in a block: two registers' lanes, one for each half of a byte's codes
@@ -37,3 +39,17 @@ def cost(operations: int, arrays: Sequence[Any]) -> pl.CostEstimate:
     """
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     return pl.CostEstimate(flops=operations, transcendentals=0, bytes_accessed=moved)
+
+
+def float32(x: jax.Array) -> jax.Array:
+    """``x`` in float32; int16 stands for the bits of a float16, which TPUs do not know."""
+    if x.dtype != jnp.int16:
+        return x.astype(jnp.float32)
+    # The bits of a float16: exponents are biased by 15 instead of 127, and the hardware flushes
+    # what would be subnormal on the way.
+    magnitude = x.astype(jnp.int32) & 0x7FFF
+    bias = jnp.where(magnitude >= 0x7C00, 255 - 31, 127 - 15) << 23
+    normal = jax.lax.bitcast_convert_type((magnitude << 13) + bias, jnp.float32)
+    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
+    result = jnp.where(magnitude < 0x400, subnormal, normal)
+    return jnp.where(x.astype(jnp.int32) < 0, -result, result)

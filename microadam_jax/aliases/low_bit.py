@@ -26,6 +26,8 @@ def adamw8bit(
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     nu_codec: Storage | Codec | str = "dynamic8_unsigned",
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with both moments in 8 bits on the dynamic exponent map.
 
@@ -50,6 +52,9 @@ def adamw8bit(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
+        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -64,7 +69,16 @@ def adamw8bit(
     Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
     """
     return _adamw(
-        learning_rate, b1, b2, eps, weight_decay, mask, {"mu": mu_codec, "nu": nu_codec}, seed
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        {"mu": mu_codec, "nu": nu_codec},
+        seed,
+        implementation,
+        shardings,
     )
 
 
@@ -79,6 +93,8 @@ def adamw4bit(
     mu_codec: Storage | Codec | str = "dynamic4",
     nu_codec: Storage | Codec | str = "rank1_linear4",
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with both moments in 4 bits, the second scaled by rows and columns.
 
@@ -106,6 +122,9 @@ def adamw4bit(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
+        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -120,7 +139,16 @@ def adamw4bit(
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507).
     """
     return _adamw(
-        learning_rate, b1, b2, eps, weight_decay, mask, {"mu": mu_codec, "nu": nu_codec}, seed
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        {"mu": mu_codec, "nu": nu_codec},
+        seed,
+        implementation,
+        shardings,
     )
 
 
@@ -135,6 +163,8 @@ def adamw_fp8(
     mu_codec: Storage | Codec | str = "e4m3_expanded",
     nu_codec: Storage | Codec | str = "e4m3_expanded",
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with both moments in 8-bit floating point, each block's range expanded.
 
@@ -159,6 +189,9 @@ def adamw_fp8(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
+        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -173,7 +206,16 @@ def adamw_fp8(
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 4.
     """
     return _adamw(
-        learning_rate, b1, b2, eps, weight_decay, mask, {"mu": mu_codec, "nu": nu_codec}, seed
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        {"mu": mu_codec, "nu": nu_codec},
+        seed,
+        implementation,
+        shardings,
     )
 
 
@@ -188,6 +230,8 @@ def adamw4bit_factored(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = "dynamic4",
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with a first moment in 4 bits and a factored second one.
 
@@ -209,6 +253,9 @@ def adamw4bit_factored(
         partition: which parameters are linear maps, and between which axes.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
+        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -222,7 +269,16 @@ def adamw4bit_factored(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
-    link = scale_by_factored_adam(b1, b2, eps, partition=partition, mu_codec=mu_codec, seed=seed)
+    link = scale_by_factored_adam(
+        b1,
+        b2,
+        eps,
+        partition=partition,
+        mu_codec=mu_codec,
+        seed=seed,
+        implementation=implementation,
+        shardings=shardings,
+    )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
 
@@ -237,6 +293,8 @@ def adam_mini8bit(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
 
@@ -258,6 +316,9 @@ def adam_mini8bit(
         partition: what the blocks of the second moment are; see :func:`adam_mini`.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
+        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -281,6 +342,8 @@ def adam_mini8bit(
         partition=partition,
         mu_codec=mu_codec,
         seed=seed,
+        implementation=implementation,
+        shardings=shardings,
     )
 
 
@@ -295,6 +358,8 @@ def adam_mini4bit(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
 
@@ -318,6 +383,9 @@ def adam_mini4bit(
         partition: what the blocks of the second moment are; see :func:`adam_mini`.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
+        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -341,6 +409,8 @@ def adam_mini4bit(
         partition=partition,
         mu_codec=mu_codec,
         seed=seed,
+        implementation=implementation,
+        shardings=shardings,
     )
 
 
@@ -353,8 +423,17 @@ def _adamw(
     mask: Any | Callable[[optax.Params], Any] | None,
     codecs: dict[str, Storage | Codec | str],
     seed: ArrayLike,
+    implementation: str | None,
+    shardings: Any,
 ) -> GradientTransformationExtraArgs:
     """AdamW with its moments stored through codecs."""
     adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
-    link = quantize_state(adam, codecs, elementwise=True, seed=seed)
+    link = quantize_state(
+        adam,
+        codecs,
+        elementwise=True,
+        seed=seed,
+        implementation=implementation,
+        shardings=shardings,
+    )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)

@@ -32,6 +32,8 @@ def adam_mini(
     mu_dtype: DTypeLike = "float32",
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini: AdamW with one second moment for each block of parameters.
 
@@ -60,6 +62,10 @@ def adam_mini(
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32.
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`.
         seed: of a codec that rounds stochastically.
+        implementation: of the step with ``mu_codec``: None, ``"xla"`` or ``"mosaic_tpu"``; see
+            :func:`quantize_state`.
+        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
+            :func:`quantize_state`.
 
     Returns:
         The transformation.
@@ -74,7 +80,15 @@ def adam_mini(
     Reference: Zhang et al., Adam-mini (ICLR 2025, arXiv 2406.16793), Algorithm 1.
     """
     link = scale_by_adam_mini(
-        b1, b2, eps, partition=partition, mu_dtype=mu_dtype, mu_codec=mu_codec, seed=seed
+        b1,
+        b2,
+        eps,
+        partition=partition,
+        mu_dtype=mu_dtype,
+        mu_codec=mu_codec,
+        seed=seed,
+        implementation=implementation,
+        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 

@@ -58,7 +58,7 @@ class Codec(Protocol):
         """Encodes the float32 tensor ``x``."""
         ...
 
-    def measure(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array | None:
+    def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array | None:
         """The shared array of ``x``; None if nothing is shared.
 
         Args:

@@ -40,7 +40,7 @@ class Map(Protocol):
         ...
 
     def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
-        r"""The uint8 codes of float32 numbers in [-1, 1].
+        r"""The codes of float32 numbers in [-1, 1], as int32.
 
         Between neighbours :math:`v_c \le y < v_{c+1}` the code is :math:`c + 1` where
         :math:`y > v_c + \xi (v_{c+1} - v_c)`: halves go to the lower code.
@@ -48,7 +48,7 @@ class Map(Protocol):
         ...
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """The float32 numbers of uint8 codes."""
+        """The float32 numbers of integer codes."""
         ...
 
 
@@ -86,9 +86,9 @@ class TableMap:
 
     def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
         """Counts the thresholds below ``y``."""
-        code = jnp.zeros(y.shape, jnp.uint8)
+        code = jnp.zeros(y.shape, jnp.int32)
         for below, above in zip(self.values[:-1], self.values[1:], strict=True):
-            code = code + (y > below + xi * (above - below)).astype(jnp.uint8)
+            code = code + (y > below + xi * (above - below)).astype(jnp.int32)
         return code
 
     def decode(self, codes: jax.Array) -> jax.Array:
@@ -174,13 +174,11 @@ class Dynamic8:
             return self._encode_symmetric(negative, y, below, xi)
         low, high = self._decode_magnitude(below), self._decode_magnitude(below + 1)
         if not self.signed:
-            return (below + (y > low + xi * (high - low))).astype(jnp.uint8)
+            return below + (y > low + xi * (high - low))
         # Down from -low to -high, the upper neighbour is -low.
-        up = jnp.where(negative, y >= high + xi * (low - high), y > low + xi * (high - low))
+        up = _up(negative, y, low, high, xi)
         magnitude = below + up
-        return jnp.where(negative, 127 - jnp.minimum(magnitude, 127), 127 + magnitude).astype(
-            jnp.uint8
-        )
+        return jnp.where(negative, 127 - jnp.minimum(magnitude, 127), 127 + magnitude)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """The magnitude of a code, with its sign."""
@@ -198,10 +196,10 @@ class Dynamic8:
         near = below == 0
         high = self._decode_magnitude(below + 1)
         low = jnp.where(near, -high, self._decode_magnitude(below))
-        up = jnp.where(negative, y >= high + xi * (low - high), y > low + xi * (high - low))
+        up = _up(negative, y, low, high, xi)
         magnitude = jnp.where(near, 1, jnp.minimum(below + up, 128))
         negative = jnp.where(near, negative == up, negative)
-        return jnp.where(negative, 128 - magnitude, 127 + magnitude).astype(jnp.uint8)
+        return jnp.where(negative, 128 - magnitude, 127 + magnitude)
 
     def _magnitude_below(self, y: jax.Array) -> jax.Array:
         """The number of the largest magnitude that is not above ``y``, give or take a rounding."""
@@ -226,6 +224,16 @@ class Dynamic8:
             scale = jnp.where(decade >= i, 10.0 ** (i - 6), scale)
         value = scale * (0.1 + 0.9 * (mantissa - 1 + 0.5 / _power_of_two(exponent)))
         return jnp.where(number == 0, 0.0, jnp.where(number == self._top, 1.0, value))
+
+
+def _up(
+    negative: jax.Array, y: jax.Array, low: jax.Array, high: jax.Array, xi: Rounding
+) -> jax.Array:
+    """Whether a magnitude ``y`` rounds to ``high``; of a negative number ``-low`` is above."""
+    # A selection of booleans is nothing that the compiler of TPU kernels takes.
+    return (negative & (y >= high + xi * (low - high))) | (
+        ~negative & (y > low + xi * (high - low))
+    )
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

@@ -22,14 +22,17 @@ class Plain(RowByRow):
     """Keeps a tensor in ``dtype``, rounded to nearest.
 
     Args:
-        dtype: ``"float32"`` or ``"bfloat16"``.
+        dtype: a floating dtype such as ``"float32"`` or ``"bfloat16"``.
     """
 
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"Plain.dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(
+                "Plain.dtype must be a floating dtype such as 'float32' or 'bfloat16'; got "
+                f"{self.dtype!r}."
+            )
 
     @property
     def Encoded(self) -> type[PlainValues]:

@@ -120,9 +120,9 @@ class RankOne:
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> RankOneCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
-        return self.encode_rows(x, key, self.measure(x))
+        return self.encode_rows(x, key, self.maxima(x))
 
-    def measure(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array:
+    def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array:
         """The largest magnitudes of the columns, in each of ``runs`` runs of rows."""
         if self._is_vector(x.shape):
             return jnp.zeros((1,) * x.ndim, jnp.float32)

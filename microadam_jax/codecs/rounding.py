@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.blockwise_codec.reference import uniform
+
 
 class Rows(NamedTuple):
     """Which rows of a leaf a chunk holds: along each axis, runs of rows at equal distances.
@@ -56,7 +58,7 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
         float32 multiples of 2^-24.
     """
     key, rows = draw if isinstance(draw, Draw) else Draw(draw)
-    low, high = jax.random.key_data(key).astype(jnp.uint32)
+    low, high = jax.random.key_data(key).astype(jnp.int32)
     whole = (*rows.sizes, *shape[len(rows.sizes) :])
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1
@@ -68,16 +70,4 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
             index = start + index // length * step + index % length
         position = position + index * np.uint32(stride % 2**32)
         stride *= whole[axis]
-    bits = _mix(_mix(position ^ low) + high)
-    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits in which each bit of ``x`` flips about half of the bits.
-
-    Two multiplications between three shifts, with the constants that Chris Wellons found to be
-    the least biased of this form.
-    """
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return uniform(position.astype(jnp.int32), low, high)

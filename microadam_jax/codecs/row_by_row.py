@@ -20,7 +20,7 @@ class RowByRow(abc.ABC):
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> Any:
         """Encodes the float32 tensor ``x``."""
 
-    def measure(self, x: jax.Array, runs: tuple[int, ...] = ()) -> None:
+    def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> None:
         """Nothing is needed of other rows."""
         del x, runs
 

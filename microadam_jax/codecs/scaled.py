@@ -1,6 +1,7 @@
 """Codes of a few bits, scaled by the largest magnitude of each block."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -124,22 +125,44 @@ class Scaled(RowByRow):
         """Encodes ``x`` with the given numbers between 0 and 1, of its shape, for rounding."""
         layout = self.blocks.layout_of(x)
         block = split(x, layout)
-        scales = jnp.max(jnp.abs(block), axis=-1)
-        codes = encode_scaled(
-            self.map,
-            block,
-            scales[..., None],
-            xi if isinstance(xi, float) else split(xi, layout),
-            self.keep_sign,
-        )
-        return ScaledCodes(as_row(codes), jnp.where(jnp.isfinite(scales), scales, jnp.nan))
+        scales = self.measure(block)
+        xi = xi if isinstance(xi, float) else split(xi, layout)
+        codes = packed(self.map, self.codes_of(block, scales, xi))
+        return ScaledCodes(as_row(codes), scales[0][..., 0])
 
     def decode(self, encoded: ScaledCodes, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
-        codes = as_blocks_of(encoded.codes, encoded.scales.shape[-1])
-        numbers = decode_numbers(self.map, codes)
+        codes = unpacked(self.map, as_blocks_of(encoded.codes, encoded.scales.shape[-1]))
         layout = self.blocks.layout(shape[-1] if shape else 1)
-        return merge(numbers * encoded.scales[..., None], layout, shape)
+        return merge(self.values_of(codes, (encoded.scales[..., None],)), layout, shape)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.map.bits
+
+    @property
+    def statistics(self) -> int:
+        """How many numbers are kept of a block: its scale."""
+        return 1
+
+    def measure(self, block: jax.Array) -> tuple[jax.Array]:
+        """The scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
+        # Whether a reduction passes a NaN on depends on the device; an infinity counts alike.
+        magnitude = jnp.where(jnp.isnan(block), jnp.inf, jnp.abs(block))
+        scale = jnp.max(magnitude, axis=-1, keepdims=True)
+        return (jnp.where(jnp.isfinite(scale), scale, jnp.nan),)
+
+    def codes_of(
+        self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | float | None
+    ) -> jax.Array:
+        """The codes ``(..., size)`` of blocks with their scales, as integers."""
+        xi = 0.5 if xi is None else xi
+        return scaled_codes(self.map, block, statistics[0], xi, self.keep_sign)
+
+    def values_of(self, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
+        """The float32 numbers ``(..., size)`` that codes of blocks stand for."""
+        return self.map.decode(codes) * statistics[0]
 
 
 def dynamic8(
@@ -266,25 +289,42 @@ def code_zeros(parameter: jax.Array, numbers: Map, blocks: Blocks) -> jax.Array:
     return state_zeros(parameter, (*parameter.shape[:-1], row), jnp.uint8)
 
 
-def encode_scaled(
+def scaled_codes(
     numbers: Map,
     block: jax.Array,
     scale: jax.Array,
     xi: jax.Array | float,
     keep_sign: bool = False,
 ) -> jax.Array:
-    """The packed codes of blocks over a scale that broadcasts against them."""
+    """The codes of blocks over a scale that broadcasts against them, as integers."""
     usable = scale > np.finfo(np.float32).tiny
     y = block / jnp.where(usable, scale, 1)
     codes = numbers.encode(y, xi)
     if keep_sign:
         zero = numbers.zero
         assert zero is not None
-        codes = jnp.where((y < 0) & (codes == zero), zero - 1, codes).astype(jnp.uint8)
-    codes = jnp.where(usable, codes, 0).astype(jnp.uint8)
+        codes = jnp.where((y < 0) & (codes == zero), zero - 1, codes)
+    return jnp.where(usable, codes, 0)
+
+
+def packed(numbers: Map, codes: jax.Array) -> jax.Array:
+    """Integer codes ``(..., size)`` as bytes."""
+    codes = codes.astype(jnp.uint8)
     return pack_nibbles(codes) if numbers.bits == 4 else codes
+
+
+def unpacked(numbers: Map, codes: jax.Array) -> jax.Array:
+    """The inverse of :func:`packed`."""
+    return unpack_nibbles(codes) if numbers.bits == 4 else codes
+
+
+def encode_scaled(
+    numbers: Map, block: jax.Array, scale: jax.Array, xi: jax.Array | float
+) -> jax.Array:
+    """The packed codes of blocks over a scale that broadcasts against them."""
+    return packed(numbers, scaled_codes(numbers, block, scale, xi))
 
 
 def decode_numbers(numbers: Map, codes: jax.Array) -> jax.Array:
     """The numbers of packed codes."""
-    return numbers.decode(unpack_nibbles(codes) if numbers.bits == 4 else codes)
+    return numbers.decode(unpacked(numbers, codes))

@@ -5,7 +5,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from microadam_jax.boxes import axis_names, box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
-from microadam_jax.codecs.rounding import Draw
 from microadam_jax.layer_names import STACKED, layer_axis_of
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
@@ -165,29 +164,18 @@ class Storage:
         """The field that has these trees of arrays."""
         return {self.label: dict(zip(self.slots, columns, strict=True))}
 
-    def decode(self, codec: Codec, slots: Slots, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 leaf of ``shape`` that is stored in ``slots``."""
-        return codec.decode(codec.Encoded(*self._used(codec, slots)), shape)
+    def codec_for(self, codec: Codec, slots: Slots) -> Codec:
+        """The leaf's codec: what :meth:`assign` says."""
+        del slots
+        return codec
 
-    def encode(
-        self,
-        codec: Codec,
-        x: jax.Array,
-        slots: Slots,
-        key: jax.Array | Draw | None,
-        shared: jax.Array | None = None,
-    ) -> Slots:
-        """``x`` in those of ``slots`` that its codec uses.
+    def encoded(self, codec: Codec, slots: Slots) -> Any:
+        """Those of ``slots`` that the leaf's codec uses, as it made them."""
+        by_name = dict(zip(self.slots, slots, strict=True))
+        return codec.Encoded(*(by_name[slot] for slot in codec.Encoded._fields))
 
-        Args:
-            codec: the leaf's.
-            x: the leaf, or some rows of it.
-            slots: what the leaf was stored in.
-            key: of stochastic rounding.
-            shared: of some rows only, the array that they share with the others.
-        """
-        x, key = x.astype(jnp.float32), key if codec.needs_key else None
-        encoded: Any = codec.encode(x, key) if shared is None else codec.encode_rows(x, key, shared)
+    def replaced(self, slots: Slots, encoded: Any) -> Slots:
+        """``slots`` with what a codec made."""
         by_name = dict(zip(encoded._fields, encoded, strict=True))
         return tuple(
             by_name.get(slot, before) for slot, before in zip(self.slots, slots, strict=True)
@@ -200,17 +188,13 @@ class Storage:
             ValueError: if shapes or dtypes differ.
         """
         expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
-        stored = [(x.shape, str(x.dtype)) for x in self._used(codec, slots)]
+        stored = [(x.shape, str(x.dtype)) for x in self.encoded(codec, slots)]
         wanted = [(x.shape, str(x.dtype)) for x in expected]
         if stored != wanted:
             raise ValueError(
                 f"The state of {path_name(path)!r} holds arrays {stored}; {codec.name} stores a "
                 f"leaf of shape {leaf.shape} in {wanted}. Use the codecs it was made with."
             )
-
-    def _used(self, codec: Codec, slots: Slots) -> list[jax.Array]:
-        by_name = dict(zip(self.slots, slots, strict=True))
-        return [by_name[slot] for slot in codec.Encoded._fields]
 
     def _slots_of(self, path: KeyPath, codec: Codec, encoded: Any, leaf: jax.Array) -> Slots:
         """The arrays of ``encoded``, and next to nothing in the slots of other codecs."""
@@ -236,8 +220,6 @@ class Unstored:
     Args:
         dtype: of the arrays that :meth:`zeros` makes.
     """
-
-    slots: ClassVar[tuple[str, ...]] = ("values",)
 
     dtype: DTypeLike = jnp.float32
 
@@ -269,22 +251,19 @@ class Unstored:
         """The field that has this tree."""
         return columns[0]
 
-    def decode(self, codec: Codec, slots: Slots, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 leaf."""
+    def codec_for(self, codec: Codec, slots: Slots) -> Codec:
+        """The codec that keeps the dtype of the leaf."""
         del codec
-        return slots[0].reshape(shape).astype(jnp.float32)
+        return Plain(str(slots[0].dtype))
 
-    def encode(
-        self,
-        codec: Codec,
-        x: jax.Array,
-        slots: Slots,
-        key: jax.Array | Draw | None,
-        shared: jax.Array | None = None,
-    ) -> Slots:
-        """The leaf in its dtype."""
-        del codec, key, shared
-        return (x.astype(slots[0].dtype),)
+    def encoded(self, codec: Codec, slots: Slots) -> Any:
+        """The leaf, as that codec makes it."""
+        return codec.Encoded(*slots)
+
+    def replaced(self, slots: Slots, encoded: Any) -> Slots:
+        """What the codec made."""
+        del slots
+        return tuple(encoded)
 
     def require(self, path: KeyPath, codec: Codec, slots: Slots, leaf: Any) -> None:
         """Refuses an array of another shape than ``leaf``.

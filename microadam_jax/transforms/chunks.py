@@ -30,11 +30,11 @@ class Turns:
 
     def __init__(self, count: jax.Array) -> None:
         """Begins with the first leaf."""
-        self._turn = count
+        self.turn = count
 
     def alone(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, in turn."""
-        result, self._turn = _apart(function, self._turn, arguments)
+        result, self.turn = _apart(function, self.turn, arguments)
         return result
 
     def take(
@@ -130,8 +130,8 @@ class Turns:
             new, turn = _apart(step_of, turn, arguments)
             return tuple(map(functools.partial(dealing.put, chunk=chunk), state, wholes, new)), turn
 
-        begin = tuple(map(dealing.deal, carried)), self._turn
-        state, self._turn = jax.lax.fori_loop(0, dealing.chunks, body, begin)
+        begin = tuple(map(dealing.deal, carried)), self.turn
+        state, self.turn = jax.lax.fori_loop(0, dealing.chunks, body, begin)
         return tuple(map(jnp.reshape, state, wholes))
 
 

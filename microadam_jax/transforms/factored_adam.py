@@ -11,14 +11,15 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, as_storage
-from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.partition import Partition, require_shape
-from microadam_jax.sharding import moment_zeros
+from microadam_jax.sharding import moment_zeros, require_named, told
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+from pallas_kernels.dispatch import check_implementation
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -46,6 +47,8 @@ def scale_by_factored_adam(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = "dynamic4",
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, with a factored second moment and a stored first one.
 
@@ -72,6 +75,8 @@ def scale_by_factored_adam(
             are factored along the last two.
         mu_codec: how :math:`m` is stored.
         seed: of a codec that rounds stochastically.
+        implementation: of the step; see :func:`quantize_state`.
+        shardings: where the parameters lie; see :func:`quantize_state`.
 
     Returns:
         The transformation. Its state takes 0.53 bytes per parameter and 4 for each row and column.
@@ -92,6 +97,8 @@ def scale_by_factored_adam(
     """
     partition = partition or Partition()
     storage = as_storage(mu_codec).signed("mu")
+    check_implementation("scale_by_factored_adam", implementation)
+    require_named(shardings)
 
     def init(params: optax.Params) -> ScaleByFactoredAdamState:
         assign = partition.assign(params)
@@ -115,7 +122,7 @@ def scale_by_factored_adam(
         count = jnp.asarray(optax.safe_increment(state.count))
         assign, codec_of = partition.assign(updates), storage.assign(updates)
         columns = storage.columns(state.mu, "mu")
-        turns = Turns(state.count)
+        turns, placed = Turns(state.count), told(shardings, updates)
 
         def scale(
             path: KeyPath,
@@ -148,21 +155,22 @@ def scale_by_factored_adam(
                 whole = mean(nu_row, rows)
                 col_root = jnp.sqrt(nu_col / jnp.where(whole > 0, whole, 1))
 
-            def step(part: Rows, stored: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+            def rule(moments: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
                 g, row_root, col_root, *p = inputs
-                mu = moving_average(
-                    b1, storage.decode(codec, stored, g.shape), g.astype(jnp.float32)
-                )
-                draw = Draw(leaf_key(seed, state.count, path), part) if codec.needs_key else None
-                stored = storage.encode(codec, mu, stored, draw)
+                mu = moving_average(b1, moments[0], g.astype(jnp.float32))
                 scaled = mu / one_minus_power(b1, count) / (row_root * col_root + eps)
-                return finish(scaled.astype(target.dtype), *p), stored
+                return finish(scaled.astype(target.dtype), *p), (mu,)
 
-            scaled, stored = turns.take(
-                step,
-                stored,
+            def key() -> jax.Array:
+                return leaf_key(seed, state.count, path)
+
+            scaled, (stored,) = stored_step(
+                turns,
+                rule,
+                [Moment(storage, codec, stored, key)],
                 (g, row_root, col_root, *read_by(finish, target)),
                 replaces=replaced_by(finish),
+                kernels=Kernels(implementation, placed.get(path)),
             )
             return scaled, nu_row, nu_col, *stored
 

@@ -1,5 +1,7 @@
 """Any optimizer with its state in few bits."""
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +13,13 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.codecs.rounding import Draw, Rows
+from microadam_jax.sharding import require_named, told
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise
-from microadam_jax.transforms.stored_leaf import StoredField, StoredLeaf, split
+from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+from pallas_kernels.dispatch import check_implementation
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
@@ -41,6 +44,8 @@ def quantize_state(
     *,
     elementwise: bool = False,
     seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps named fields of a transformation's state in few bits.
 
@@ -62,6 +67,12 @@ def quantize_state(
             updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy
             of the state exists during the step. Otherwise it can exist.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
+        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU, for leaves
+            that it supports, and ``"xla"`` elsewhere; ``"mosaic_tpu"`` insists on the kernel for
+            all leaves that are stored through a codec.
+        shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
+            for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
+            else tells.
 
     Returns:
         The transformation. ``init`` makes the inner state in full before it is stored, unless it
@@ -88,8 +99,15 @@ def quantize_state(
     for name in SIGNED_FIELDS:
         if name in storages:
             storages[name].signed(name)
+    check_implementation("quantize_state", implementation)
+    require_named(shardings)
     if elementwise:
         require_elementwise(inner)
+    elif implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation={implementation!r} needs elementwise=True: kernels update every "
+            "element alone."
+        )
 
     def init(params: optax.Params) -> QuantizedState:
         found: list[str] = []
@@ -120,7 +138,8 @@ def quantize_state(
     ) -> tuple[optax.Updates, QuantizedState]:
         targets = updates if params is None else params
         finish = finishes(finish, updates)
-        step = _Step(inner, storages, state, targets, finish, seed, extra_args)
+        kernels = implementation, shardings
+        step = _Step(inner, storages, state, targets, finish, seed, *kernels, extra_args)
         run = step.leaf_by_leaf if elementwise else step.at_once
         scaled, inner_state = run(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -139,6 +158,8 @@ class _Step(NamedTuple):
     targets: Any
     finish: Any
     seed: ArrayLike
+    implementation: str | None
+    shardings: Any
     extra_args: dict[str, Any]
 
     @property
@@ -146,9 +167,9 @@ class _Step(NamedTuple):
         """The shapes of the inner state."""
         return jax.eval_shape(self.inner.init, self.targets)
 
-    def draw(self, name: str, path: KeyPath, rows: Rows = Rows()) -> Draw:
-        """What the random numbers of a part of a field follow from."""
-        return Draw(leaf_key(self.seed, self.state.count, (GetAttrKey(name), *path)), rows)
+    def key(self, name: str, path: KeyPath) -> jax.Array:
+        """The random key of a leaf of a field."""
+        return leaf_key(self.seed, self.state.count, (GetAttrKey(name), *path))
 
     def at_once(self, gradients: Any, params: Any) -> tuple[Any, Any]:
         """Decodes the whole state, updates, and encodes it."""
@@ -162,7 +183,7 @@ class _Step(NamedTuple):
             def decode_leaf(path: KeyPath, leaf: Any, *slots: jax.Array) -> tuple[jax.Array]:
                 codec = codec_of(path, leaf)
                 storage.require(path, codec, slots, leaf)
-                return (storage.decode(codec, slots, leaf.shape),)
+                return (codec.decode(storage.encoded(codec, slots), leaf.shape),)
 
             columns = storage.columns(stored, name)
             return map_with_path(decode_leaf, 1, shapes, *columns)[0]
@@ -175,8 +196,8 @@ class _Step(NamedTuple):
 
             def encode_leaf(path: KeyPath, leaf: Any, x: jax.Array, *slots: jax.Array) -> Arrays:
                 codec = codec_of(path, leaf)
-                draw = self.draw(name, path) if codec.needs_key else None
-                return storage.encode(codec, x, slots, draw)
+                key = self.key(name, path) if codec.needs_key else None
+                return storage.replaced(slots, codec.encode(x.astype(jnp.float32), key))
 
             columns = storage.columns(stored, name)
             new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
@@ -201,7 +222,7 @@ class _Step(NamedTuple):
         """Updates each leaf by itself, in chunks."""
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
-        fields: list[StoredField] = []
+        fields: list[_Field] = []
 
         def per_leaf(name: str, value: Any) -> bool:
             if name in self.storages:
@@ -218,7 +239,7 @@ class _Step(NamedTuple):
                 return _map_fields(find, shapes, stored)
             storage = self.storages.get(name, Unstored())
             columns = storage.columns(stored, name)
-            fields.append(StoredField(name, storage, storage.assign(shapes), columns))
+            fields.append(_Field(name, storage, storage.assign(shapes), columns))
             return None
 
         def with_leaves(values: Iterator[Any]) -> Any:
@@ -243,7 +264,7 @@ class _Step(NamedTuple):
 
         _map_fields(find, shapes, stored)
         widths = [len(field.columns) for field in fields]
-        turns = Turns(self.state.count)
+        turns, placed = Turns(self.state.count), told(self.shardings, gradients)
 
         def update_leaf(
             path: KeyPath,
@@ -252,40 +273,30 @@ class _Step(NamedTuple):
             finish: Callable[..., jax.Array],
             *slots: jax.Array,
         ) -> Arrays:
-            leaf = StoredLeaf(fields, [field.codec_of(path, g) for field in fields])
-            leaf.require(path, slots, g)
+            codecs = [field.codec_of(path, g) for field in fields]
+            for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
+                field.storage.require(path, codec, own, g)
 
-            def draw(name: str, rows: Rows) -> Draw:
-                return self.draw(name, path, rows)
-
-            def advance(g: jax.Array, p: jax.Array, slots: Arrays) -> tuple[Any, list[Any]]:
-                """The update, and what the fields shall hold."""
-                state = with_leaves(leaf.decode(slots, g.shape))
+            def rule(moments: Arrays, inputs: Arrays) -> tuple[Any, list[jax.Array]]:
+                g, p = inputs
+                state = with_leaves(iter(moments))
                 scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
-                return scaled, leaves_of(state)
-
-            def measure(rows: Rows, inputs: Arrays) -> Arrays:
-                g, p, *slots = inputs
-                _, moments = advance(g, p, tuple(slots))
-                return leaf.measure(moments, rows.runs)
-
-            def step(rows: Rows, by_row: Arrays, inputs: Arrays) -> tuple[Any, Arrays]:
-                g, *arrays, p = inputs
-                before, shared = split(tuple(arrays), [len(shared_before)] * 2)
-                slots = leaf.join(by_row, before)
-                scaled, moments = advance(g, p, slots)
-                new, _ = leaf.part(leaf.encode(moments, slots, shared, draw, rows))
                 scaled = jnp.asarray(scaled, p.dtype)
-                return finish(scaled, *read_by(finish, p)), new
+                return finish(scaled, *read_by(finish, p)), leaves_of(state)
 
-            by_row, shared_before = leaf.part(slots)
-            shared = ()
-            if shared_before:  # a first round finds what rows share, a second one updates them
-                shared = leaf.combine(turns.largest(measure, (g, p, *slots)))
-            inputs = g, *shared_before, *shared, p
-            scaled, by_row = turns.take(step, by_row, inputs, replaces=replaced_by(finish))
-            new = leaf.join(by_row, shared)
-            return scaled, *new
+            moments = [
+                Moment(field.storage, codec, own, functools.partial(self.key, field.name, path))
+                for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True)
+            ]
+            scaled, new = stored_step(
+                turns,
+                rule,
+                moments,
+                (g, p),
+                replaces=replaced_by(finish),
+                kernels=Kernels(self.implementation, placed.get(path)),
+            )
+            return scaled, *itertools.chain(*new)
 
         columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params
@@ -293,7 +304,7 @@ class _Step(NamedTuple):
             update_leaf, 1 + len(columns), gradients, others, self.finish, *columns
         )
         new = [boxed_like(column, before) for column, before in zip(new, columns, strict=True)]
-        by_field = split(tuple(new), widths)
+        by_field = _split(tuple(new), widths)
         # What is not kept for each leaf, such as the step count, follows from any leaf.
         nothing = jnp.zeros(0)
         _, shared = self.inner.update(
@@ -307,6 +318,20 @@ class _Step(NamedTuple):
             return _map_fields(assemble, shapes, new)
 
         return scaled, _map_fields(assemble, shapes, shared)
+
+
+class _Field(NamedTuple):
+    """A field that has an array for each leaf, or several."""
+
+    name: str
+    storage: Storage | Unstored
+    codec_of: Callable[[KeyPath, Any], Codec]
+    columns: tuple[Any, ...]
+
+
+def _split(values: Arrays, widths: list[int]) -> list[Arrays]:
+    ends = list(itertools.accumulate(widths))
+    return [values[end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _map_fields(

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_tiles
 from pallas_kernels.topk_compress.reference import LEVELS, PADDING, TAKEN
-from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost
+from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost, float32
 
 MAX_K = 7  # what a tile emits, 2 k + 2 numbers for each block, fits in 128 columns
 
@@ -115,7 +115,7 @@ def _kernel(
         code = codes_ref[place].astype(jnp.int32)
         level = jnp.concatenate([code & 15, code >> 4], axis=1).astype(jnp.float32)
         owed = jnp.abs(level * ((high - low) / LEVELS)) + low
-        x = _float32(gradient_ref[:, block * SIZE : (block + 1) * SIZE]) + owed
+        x = float32(gradient_ref[:, block * SIZE : (block + 1) * SIZE]) + owed
         in_row = None
         if n % SIZE:
             in_row = (pl.program_id(2) * tile + block) * SIZE + lane < n
@@ -131,19 +131,6 @@ def _kernel(
         indices_ref[j] = out[(k + j) * tile : (k + j + 1) * tile].astype(jnp.int32)
     new_low_ref[...] = out[2 * k * tile : (2 * k + 1) * tile]
     new_high_ref[...] = out[(2 * k + 1) * tile : (2 * k + 2) * tile]
-
-
-def _float32(x: jax.Array) -> jax.Array:
-    if x.dtype != jnp.int16:
-        return x.astype(jnp.float32)
-    # The bits of a float16: exponents are biased by 15 instead of 127, and the hardware flushes
-    # what would be subnormal on the way.
-    magnitude = x.astype(jnp.int32) & 0x7FFF
-    bias = jnp.where(magnitude >= 0x7C00, 255 - 31, 127 - 15) << 23
-    normal = jax.lax.bitcast_convert_type((magnitude << 13) + bias, jnp.float32)
-    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
-    result = jnp.where(magnitude < 0x400, subnormal, normal)
-    return jnp.where(x.astype(jnp.int32) < 0, -result, result)
 
 
 def _select(

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from microadam_jax import dynamic4, dynamic8
+from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update
 
@@ -103,6 +105,56 @@ def test_window_apply_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
     arrays = *window_of(shape), (shape, jnp.dtype(dtype)), weights, weights, ((), jnp.float32)
     program = compiled(apply, tpu, "tpu", *arrays, scalar, scalar, donate=(2,))
     is_in_place_without_copies(program, math.prod(shape) * jnp.dtype(dtype).itemsize)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blockwise_codec_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
+    blockwise_codec_on_tpu(tpu, (512, 1024), dtype, dtype)
+
+
+def test_blockwise_codec_of_odd_and_padded_rows_and_half_precision(v5e: Mesh) -> None:
+    blockwise_codec_on_tpu(v5e, (37, 601), "float16", "float32", in_place=False)
+
+
+def blockwise_codec_on_tpu(
+    mesh: Mesh, shape: tuple[int, ...], dtype: str, kept: str, *, in_place: bool = True
+) -> None:
+    codecs = dynamic8(keep_sign=True), dynamic4(rounding="stochastic")
+    encoded = [jax.eval_shape(c.zeros, jax.ShapeDtypeStruct(shape, jnp.float32)) for c in codecs]
+    arrays, structure = jax.tree.flatten(encoded)
+
+    def step(gradient: Any, params: Any, rate: Any, key: Any, *stored: Any) -> Any:
+        def rule(moments: Any, inputs: Any) -> Any:
+            gradient, params = inputs
+            moved = [0.9 * m + 0.1 * gradient.astype(jnp.float32) for m in moments]
+            u = (moved[0] / (jnp.abs(moved[1]) + 1e-8)).astype(params.dtype)
+            return params - rate * u, moved
+
+        return blockwise_step(
+            rule,
+            codecs,
+            structure.unflatten(stored),
+            (gradient, params),
+            (None, jax.random.wrap_key_data(key)),
+            replaces=1,
+            implementation="mosaic_tpu",
+        )
+
+    program = compiled(
+        step,
+        mesh,
+        "tpu",
+        (shape, jnp.dtype(dtype)),
+        (shape, jnp.dtype(kept)),
+        ((), jnp.dtype(kept)),
+        ((2,), jnp.uint32),
+        *((x.shape, x.dtype) for x in arrays),
+        donate=(1, *range(4, 4 + len(arrays))),
+    )
+    assert "blockwise_codec" in program.as_text()
+    if in_place:
+        state = sum(x.size * x.dtype.itemsize for x in arrays)
+        is_in_place_without_copies(program, state + math.prod(shape) * jnp.dtype(kept).itemsize)
 
 
 def test_topk_compress_on_h200(h200: Mesh) -> None:

@@ -1,0 +1,148 @@
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microadam_jax import Blocks, adamw8bit, dynamic4, dynamic8, linear4, quantize_state
+from pallas_kernels.blockwise_codec import blockwise_step
+from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
+
+BY_128 = Blocks(128, shards=1)
+CODECS = (
+    dynamic8(keep_sign=True),
+    linear4(Blocks(256, shards=1)),
+    dynamic4(BY_128, rounding="stochastic"),
+)
+ADAM = dynamic8(keep_sign=True), dynamic8(signed=False)
+SHAPES = {
+    "odd rows": (37, 256),
+    "odd and padded blocks": (5, 257),
+    "leading axes": (2, 3, 33, 256),
+    "heads": (3, 64, 128),
+}
+
+
+def keep(moments: Any, inputs: Any) -> Any:
+    """Returns what was stored, and stores the inputs: codes depend on no rounding."""
+    gradient, squares = (x.astype(jnp.float32) for x in inputs)
+    return math.prod(moments), [gradient, squares, gradient][-len(moments) :]
+
+
+def run(rule: Any, codecs: Any, inputs: Any, stored: Any, **how: Any) -> Any:
+    encoded = [codec.encode(x) for codec, x in zip(codecs, stored, strict=True)]
+    keys = [jax.random.key(which) for which in range(len(codecs))]
+    step = functools.partial(blockwise_step, rule, codecs, keys=keys, **how)
+    return jax.jit(step)(encoded, inputs)
+
+
+def agree(inputs: Any, stored: jax.Array, codecs: Any = CODECS) -> None:
+    """All codecs in one step: compilers take most of the time."""
+    step = functools.partial(run, keep, codecs, inputs, [stored] * len(codecs))
+    same(step(implementation="mosaic_tpu", interpret=True), step(implementation="xla"))
+
+
+def same(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        np.testing.assert_array_equal(one, other)
+
+
+def moments_of(shape: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    gradient, stored = (jnp.asarray(blocks_of("normal", shape, seed)) for seed in (0, 1))
+    return [gradient, gradient**2], jnp.abs(stored)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape(shape: tuple[int, ...]) -> None:
+    agree(*moments_of(shape))
+
+
+def test_several_tiles() -> None:
+    agree(*moments_of((130, 2179)), CODECS[2:3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_kind_of_block_in_every_dtype(dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        blocks = jnp.asarray(np.stack([blocks_of(kind, (32, 257)) for kind in KINDS]))
+        gradient = blocks.astype(dtype)
+    agree([gradient, jnp.abs(blocks)], jnp.where(jnp.abs(blocks) < 1e30, jnp.abs(blocks), 1))
+
+
+def adam(moments: Any, inputs: Any) -> Any:
+    """A step that reads one number for each row, and one for each column."""
+    gradient, parameter, rows, columns = inputs
+    mu, nu = (0.5 * m + 0.5 * g for m, g in zip(moments, (gradient, gradient**2), strict=True))
+    u = mu / (jnp.sqrt(nu) + rows * columns)
+    return (parameter - u).astype(parameter.dtype), [mu, nu]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_is_within_a_rounding(dtype: str) -> None:
+    shape = (40, 256)
+    (gradient, squares), stored = moments_of(shape)
+    inputs = gradient, gradient.astype(dtype), squares[:, :1] + 0.1, squares[:1] + 0.1
+    step = functools.partial(run, adam, ADAM, inputs, [stored] * 2, replaces=1)
+    found, expected = step(implementation="mosaic_tpu", interpret=True), step(implementation="xla")
+    assert found[0].dtype == dtype
+    tolerance = {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
+    one, other = (np.asarray(x[0], np.float32) for x in (found, expected))
+    np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+    for codec, one, other in zip(ADAM, found[1], expected[1], strict=True):
+        # What was decoded may differ by a rounding, and so may what lies between two codes.
+        assert np.mean(np.asarray(one.codes) != np.asarray(other.codes)) < 1e-3, codec
+        np.testing.assert_allclose(one.scales, other.scales, rtol=1e-6)
+
+
+def test_a_sharded_leaf_draws_the_same_numbers() -> None:
+    shape, codecs = (64, 512), CODECS[2:3]
+    inputs, stored = moments_of(shape)
+    expected = run(keep, codecs, inputs, [stored], implementation="xla")
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        inputs, stored = jax.device_put((inputs, stored), NamedSharding(mesh, P("a", "b")))
+        found = run(keep, codecs, inputs, [stored], implementation="mosaic_tpu", interpret=True)
+    assert found[1][0].scales.sharding.spec == P("a", "b")
+    same(found, expected)
+
+
+REFUSED = {
+    "blocks": ((64, 96), "blocks must have 128 or 256 elements; dynamic8_b256 has 96 here"),
+    "vector": ((8192,), "needs two axes or more"),
+    "few rows": ((64, 4, 256), "the last axis but one needs 32 elements"),
+}
+
+
+@pytest.mark.parametrize(("shape", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_named_kernel_says_why_it_cannot_run(shape: tuple[int, ...], reason: str) -> None:
+    tx, params = adamw8bit(1e-3, implementation="mosaic_tpu"), jnp.zeros(shape)
+    with pytest.raises(NotImplementedError, match=reason):
+        tx.update(params, tx.init(params), params)
+
+
+def test_an_update_that_no_kernel_was_tried_with_is_refused() -> None:
+    inputs, stored = moments_of((32, 256))
+
+    def rule(moments: Any, inputs: Any) -> Any:
+        return jnp.arcsinh(moments[0]) + inputs[0], moments
+
+    with pytest.raises(NotImplementedError, match=r"no kernel was tried with .* 'asinh'"):
+        run(rule, CODECS[:1], inputs, [stored], implementation="mosaic_tpu")
+
+
+def test_implementations_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantize_state.implementation must be None.*'cuda'"):
+        adamw8bit(1e-3, implementation="cuda")
+    with pytest.raises(ValueError, match="needs elementwise=True"):
+        quantize_state(optax.adam(1e-3), {"mu": "dynamic8"}, implementation="mosaic_tpu")
+    tx, params = adamw8bit(1e-3, implementation="triton"), jnp.zeros((64, 256))
+    with pytest.raises(NotImplementedError, match="'triton' cannot run here: there is no such"):
+        tx.update(params, tx.init(params), params)
