@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.partition import Partition, remark_assignment, require_shape
-from microadam_jax.sharding import moment_zeros, require_named, told
+from microadam_jax.sharding import moment_zeros, require_named
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
@@ -129,10 +129,12 @@ def scale_by_adam_mini(
     ) -> tuple[optax.Updates, ScaleByAdamMiniState]:
         del extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
-        assign = partition.assign(updates)
+        assign, codec_of = partition.assign(updates), storage.assign(updates)
         columns = storage.columns(state.mu, "mu")
-        turns, placed = Turns(state.count), told(shardings, updates)
-        codec_of = storage.assign(updates)
+        turns = Turns(state.count)
+        kernels = Kernels.choose(
+            implementation, shardings, updates, lambda path, g: [codec_of(path, g)]
+        )
 
         def scale(
             path: KeyPath,
@@ -167,8 +169,9 @@ def scale_by_adam_mini(
                 rule,
                 [Moment(storage, codec, stored, key)],
                 inputs,
+                path,
                 replaces=replaced_by(finish),
-                kernels=Kernels(implementation, placed.get(path)),
+                kernels=kernels,
             )
             return scaled, nu, *stored
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, as_storage
 from microadam_jax.partition import Partition, require_shape
-from microadam_jax.sharding import moment_zeros, require_named, told
+from microadam_jax.sharding import moment_zeros, require_named
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
@@ -122,7 +122,10 @@ def scale_by_factored_adam(
         count = jnp.asarray(optax.safe_increment(state.count))
         assign, codec_of = partition.assign(updates), storage.assign(updates)
         columns = storage.columns(state.mu, "mu")
-        turns, placed = Turns(state.count), told(shardings, updates)
+        turns = Turns(state.count)
+        kernels = Kernels.choose(
+            implementation, shardings, updates, lambda path, g: [codec_of(path, g)]
+        )
 
         def scale(
             path: KeyPath,
@@ -169,8 +172,9 @@ def scale_by_factored_adam(
                 rule,
                 [Moment(storage, codec, stored, key)],
                 (g, row_root, col_root, *read_by(finish, target)),
+                path,
                 replaces=replaced_by(finish),
-                kernels=Kernels(implementation, placed.get(path)),
+                kernels=kernels,
             )
             return scaled, nu_row, nu_col, *stored
 

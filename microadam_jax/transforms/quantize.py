@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.sharding import require_named, told
+from microadam_jax.sharding import require_named
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise
@@ -67,9 +67,9 @@ def quantize_state(
             updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy
             of the state exists during the step. Otherwise it can exist.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
-        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU, for leaves
-            that it supports, and ``"xla"`` elsewhere; ``"mosaic_tpu"`` insists on the kernel for
-            all leaves that are stored through a codec.
+        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU, if it
+            supports all large leaves that are stored through a codec, and ``"xla"`` elsewhere;
+            ``"mosaic_tpu"`` insists on the kernel for all leaves that are stored through one.
         shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
             for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
             else tells.
@@ -264,7 +264,12 @@ class _Step(NamedTuple):
 
         _map_fields(find, shapes, stored)
         widths = [len(field.columns) for field in fields]
-        turns, placed = Turns(self.state.count), told(self.shardings, gradients)
+        turns = Turns(self.state.count)
+
+        def codecs_of(path: KeyPath, leaf: Any) -> list[Codec]:
+            return [field.codec_of(path, leaf) for field in fields]
+
+        kernels = Kernels.choose(self.implementation, self.shardings, gradients, codecs_of)
 
         def update_leaf(
             path: KeyPath,
@@ -273,7 +278,7 @@ class _Step(NamedTuple):
             finish: Callable[..., jax.Array],
             *slots: jax.Array,
         ) -> Arrays:
-            codecs = [field.codec_of(path, g) for field in fields]
+            codecs = codecs_of(path, g)
             for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
                 field.storage.require(path, codec, own, g)
 
@@ -293,8 +298,9 @@ class _Step(NamedTuple):
                 rule,
                 moments,
                 (g, p),
+                path,
                 replaces=replaced_by(finish),
-                kernels=Kernels(self.implementation, placed.get(path)),
+                kernels=kernels,
             )
             return scaled, *itertools.chain(*new)
 

@@ -1,6 +1,6 @@
 """An element-wise step of one leaf, some moments of which are stored through codecs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +9,10 @@ from jax.sharding import NamedSharding
 
 from microadam_jax.codecs import Codec, Plain, Storage, Unstored
 from microadam_jax.codecs.rounding import Draw, Rows
-from microadam_jax.transforms.chunks import Arrays, Turns
-from pallas_kernels.blockwise_codec import blockwise_step, step
+from microadam_jax.sharding import told
+from microadam_jax.transforms.chunks import CHUNK, Arrays, Turns
+from microadam_jax.trees import KeyPath
+from pallas_kernels.blockwise_codec import blockwise_step, step, takes
 
 Slots = tuple[jax.Array, ...]
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
@@ -33,15 +35,41 @@ class Moment(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Which implementation runs, and where a leaf lies.
+    """Which implementation runs on the leaves of a tree.
 
     Attributes:
         implementation: None, ``"xla"`` or a kernel's name.
-        sharding: on a mesh with Auto axes, where nothing else tells.
+        placed: by path, where leaves lie on a mesh with Auto axes, where nothing else tells.
     """
 
-    implementation: str | None = None
-    sharding: NamedSharding | None = None
+    implementation: str | None
+    placed: Mapping[KeyPath, NamedSharding]
+
+    @classmethod
+    def choose(
+        cls,
+        implementation: str | None,
+        shardings: Any,
+        updates: Any,
+        codecs_of: Callable[[KeyPath, Any], Sequence[Codec]],
+    ) -> "Kernels":
+        """What was asked for; None is XLA's loops for all, if a large leaf needs one anyway.
+
+        The compiler gives fast memory to the operands of kernels first. Of loops beside them more
+        would lie in the main memory, which would be temporaries.
+
+        Args:
+            implementation: None, or the name that was asked for.
+            shardings: where the parameters lie, or None.
+            updates: the tree.
+            codecs_of: the codecs of a leaf's moments.
+        """
+        leaves = jax.tree.leaves_with_path(updates)
+        each = ((codecs_of(path, leaf), leaf) for path, leaf in leaves if leaf.size > CHUNK)
+        looped = (not (_plain(codecs) or takes(codecs, leaf)) for codecs, leaf in each)
+        if implementation is None and any(looped):
+            implementation = "xla"
+        return cls(implementation, told(shardings, updates))
 
 
 def stored_step(
@@ -49,6 +77,7 @@ def stored_step(
     rule: Rule,
     moments: Sequence[Moment],
     inputs: Arrays,
+    path: KeyPath,
     *,
     replaces: int,
     kernels: Kernels,
@@ -61,6 +90,7 @@ def stored_step(
             element alone.
         moments: of the leaf.
         inputs: the gradient, and arrays that broadcast against it.
+        path: the leaf's.
         replaces: the input whose place the output takes.
         kernels: which implementation runs; a leaf that no moment of is in codes, XLA's.
 
@@ -73,7 +103,6 @@ def stored_step(
     codecs = tuple(moment.storage.codec_for(moment.codec, moment.slots) for moment in moments)
     encoded = tuple(moment.storage.encoded(moment.codec, moment.slots) for moment in moments)
     keys = [m.key() if codec.needs_key else None for m, codec in zip(moments, codecs, strict=True)]
-    plain = all(isinstance(codec, Plain) for codec in codecs)
 
     def in_turn(encoded: Any, inputs: Arrays, turn: jax.Array) -> Any:
         own = Turns(turn)
@@ -100,13 +129,18 @@ def stored_step(
         inputs,
         keys,
         replaces=replaces,
-        implementation="xla" if plain else kernels.implementation,
-        sharding=kernels.sharding,
+        implementation="xla" if _plain(codecs) else kernels.implementation,
+        sharding=kernels.placed.get(path),
         xla=in_turn,
         aside=(turns.turn,),
     )
     stored = zip(moments, new, strict=True)
     return output, [moment.storage.replaced(moment.slots, x) for moment, x in stored]
+
+
+def _plain(codecs: Sequence[Codec]) -> bool:
+    """Whether no moment is in codes."""
+    return all(isinstance(codec, Plain) for codec in codecs)
 
 
 class _OfRows(NamedTuple):

@@ -13,6 +13,11 @@ from pallas_kernels.blockwise_codec.reference import Step
 from pallas_kernels.blockwise_codec.rule import Rule
 
 
+def takes(codecs: Sequence[Any], gradient: jax.Array) -> bool:
+    """Whether there is a kernel for moments of these codecs and this leaf."""
+    return mosaic_tpu.unsupported(codecs, [gradient]) is None
+
+
 def blockwise_step(
     rule: Step,
     codecs: Sequence[Any],

@@ -51,9 +51,7 @@ def temporaries(make: Callable[..., optax.GradientTransformation], mesh: Mesh, o
     "make", [adamw8bit, adamw_fp8, adamw4bit, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
 )
 def test_on_a_tpu(make: Callable[..., optax.GradientTransformation], v5e: Mesh) -> None:
-    # The compiler gives fast memory to the operands of kernels first: where some leaves have
-    # blocks that the kernel does not take, of their loops more lies in main memory.
-    assert temporaries(make, v5e, "tpu") < (0.2 if make is adamw8bit else 0.1)
+    assert temporaries(make, v5e, "tpu") < 0.1
 
 
 @pytest.mark.parametrize("make", [adamw8bit, adamw4bit, adam_mini4bit])
