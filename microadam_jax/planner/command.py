@@ -1,6 +1,7 @@
 """``python -m microadam_jax plan``: its flags, its table and its chart."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -53,8 +54,15 @@ def run(options: argparse.Namespace) -> None:
             }
         else:
             compiled = {
-                name: compiled_plan(model, tx, mesh, options.topology, options.batch, options.seq)
-                for name, tx in chosen.items()
+                name: compiled_plan(
+                    model,
+                    functools.partial(optimizer, name),
+                    mesh,
+                    options.topology,
+                    options.batch,
+                    options.seq,
+                )
+                for name in chosen
             }
             where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
             print(f"compiled for {where}, each layer recomputed in the backward pass")

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ class CompiledPlan:
 
 def compiled_plan(
     model: Model,
-    tx: optax.GradientTransformation,
+    make: Callable[[Any], optax.GradientTransformation],
     mesh: dict[str, int],
     topology: str,
     batch: int,
@@ -66,7 +67,8 @@ def compiled_plan(
 
     Args:
         model: a Llama of :func:`stacked_model`.
-        tx: the optimizer.
+        make: from a tree of ``NamedSharding``, where the parameters lie, to the optimizer; some
+            need it for their kernels, as :func:`microadam`.
         mesh: sizes of the axes data, fsdp and tp.
         topology: of the TPUs, such as ``"v5e:16x16"``.
         batch: sequences in a step.
@@ -89,11 +91,11 @@ def compiled_plan(
     rows = math.prod(mesh[axis] for axis in ROWS)
     if batch % rows:
         raise ValueError(f"--batch {batch} does not divide over data times fsdp, {rows}.")
+    placed = Mesh(np.reshape(devices, tuple(mesh.values())), AXES)
+    tx = make(parameter_shardings(model.params, placed))
     plan = arithmetic_plan(model, tx, mesh)
     try:
-        program = _compile(
-            model, tx, Mesh(np.reshape(devices, tuple(mesh.values())), AXES), batch, seq
-        )
+        program = _compile(model, tx, placed, batch, seq)
     except jax.errors.JaxRuntimeError as error:
         sizes = needed_and_available(str(error))
         if sizes is None:

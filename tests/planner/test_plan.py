@@ -1,5 +1,6 @@
 """The planner's arithmetic, its training step, and its command line."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -113,7 +114,12 @@ def test_without_libtpu_the_error_says_what_to_install() -> None:
         pytest.skip("libtpu is installed")
     with pytest.raises(ValueError, match="pip install libtpu"):
         compiled_plan(
-            stacked_model("llama-60m"), optimizer("adamw"), parse_mesh("fsdp=4"), "v5e:2x2", 8, 64
+            stacked_model("llama-60m"),
+            functools.partial(optimizer, "adamw"),
+            parse_mesh("fsdp=4"),
+            "v5e:2x2",
+            8,
+            64,
         )
 
 
