@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mesh", default="", help="such as fsdp=64,tp=4; by default one device")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--topology", help="compile for these TPUs, such as v5e:16x16")
+    parser.add_argument("--topology", help="compile for TPUs such as v5e:16x16, or GPUs: h200:8")
     parser.add_argument("--batch", type=int, default=256, help="sequences in a compiled step")
     parser.add_argument("--seq", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--memory-per-device", type=float, metavar="GIB", help="what fits in this")
@@ -119,7 +119,7 @@ def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None
     print("* at most: the compiler may use up a gradient before the next one is there.")
     for name, compiled in plans.items():
         found = ", ".join(f"{count} {kind}" for kind, count in compiled.collectives.items())
-        if compiled.limit is not None:
+        if compiled.temporaries is None:
             print(f"{name}: refused by the compiler; the total is what it says it needs.")
         else:
             print(f"{name}: collectives in the program (those of a layer once): {found or 'none'}")
