@@ -39,9 +39,12 @@ def optimizer(text: str, shardings: Any = None) -> optax.GradientTransformation:
     if "shardings" in inspect.signature(factory).parameters:
         options["shardings"] = shardings
     try:
-        return factory(1e-3, **options)
+        made = factory(1e-3, **options)
     except TypeError as error:
         raise ValueError(f"{text}: {error}.") from error
+    if not isinstance(made, optax.GradientTransformation):
+        raise ValueError(f"optax.{name} is no optimizer; name one, such as adamw.")
+    return made
 
 
 def _value(text: str) -> Any:

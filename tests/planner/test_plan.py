@@ -94,6 +94,11 @@ def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*PLAN, "--optimizer", "adamw", "--mesh", "fsdp=3"])
+    assert "not cut: embed_tokens/embedding, layers/mlp/" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -101,6 +106,11 @@ def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--optimizer", "microadan"], "Did you mean microadam"),
         (["--optimizer", "microadam:layers=2"], "unexpected keyword argument 'layers'"),
         (["--model", "gpt2", "--mesh", "fsdp=2"], "take a Llama"),
+        (["--mesh", "fsdp=2,fsdp=4"], "each once at most"),
+        (["--optimizer", "constant_schedule"], "is no optimizer"),
+        (["--batch", "0"], "0 must be a positive whole number"),
+        (["--memory-per-device", "-3"], "-3 must be a positive number"),
+        (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "No such file or directory"),
         (["--topology", "h200:12"], "up to 8 GPUs of one host, or a multiple of 8"),
     ],
 )
