@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 SIZE = 256  # elements in a block: two registers' lanes, one for each half of a byte's codes
 ROWS = 128  # rows of the tensor in a tile
 BLOCKS = 8  # blocks of a row in a tile
+BYTES = 32  # blocks in a tile of bytes, where it divides them
 
 
 def unsupported(shape: tuple[int, ...], size: int) -> str | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, merge
 from microadam_jax.compressors.rows import overwrite, row_of, row_shape
-from pallas_kernels.window_update import expand, values_at
+from pallas_kernels.window_update import expand, values_at, written
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,7 @@ class BlockSparse:
     def kept(self) -> jax.Array:
         """The dense float32 array of the elements kept, zero elsewhere."""
         blocks = expand(self.values[..., None, :], self.indices[..., None, :], self.layout.size)
-        return merge(blocks, self.layout, self.shape)
+        return merge(written(blocks), self.layout, self.shape)
 
     def rest_of(self, update: jax.Array) -> jax.Array:
         """The float32 ``update`` with zeros where an element was kept."""
@@ -81,7 +81,8 @@ class BlockSparse:
         """The dense sum of the rows, each times its coefficient."""
         values, indices = window
         values = values.astype(jnp.float32) * coefficients[:, None]
-        return merge(expand(values, indices, self.layout.size), self.layout, self.shape)
+        blocks = expand(values, indices, self.layout.size)
+        return merge(written(blocks), self.layout, self.shape)
 
 
 def is_block_sparse(node: object) -> bool:

@@ -1,7 +1,10 @@
 """``python -m microadam_jax plan``: its flags, its table and its chart."""
 
 import argparse
+import functools
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
 from microadam_jax.planner.chart import draw
 from microadam_jax.planner.compiled import CompiledPlan, compiled_plan
 from microadam_jax.planner.llama import stacked_model
-from microadam_jax.planner.meshes import parse_mesh
+from microadam_jax.planner.meshes import parse_mesh, undivided
 from microadam_jax.planner.optimizers import optimizer
 
 
@@ -26,10 +29,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mesh", default="", help="such as fsdp=64,tp=4; by default one device")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--topology", help="compile for these TPUs, such as v5e:16x16")
-    parser.add_argument("--batch", type=int, default=256, help="sequences in a compiled step")
-    parser.add_argument("--seq", type=int, default=2048, help="tokens in a sequence")
-    parser.add_argument("--memory-per-device", type=float, metavar="GIB", help="what fits in this")
+    parser.add_argument("--topology", help="compile for TPUs such as v5e:16x16, or GPUs: h200:8")
+    parser.add_argument(
+        "--batch", type=_positive(int), default=256, help="sequences in a compiled step"
+    )
+    parser.add_argument("--seq", type=_positive(int), default=2048, help="tokens in a sequence")
+    parser.add_argument(
+        "--memory-per-device", type=_positive(float), metavar="GIB", help="what fits in this"
+    )
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the table as bars")
     parser.set_defaults(run=run)
 
@@ -44,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
         chosen = {name: optimizer(name) for name in options.optimizer.split(",")}
         shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         print(f"{model.name}: {model.parameters:,} parameters in {options.dtype}, mesh {shape}")
+        if whole := undivided(model.params, mesh):
+            print(f"not divided by this mesh, and so not cut: {', '.join(whole)}")
         if options.topology is None:
             plans = {name: arithmetic_plan(model, tx, mesh) for name, tx in chosen.items()}
             print_arithmetic(plans, options.memory_per_device)
@@ -53,8 +62,15 @@ def run(options: argparse.Namespace) -> None:
             }
         else:
             compiled = {
-                name: compiled_plan(model, tx, mesh, options.topology, options.batch, options.seq)
-                for name, tx in chosen.items()
+                name: compiled_plan(
+                    model,
+                    functools.partial(optimizer, name),
+                    mesh,
+                    options.topology,
+                    options.batch,
+                    options.seq,
+                )
+                for name in chosen
             }
             where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
             print(f"compiled for {where}, each layer recomputed in the backward pass")
@@ -63,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         if options.chart:
             draw(parts, options.memory_per_device, options.chart)
             print(f"chart: {options.chart}")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -111,10 +127,24 @@ def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None
     print("* at most: the compiler may use up a gradient before the next one is there.")
     for name, compiled in plans.items():
         found = ", ".join(f"{count} {kind}" for kind, count in compiled.collectives.items())
-        if compiled.limit is not None:
+        if compiled.temporaries is None:
             print(f"{name}: refused by the compiler; the total is what it says it needs.")
         else:
             print(f"{name}: collectives in the program (those of a layer once): {found or 'none'}")
+
+
+def _positive(number: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = number(text)
+        except ValueError:
+            value = number(0)
+        if not 0 < value < math.inf:
+            kind = "whole number" if number is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} must be a positive {kind}")
+        return value
+
+    return parse
 
 
 def _parts(compiled: CompiledPlan) -> dict[str, int]:

@@ -1,11 +1,10 @@
 """A training step compiled for the real device, which need not be there."""
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
 from microadam_jax.planner.llama import Model, loss
 from microadam_jax.planner.meshes import AXES, ROWS, parameter_shardings
+from microadam_jax.planner.targets import target
 from microadam_jax.state_shardings import state_shardings
 
 _COLLECTIVE = re.compile(
@@ -41,8 +41,8 @@ class CompiledPlan:
         plan: the arithmetic of parameters, gradients and state.
         temporaries: what the peak has besides parameters and state: gradients, activations and all
             else. None where the compiler gave up.
-        total: the program's peak; where it does not fit, what the compiler would have needed.
-        limit: the device's memory where the compiler gave up for want of it.
+        total: the program's peak; where the compiler gave up, what it would have needed.
+        limit: the device's memory where that is less; None where it fits.
         collectives: how many of each kind are in the program. One in the loop over layers counts
             once.
     """
@@ -56,44 +56,45 @@ class CompiledPlan:
 
 def compiled_plan(
     model: Model,
-    tx: optax.GradientTransformation,
+    make: Callable[[Any], optax.GradientTransformation],
     mesh: dict[str, int],
     topology: str,
     batch: int,
     seq: int,
 ) -> CompiledPlan:
-    """Compiles forward pass, backward pass and update for TPUs.
+    """Compiles forward pass, backward pass and update for TPUs or GPUs.
 
     Args:
         model: a Llama of :func:`stacked_model`.
-        tx: the optimizer.
+        make: from a tree of ``NamedSharding``, where the parameters lie, to the optimizer; some
+            need it for their kernels, as :func:`microadam`.
         mesh: sizes of the axes data, fsdp and tp.
-        topology: of the TPUs, such as ``"v5e:16x16"``.
+        topology: TPUs such as ``"v5e:16x16"``, or a number of GPUs such as ``"h200:8"``.
         batch: sequences in a step.
         seq: tokens in a sequence.
 
     Raises:
-        ValueError: if libtpu is not installed or does not know the topology, if the mesh does
-            not have its number of devices or does not divide the batch, or if the model is no
-            Llama.
+        ValueError: if the compiler is not installed or does not know the topology, if the mesh
+            does not have its number of devices or does not divide the batch, or if the model is
+            no Llama.
     """
     if not model.llama:
         raise ValueError(f"There is no training step for {model.name}; take a Llama.")
-    devices = _devices(topology)
-    if len(devices) != math.prod(mesh.values()):
+    on = target(topology)
+    if len(on.devices) != math.prod(mesh.values()):
         raise ValueError(
-            f"--topology {topology} has {len(devices)} devices and --mesh "
+            f"--topology {topology} has {len(on.devices)} devices and --mesh "
             f"{','.join(f'{k}={v}' for k, v in mesh.items())} has {math.prod(mesh.values())}; "
             "make them equal."
         )
     rows = math.prod(mesh[axis] for axis in ROWS)
     if batch % rows:
         raise ValueError(f"--batch {batch} does not divide over data times fsdp, {rows}.")
+    placed = Mesh(np.reshape(on.devices, tuple(mesh.values())), AXES)
+    tx = make(parameter_shardings(model.params, placed))
     plan = arithmetic_plan(model, tx, mesh)
     try:
-        program = _compile(
-            model, tx, Mesh(np.reshape(devices, tuple(mesh.values())), AXES), batch, seq
-        )
+        program = _compile(model, tx, placed, on.platform, batch, seq)
     except jax.errors.JaxRuntimeError as error:
         sizes = needed_and_available(str(error))
         if sizes is None:
@@ -106,7 +107,7 @@ def compiled_plan(
         plan,
         max(0, peak - memory.argument_size_in_bytes),
         peak,
-        None,
+        on.memory if on.memory is not None and peak > on.memory else None,
         dict(Counter(_COLLECTIVE.findall(program.as_text())).most_common()),
     )
 
@@ -124,7 +125,12 @@ def needed_and_available(message: str) -> tuple[int, int] | None:
 
 
 def _compile(
-    model: Model, tx: optax.GradientTransformation, mesh: Mesh, batch: int, seq: int
+    model: Model,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    platform: str,
+    batch: int,
+    seq: int,
 ) -> Any:
     where = parameter_shardings(model.params, mesh)
     where_state = state_shardings(tx, model.params, where)
@@ -145,25 +151,4 @@ def _compile(
     # The devices are not those of this process, so that links cannot count them by themselves.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jitted.trace(placed(model.params, where), placed(state, where_state), tokens)
-    return traced.lower(lowering_platforms=("tpu",)).compile()
-
-
-def _devices(topology: str) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"--topology {topology} needs the TPU compiler, which runs without a TPU: "
-            "pip install libtpu. Without --topology the table is arithmetic."
-        )
-    # libtpu looks for the machine's own TPUs, and locks them, unless it is told otherwise.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"libtpu does not know --topology {topology}, which must be such as v5e:16x16: {reason}"
-        ) from error
+    return traced.lower(lowering_platforms=(platform,)).compile()

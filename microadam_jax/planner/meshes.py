@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax.sharding import fitted
+from microadam_jax.sharding import fitted, shards_along
 from microadam_jax.trees import path_name
 
 AXES = ("data", "fsdp", "tp")
@@ -45,16 +45,16 @@ def parse_mesh(text: str) -> dict[str, int]:
         >>> parse_mesh("fsdp=64,tp=4")
         {'data': 1, 'fsdp': 64, 'tp': 4}
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for entry in filter(None, text.split(",")):
         axis, _, size = entry.partition("=")
-        if axis not in AXES or not size.isdecimal() or int(size) < 1:
+        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(
                 f"--mesh {text} must be a list such as fsdp=64,tp=4 of sizes of the axes "
-                f"{', '.join(AXES)}."
+                f"{', '.join(AXES)}, each once at most."
             )
         sizes[axis] = int(size)
-    return sizes
+    return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
@@ -66,10 +66,25 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A sharding for each parameter of a stacked Llama; what a spec does not divide is whole."""
 
     def place(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        name = "/".join(path_name(path).split("/")[-2:])
-        return fitted(NamedSharding(mesh, _SPECS.get(name, P())), leaf.shape)
+        return fitted(NamedSharding(mesh, _spec(path)), leaf.shape)
 
     return jax.tree.map_with_path(place, params)
+
+
+def undivided(params: Any, sizes: dict[str, int]) -> list[str]:
+    """The parameters of a stacked Llama that a mesh should cut, but does not divide."""
+    mesh = abstract_mesh(sizes)
+    return [
+        path_name(path)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if any(
+            n % shards_along(mesh, entry) for n, entry in zip(leaf.shape, _spec(path), strict=False)
+        )
+    ]
+
+
+def _spec(path: jax.tree_util.KeyPath) -> P:
+    return _SPECS.get("/".join(path_name(path).split("/")[-2:]), P())
 
 
 def bytes_per_device(shapes: Any, shardings: Any) -> int:

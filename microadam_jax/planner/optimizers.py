@@ -10,11 +10,12 @@ import optax
 from microadam_jax import aliases
 
 
-def optimizer(text: str) -> optax.GradientTransformation:
+def optimizer(text: str, shardings: Any = None) -> optax.GradientTransformation:
     """An optimizer of this library, or of Optax, from ``"name"`` or ``"name:option=value:..."``.
 
     Args:
         text: such as ``"microadam:layout=pretrain"`` or ``"adamw:mu_dtype=bfloat16"``.
+        shardings: where the parameters lie, for optimizers that take it.
 
     Raises:
         ValueError: if there is no such optimizer, or it does not take such an option.
@@ -33,11 +34,17 @@ def optimizer(text: str) -> optax.GradientTransformation:
             f"There is no optimizer {name!r}.{hint} This library has {', '.join(sorted(known))}; "
             "Optax's are known too."
         )
-    options = {key: value for key, _, value in (setting.partition("=") for setting in settings)}
+    pairs = (setting.partition("=") for setting in settings)
+    options = {key: _value(value) for key, _, value in pairs}
+    if "shardings" in inspect.signature(factory).parameters:
+        options["shardings"] = shardings
     try:
-        return factory(1e-3, **{key: _value(value) for key, value in options.items()})
+        made = factory(1e-3, **options)
     except TypeError as error:
         raise ValueError(f"{text}: {error}.") from error
+    if not isinstance(made, optax.GradientTransformation):
+        raise ValueError(f"optax.{name} is no optimizer; name one, such as adamw.")
+    return made
 
 
 def _value(text: str) -> Any:

@@ -46,19 +46,21 @@ def compress(
     gradient = gradient.reshape(outer, rows, n)
     if dtype == jnp.float16:  # which the compiler does not load
         gradient = jax.lax.bitcast_convert_type(gradient, jnp.int16)
-    codes = codes.reshape(outer, rows, count, SIZE // 2)
+    tile = min(BLOCKS, count)
     # As the compiler lays out the state.
     rows_inside = not tpu_tiles.are_filled(count)
     if rows_inside:
-        codes = codes.swapaxes(1, 2)
+        codes = codes.reshape(outer, rows, count, SIZE // 2).swapaxes(1, 2)
+        packed = pl.BlockSpec((None, tile, ROWS, SIZE // 2), lambda o, r, b: (o, b, r, 0))
+    else:
+        # The tiles have an axis of their own, which moves nothing: where 32 divides the blocks,
+        # bytes lie in tiles of 32, and none could be cut from those.
+        codes = codes.reshape(outer, rows, count // tile, tile, SIZE // 2)
+        packed = pl.BlockSpec((None, ROWS, None, tile, SIZE // 2), lambda o, r, b: (o, r, b, 0, 0))
     low, high = (x.reshape(outer, rows, count).swapaxes(1, 2) for x in (low, high))
 
-    tile = min(BLOCKS, count)
     grid = (outer, pl.cdiv(rows, ROWS), pl.cdiv(count, tile))
     wide = pl.BlockSpec((None, ROWS, tile * SIZE), lambda o, r, b: (o, r, b))
-    packed = pl.BlockSpec((None, ROWS, tile, SIZE // 2), lambda o, r, b: (o, r, b, 0))
-    if rows_inside:
-        packed = pl.BlockSpec((None, tile, ROWS, SIZE // 2), lambda o, r, b: (o, b, r, 0))
     each = pl.BlockSpec((None, tile, ROWS), lambda o, r, b: (o, b, r))
     sent = pl.BlockSpec((None, k, tile, ROWS), lambda o, r, b: (o, 0, b, r))
     operands = (gradient, codes, low, high)

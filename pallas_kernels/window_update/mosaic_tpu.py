@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_tiles
-from pallas_kernels.tpu_tiles import BLOCKS, ROWS, SIZE, cost
+from pallas_kernels.tpu_tiles import BLOCKS, BYTES, ROWS, SIZE, cost
 from pallas_kernels.window_update.reference import descent
 
 MAX_ENTRIES = 64  # of a block's window; comparing all with all grows with the square
@@ -86,6 +86,8 @@ def _call(
     outer, rows, _ = result.shape
     *_, count, length, k = values.shape
     entries, tile = length * k, min(BLOCKS, count)
+    # Where 32 divides the blocks, bytes lie in tiles of 32, which are fetched whole.
+    fetched = BYTES if count % BYTES == 0 else tile
     # The order that the compiler chooses for the state, so that this moves nothing.
     values, indices = (
         x.reshape(outer, rows, count, length, k)
@@ -100,13 +102,16 @@ def _call(
             pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (values, indices)
         )
     each = pl.BlockSpec((None, entries, tile, ROWS), lambda o, r, b: (o, 0, b, r))
+    places = pl.BlockSpec(
+        (None, entries, fetched, ROWS), lambda o, r, b: (o, 0, b * tile // fetched, r)
+    )
     dense = pl.BlockSpec((None, ROWS, tile * SIZE), lambda o, r, b: (o, r, b))
     in_smem = [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
     operations = 2 * entries * result.size
     return pl.pallas_call(
         functools.partial(kernel, k=k),
         grid=(outer, pl.cdiv(rows, ROWS), pl.cdiv(count, tile)),
-        in_specs=[*in_smem, each, each, *[dense] * len(in_place)],
+        in_specs=[*in_smem, each, places, *[dense] * len(in_place)],
         out_specs=dense,
         out_shape=result,
         input_output_aliases={len(scalars) + 2: 0} if in_place else {},
@@ -155,7 +160,13 @@ def _blocks(
 ) -> Iterator[tuple[slice, jax.Array]]:
     """Where each block of a tile lies in its rows, and its dense direction."""
     entries, tile, _ = index_ref.shape
-    index_ref[...] = indices_ref[...].astype(jnp.int32)
+    fetched = indices_ref.shape[1]
+    for start in range(0, fetched, tile):
+
+        @pl.when(pl.program_id(2) * tile % fetched == start)
+        def _(part: slice = slice(start, start + tile)) -> None:
+            index_ref[...] = indices_ref[:, part].astype(jnp.int32)
+
     indices = index_ref[...]
     mu = nu = jnp.zeros(indices.shape, jnp.float32)
     for entry in range(entries):

@@ -24,6 +24,17 @@ def expand(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
     return _expand_by_scattering(values, indices, size)
 
 
+def written(blocks: jax.Array) -> jax.Array:
+    """Expanded ``blocks``, on TPUs as an array of their own; to be joined into rows.
+
+    There joining moves data, and the compiler would rather join the operands of each compare:
+    for a window of 30 entries it wrote 360 bytes of temporaries for each element.
+    """
+    return jax.lax.platform_dependent(
+        blocks, tpu=jax.lax.optimization_barrier, default=lambda blocks: blocks
+    )
+
+
 def values_at(values: jax.Array, indices: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     """What a block of sparse entries holds at some positions: zero where it has no entry.
 
@@ -63,7 +74,7 @@ def window_update(
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """:func:`window_adam` for the tensor ``(*lead, n)``, in ``dtype``, without padding."""
-    blocks = window_adam(values, indices, mu_weights, nu_weights, eps, size)
+    blocks = written(window_adam(values, indices, mu_weights, nu_weights, eps, size))
     if blocks.shape[-2] * size != n:
         rows = blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] * size)
         return rows[..., :n].astype(dtype)

@@ -12,6 +12,7 @@ SHAPES = {
     "many rows": (261, 256),
     "padded": (5, 700),
     "many blocks": (3, 9 * 256),
+    "32 blocks": (3, 32 * 256),
     "leading axes": (2, 3, 9, 512),
 }
 

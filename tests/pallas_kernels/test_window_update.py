@@ -31,6 +31,10 @@ def test_agrees_with_the_reference(implementation: str, shape: tuple[int, ...], 
     agree(implementation, window_of(shape, 10, 3), shape, dtype)
 
 
+def test_agrees_where_bytes_lie_in_tiles_of_32_blocks() -> None:
+    agree("mosaic_tpu", window_of((3, 8192), 10, 3), (3, 8192), "float32")
+
+
 def agree(implementation: str, window: Any, shape: tuple[int, ...], dtype: str) -> None:
     length = window[0].shape[-2]
     weights = jnp.asarray(0.9 ** np.arange(length), jnp.float32)

@@ -1,5 +1,6 @@
 """The planner's arithmetic, its training step, and its command line."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -93,6 +94,11 @@ def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*PLAN, "--optimizer", "adamw", "--mesh", "fsdp=3"])
+    assert "not cut: embed_tokens/embedding, layers/mlp/" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -100,6 +106,12 @@ def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--optimizer", "microadan"], "Did you mean microadam"),
         (["--optimizer", "microadam:layers=2"], "unexpected keyword argument 'layers'"),
         (["--model", "gpt2", "--mesh", "fsdp=2"], "take a Llama"),
+        (["--mesh", "fsdp=2,fsdp=4"], "each once at most"),
+        (["--optimizer", "constant_schedule"], "is no optimizer"),
+        (["--batch", "0"], "0 must be a positive whole number"),
+        (["--memory-per-device", "-3"], "-3 must be a positive number"),
+        (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "No such file or directory"),
+        (["--topology", "h200:12"], "up to 8 GPUs of one host, or a multiple of 8"),
     ],
 )
 def test_mistakes(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,13 +120,31 @@ def test_mistakes(flags: list[str], sentence: str, capsys: pytest.CaptureFixture
     assert sentence in capsys.readouterr().err
 
 
-def test_without_libtpu_the_error_says_what_to_install() -> None:
-    if importlib.util.find_spec("libtpu"):
-        pytest.skip("libtpu is installed")
-    with pytest.raises(ValueError, match="pip install libtpu"):
+@pytest.mark.parametrize(
+    ("topology", "compiler", "package"),
+    [("v5e:2x2", "libtpu", "libtpu"), ("h200:4", "jax_cuda13_plugin", r"jax\[cuda13\]")],
+)
+def test_without_the_compiler_the_error_says_what_to_install(
+    topology: str, compiler: str, package: str
+) -> None:
+    if importlib.util.find_spec(compiler):
+        pytest.skip(f"{compiler} is installed")
+    with pytest.raises(ValueError, match=f"pip install {package}"):
         compiled_plan(
-            stacked_model("llama-60m"), optimizer("adamw"), parse_mesh("fsdp=4"), "v5e:2x2", 8, 64
+            stacked_model("llama-60m"),
+            functools.partial(optimizer, "adamw"),
+            parse_mesh("fsdp=4"),
+            topology,
+            batch=8,
+            seq=64,
         )
+
+
+def test_microadam_is_told_where_parameters_lie() -> None:
+    """Otherwise its kernels would not run on the axes of a plan, which are Auto."""
+    with pytest.raises(ValueError, match="shardings must be a tree of NamedSharding"):
+        optimizer("microadam", shardings="everywhere")
+    assert optimizer("adamw", shardings="everywhere")
 
 
 def test_a_compiler_that_gives_up_says_what_it_would_have_needed() -> None:

@@ -2,44 +2,26 @@
 
 import functools
 import importlib.util
-import os
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from microadam_jax.planner.targets import target
+
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-# The compiler needs no metadata server and no lock on a chip that is not there.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
-@functools.cache
-def tpu_devices(topology: str) -> np.ndarray:
+def devices(name: str, compiler: str) -> np.ndarray:
     """The devices of a topology such as ``"v5e:16x16"``; skips where there is no compiler."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("the TPU compiler (libtpu) is not installed: make test-targets")
-    os.environ.update(ENVIRONMENT)
-    return np.array(topologies.get_topology_desc(topology, platform="tpu").devices)
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"the compiler ({compiler}) is not installed: make test-targets")
+    return np.array(target(name).devices)
 
 
-@functools.cache
-def h200_devices() -> np.ndarray:
-    """Two H200s; skips where there is no compiler."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("the GPU compiler (jax_cuda13_plugin) is not installed: make test-targets")
-    jax.devices()  # looks for plugins, and so registers the compiler
-    target = (Path(__file__).parent / "h200.txtpb").read_text()
-    description = topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x2", target_config=target
-    )
-    return np.array(description.devices)
+tpu_devices = functools.cache(functools.partial(devices, compiler="libtpu"))
+h200_devices = functools.cache(functools.partial(devices, "h200:2", compiler="jax_cuda13_plugin"))
 
 
 @pytest.fixture(params=TPUS)

@@ -58,8 +58,8 @@ def test_topk_compress_on_every_tpu(tpu: Mesh) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(256, 256), (512, 1024), (256, 11008), (2, 256, 2048)],
-    ids=["one block", "four blocks", "43 blocks", "stacked layers"],
+    [(256, 256), (512, 1024), (256, 11008), (128, 8192), (2, 256, 2048)],
+    ids=["one block", "four blocks", "43 blocks", "32 blocks", "stacked layers"],
 )
 def test_topk_compress_in_place_for_every_shape(v5e: Mesh, shape: tuple[int, ...]) -> None:
     program = compress_on_tpu(v5e, shape, jnp.bfloat16)
@@ -96,6 +96,31 @@ def test_window_update_on_every_tpu(tpu: Mesh) -> None:
     program = window_on_tpu(tpu, (512, 2048), jnp.float32)
     assert program.memory_analysis().temp_size_in_bytes == 0
     assert MOVED.findall(program.as_text()) == []
+
+
+def test_window_update_of_rows_of_32_blocks(v5e: Mesh) -> None:
+    """Bytes lie in tiles of 32 blocks there."""
+    program = window_on_tpu(v5e, (256, 8192), jnp.float32)
+    assert program.memory_analysis().temp_size_in_bytes == 0
+    assert MOVED.findall(program.as_text()) == []
+
+
+@pytest.mark.parametrize("size", [250, 256])
+def test_without_the_kernel_a_window_is_expanded_once(v5e: Mesh, size: int) -> None:
+    shape = (256, 32 * size)
+    window, weights = (256, 32, 10, 3), ((10,), jnp.float32)
+    program = compiled(
+        functools.partial(window_update, size=size, n=shape[-1], implementation="xla"),
+        v5e,
+        "tpu",
+        (window, jnp.bfloat16),
+        (window, jnp.uint8),
+        weights,
+        weights,
+        ((), jnp.float32),
+        donate=(),
+    )
+    assert program.memory_analysis().temp_size_in_bytes <= 4.1 * math.prod(shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

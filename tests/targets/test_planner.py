@@ -1,0 +1,37 @@
+"""The planner's step through the compiler of a GPU that need not be there."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import pytest
+
+from microadam_jax.memory import GIB
+from microadam_jax.models import llama
+from microadam_jax.planner import CompiledPlan, Model, compiled_plan, parse_mesh
+from microadam_jax.planner.optimizers import optimizer
+
+
+def planned(topology: str, mesh: str, **sizes: Any) -> CompiledPlan:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("the GPU compiler (jax_cuda13_plugin) is not installed: make test-targets")
+    params = llama(layers=1, **sizes)
+    stack = jax.tree.map(lambda leaf: leaf.update(shape=(1, *leaf.shape)), params["layers"]["0"])
+    model = Model("one layer", params | {"layers": stack}, llama=True)
+    make = functools.partial(optimizer, "adamw")
+    return compiled_plan(model, make, parse_mesh(mesh), topology, batch=8, seq=128)
+
+
+def test_a_step_on_the_gpus_of_two_hosts() -> None:
+    plan = planned("h200:16", "data=2,fsdp=4,tp=2", hidden=256, intermediate=512, vocab=512)
+    assert plan.limit is None
+    assert plan.temporaries is not None
+    assert plan.plan.parameters + plan.plan.state < plan.total < GIB
+    assert {"all-gather", "all-reduce"} <= plan.collectives.keys()
+
+
+def test_a_step_that_exceeds_the_memory_of_a_gpu() -> None:
+    """Its compiler refuses nothing."""
+    plan = planned("h200", "", hidden=2**16, intermediate=2**17, vocab=512)
+    assert plan.limit == 141 * GIB < plan.total
