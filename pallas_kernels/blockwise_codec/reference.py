@@ -49,7 +49,7 @@ def uniform(position: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         float32 multiples of 2^-24, of the shape of ``position``.
     """
     bits = _mix(_mix(position ^ low) + high)
-    return jax.lax.shift_right_logical(bits, 8).astype(jnp.float32) * np.float32(2**-24)
+    return _shifted(bits, 8).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -58,6 +58,11 @@ def _mix(x: jax.Array) -> jax.Array:
     Two multiplications between three shifts, with the constants that Chris Wellons found to be
     the least biased of this form.
     """
-    x = (x ^ jax.lax.shift_right_logical(x, 16)) * np.uint32(0x7FEB352D).view(np.int32)
-    x = (x ^ jax.lax.shift_right_logical(x, 15)) * np.uint32(0x846CA68B).view(np.int32)
-    return x ^ jax.lax.shift_right_logical(x, 16)
+    x = (x ^ _shifted(x, 16)) * np.uint32(0x7FEB352D).view(np.int32)
+    x = (x ^ _shifted(x, 15)) * np.uint32(0x846CA68B).view(np.int32)
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: jax.Array, bits: int) -> jax.Array:
+    """``x >> bits``, zeros coming in."""
+    return jax.lax.shift_right_logical(x, np.int32(bits))

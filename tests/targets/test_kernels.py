@@ -134,7 +134,8 @@ def test_window_apply_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blockwise_codec_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
-    blockwise_codec_on_tpu(tpu, (512, 1024), dtype, dtype)
+    # What the compiler keeps for itself, up to 0.3 MB, does not grow with the leaf.
+    blockwise_codec_on_tpu(tpu, (2048, 1024), dtype, dtype)
 
 
 def test_blockwise_codec_of_odd_and_padded_rows_and_half_precision(v5e: Mesh) -> None:
