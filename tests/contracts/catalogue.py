@@ -308,8 +308,8 @@ SAMPLE = (
 
 
 def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """``make test`` takes the sample, ``make matrix`` the others."""
-    return () if name in SAMPLE else (pytest.mark.matrix,)
+    """``make test`` takes the sample, ``make contracts`` the others."""
+    return () if name in SAMPLE else (pytest.mark.contract,)
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
