@@ -1,29 +1,22 @@
 """8-bit floating point, with or without an expansion of each block's range."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microadam_jax.blocks import (
-    BlockLayout,
-    Blocks,
-    as_blocks_of,
-    as_row,
-    blocked_shape,
-    in_row,
-    merge,
-    split,
-)
+from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, merge, split
+from microadam_jax.codecs.minifloat import E4M3, E5M2, MiniFloat
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
 
 TINY = np.finfo(np.float32).tiny
-FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
 STEPS = 16  # exponents are multiples of 1/16
 MAX_CODE = 255  # of an exponent, in sixteenths
 
@@ -145,59 +138,76 @@ class Float8(RowByRow):
         layout = self.blocks.layout_of(x)
         xi = None if key is None else split(dither(key, x.shape), layout)
         block = split(x, layout)
-        largest = jnp.max(jnp.abs(block), axis=-1)
-        largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
-        if not self.expansion:
-            scales = largest / self._largest
-            codes = self._round(block / _usable(scales)[..., None], xi, scales)
-            return Float8Codes(as_row(codes), scales)
-
-        largest = jnp.where(largest <= TINY, 0, largest)
-        exponents = self._exponents(block, largest, layout)
-        ratio = jnp.abs(block) / _usable(largest)[..., None]
-        y = jnp.sign(block) * self._largest * _power(ratio, _exponent(exponents)[..., None])
-        return ExpandedFloat8Codes(as_row(self._round(y, xi, largest)), largest, exponents)
+        statistics = self.measure(block)
+        codes = as_row(self.codes_of(block, statistics, xi).astype(jnp.uint8))
+        scale, *exponents = (number[..., 0] for number in statistics)
+        return self.Encoded(codes, scale, *(k.astype(jnp.uint8) for k in exponents))
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""
         layout = self.blocks.layout(shape[-1] if shape else 1)
-        codes = as_blocks_of(encoded.codes, layout.count)
-        q = jax.lax.bitcast_convert_type(codes, FORMATS[self.format]).astype(jnp.float32)
-        if self.expansion:
-            ratio = jnp.abs(q) / self._largest
-            root = _power(ratio, 1 / _exponent(encoded.exponents)[..., None])
-            x = jnp.sign(q) * root * encoded.largest[..., None]
-        else:
-            x = q * encoded.scales[..., None]
+        codes, *statistics = encoded
+        x = self.values_of(
+            as_blocks_of(codes, layout.count), [number[..., None] for number in statistics]
+        )
         return merge(x, layout, shape)
 
     @property
-    def _largest(self) -> np.float32:
-        return np.float32(jnp.finfo(FORMATS[self.format]).max)
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8
 
-    def _exponents(self, block: jax.Array, largest: jax.Array, layout: BlockLayout) -> jax.Array:
-        """The exponents of the blocks in sixteenths; zero in a block of zeros."""
-        magnitude = jnp.abs(block)
-        counts = magnitude > TINY
-        if layout.padding:
-            counts = counts & in_row(layout)
-        smallest = jnp.min(jnp.where(counts, magnitude, jnp.inf), axis=-1)
+    @property
+    def statistics(self) -> int:
+        """How many numbers are kept of a block: its scale, or its largest number and exponent."""
+        return 1 + self.expansion
+
+    def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
+        """What is kept ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
+        # Whether a reduction passes a NaN on depends on the device; an infinity counts alike.
+        magnitude = jnp.where(jnp.isnan(block), jnp.inf, jnp.abs(block))
+        largest = jnp.max(magnitude, axis=-1, keepdims=True)
+        largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+        if not self.expansion:
+            return (largest / self._number.largest,)
+        largest = jnp.where(largest <= TINY, 0, largest)
+        counted = jnp.where(magnitude > TINY, magnitude, jnp.inf)
+        smallest = jnp.min(counted, axis=-1, keepdims=True)
+        return largest, self._sixteenths(largest, smallest)
+
+    def codes_of(
+        self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | float | None
+    ) -> jax.Array:
+        """The codes ``(..., size)`` of blocks with their statistics, as integers."""
+        scale, number = statistics[0], self._number
+        if self.expansion:
+            ratio = jnp.abs(block) / _usable(scale)
+            y = jnp.sign(block) * number.largest * _power(ratio, _exponent(statistics[1]))
+        else:
+            y = block / _usable(scale)
+        y = jnp.clip(y, -number.largest, number.largest)
+        y = jnp.where(jnp.isnan(scale), 0, y)
+        return number.encode(y if xi is None else number.dithered(y, jnp.asarray(xi)))
+
+    def values_of(self, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
+        """The float32 numbers ``(..., size)`` that codes of blocks stand for."""
+        q, scale = self._number.decode(codes), statistics[0]
+        if not self.expansion:
+            return q * scale
+        root = _power(jnp.abs(q) / self._number.largest, 1 / _exponent(statistics[1]))
+        return jnp.sign(q) * root * scale
+
+    @property
+    def _number(self) -> MiniFloat:
+        return FORMATS[self.format]
+
+    def _sixteenths(self, largest: jax.Array, smallest: jax.Array) -> jax.Array:
+        """The exponents of blocks in sixteenths; zero in a block of zeros."""
         spread = jnp.log2(largest) - jnp.log2(smallest)
-        span = np.float32(np.log2(float(self._largest) ** 2 / 2))
+        span = np.float32(np.log2(self._number.largest**2 / 2))
         k = jnp.floor(STEPS * span / jnp.where(spread > 0, spread, 1))
         k = jnp.where(spread > 0, jnp.clip(k, 1, MAX_CODE), STEPS)
-        return jnp.where(largest == 0, 0, k).astype(jnp.uint8)
-
-    def _round(self, y: jax.Array, xi: jax.Array | None, scales: jax.Array) -> jax.Array:
-        """The bits of ``y`` in the format, clipped to its range."""
-        y = jnp.clip(y, -self._largest, self._largest)
-        y = jnp.where(jnp.isnan(scales)[..., None], 0, y)
-        if xi is not None:
-            info = jnp.finfo(FORMATS[self.format])
-            exponent = jnp.floor(jnp.log2(jnp.maximum(jnp.abs(y), float(info.tiny))))
-            step = jnp.exp2(exponent - info.nmant)
-            y = jnp.clip(jnp.floor(y / step + xi) * step, -self._largest, self._largest)
-        return jax.lax.bitcast_convert_type(y.astype(FORMATS[self.format]), jnp.uint8)
+        return jnp.where(largest == 0, 0, k)
 
 
 def float8(

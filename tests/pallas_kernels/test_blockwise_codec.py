@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Blocks, adamw8bit, dynamic4, dynamic8, linear4, quantize_state
+from microadam_jax import Blocks, adamw8bit, dynamic4, dynamic8, float8, linear4, quantize_state
 from pallas_kernels.blockwise_codec import blockwise_step
 from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
 
@@ -19,6 +19,10 @@ CODECS = (
     dynamic8(keep_sign=True),
     linear4(Blocks(256, shards=1)),
     dynamic4(BY_128, rounding="stochastic"),
+)
+FLOATS = (
+    float8("e4m3", block=BY_128),
+    float8("e5m2", block=Blocks(256, shards=1), expansion=False, rounding="stochastic"),
 )
 ADAM = dynamic8(keep_sign=True), dynamic8(signed=False)
 SHAPES = {
@@ -69,12 +73,22 @@ def test_several_tiles() -> None:
     agree(*moments_of((130, 2179)), CODECS[2:3])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_kind_of_block_in_every_dtype(dtype: str) -> None:
+def test_eight_bit_floats() -> None:
+    agree(*moments_of((37, 257)), FLOATS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "codecs"),
+    [("float32", CODECS), ("bfloat16", CODECS), ("float16", CODECS), ("float32", FLOATS)],
+    ids=["float32", "bfloat16", "float16", "floats"],
+)
+def test_every_kind_of_block_in_every_dtype(dtype: str, codecs: Any) -> None:
     with np.errstate(over="ignore"):
         blocks = jnp.asarray(np.stack([blocks_of(kind, (32, 257)) for kind in KINDS]))
         gradient = blocks.astype(dtype)
-    agree([gradient, jnp.abs(blocks)], jnp.where(jnp.abs(blocks) < 1e30, jnp.abs(blocks), 1))
+    agree(
+        [gradient, jnp.abs(blocks)], jnp.where(jnp.abs(blocks) < 1e30, jnp.abs(blocks), 1), codecs
+    )
 
 
 def adam(moments: Any, inputs: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax import dynamic4, dynamic8
+from microadam_jax import dynamic4, dynamic8, float8
 from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update
@@ -142,10 +142,20 @@ def test_blockwise_codec_of_odd_and_padded_rows_and_half_precision(v5e: Mesh) ->
     blockwise_codec_on_tpu(v5e, (37, 601), "float16", "float32", in_place=False)
 
 
+def test_blockwise_codec_of_eight_bit_floats_on_every_tpu(tpu: Mesh) -> None:
+    codecs = float8("e4m3"), float8("e5m2", rounding="stochastic")
+    blockwise_codec_on_tpu(tpu, (2048, 1024), "bfloat16", "bfloat16", codecs)
+
+
 def blockwise_codec_on_tpu(
-    mesh: Mesh, shape: tuple[int, ...], dtype: str, kept: str, *, in_place: bool = True
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    dtype: str,
+    kept: str,
+    codecs: Any = (dynamic8(keep_sign=True), dynamic4(rounding="stochastic")),
+    *,
+    in_place: bool = True,
 ) -> None:
-    codecs = dynamic8(keep_sign=True), dynamic4(rounding="stochastic")
     encoded = [jax.eval_shape(c.zeros, jax.ShapeDtypeStruct(shape, jnp.float32)) for c in codecs]
     arrays, structure = jax.tree.flatten(encoded)
 
@@ -161,7 +171,7 @@ def blockwise_codec_on_tpu(
             codecs,
             structure.unflatten(stored),
             (gradient, params),
-            (None, jax.random.wrap_key_data(key)),
+            (None, jax.random.wrap_key_data(key)),  # the second rounds stochastically
             replaces=1,
             implementation="mosaic_tpu",
         )
