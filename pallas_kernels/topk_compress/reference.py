@@ -1,5 +1,6 @@
 """Error feedback on blocks: decode the residual, add, select the Top-K, encode the rest."""
 
+import functools
 import math
 
 import jax
@@ -119,16 +120,19 @@ def select_top_k(
     magnitude = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
     if selectable is not None:
         magnitude = jnp.where(selectable, magnitude, PADDING)
-    # CPUs gather cheaply, accelerators do not; and XLA's partial sort, which accelerators
-    # have, gathers the whole array on one device when a CPU mesh shards it.
+    # CPUs gather cheaply, accelerators do not. XLA's partial sort is faster than many rounds, but
+    # gathers the whole array on one device when a CPU mesh shards it.
+    few, sorts = k <= MAX_UNROLLED, jax.device_count() == 1
     indices = jax.lax.platform_dependent(
         magnitude,
-        cpu=lambda magnitude: _by_tournament(magnitude, k),
-        default=lambda magnitude: (
-            _by_rounds(magnitude, k) if k <= MAX_UNROLLED else jax.lax.top_k(magnitude, k)[1]
-        ),
+        cpu=functools.partial(_by_tournament if few or not sorts else _by_sorting, k=k),
+        default=functools.partial(_by_rounds if few else _by_sorting, k=k),
     )
     return jnp.take_along_axis(blocks, indices, axis=-1), indices
+
+
+def _by_sorting(magnitude: jax.Array, k: int) -> jax.Array:
+    return jax.lax.top_k(magnitude, k)[1]
 
 
 def _by_rounds(magnitude: jax.Array, k: int) -> jax.Array:
