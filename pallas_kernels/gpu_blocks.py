@@ -1,6 +1,7 @@
 """The blocks in which GPU kernels go through a tensor, and the arithmetic that must be exact."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,11 @@ def per_program(size: int) -> int:
     return max(1, ELEMENTS // size)
 
 
+def padded(size: int) -> int:
+    """``size`` or the next power of two, which arrays in registers have of elements."""
+    return 1 << (size - 1).bit_length()
+
+
 def elements(
     block: jax.Array, position: jax.Array, n: int, count: int, size: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -61,6 +67,28 @@ def divide(x: jax.Array, y: jax.Array | float, interpret: bool) -> jax.Array:
 def root(x: jax.Array, interpret: bool) -> jax.Array:
     """The square root, rounded to nearest, where Triton's own is an approximation."""
     return jnp.sqrt(x) if interpret else _rounded("sqrt.rn.f32 $0, $1;", x)
+
+
+def exact(interpret: bool) -> Mapping[str, Callable[..., jax.Array]]:
+    """What to evaluate in place of primitives that Triton approximates or lacks, by name."""
+
+    def div(x: jax.Array, y: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jax.lax.div(x, y)
+        x, y = jnp.broadcast_arrays(x, y)
+        return divide(_float32(x), _float32(y), interpret).astype(x.dtype)
+
+    def sqrt(x: jax.Array) -> jax.Array:
+        return root(_float32(x), interpret).astype(x.dtype)
+
+    def same(x: jax.Array) -> jax.Array:
+        return x
+
+    return {"div": div, "sqrt": sqrt, "copy": same, "copy_p": same}
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _rounded(instruction: str, *operands: jax.Array) -> jax.Array:
