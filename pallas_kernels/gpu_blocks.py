@@ -19,8 +19,8 @@ def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
         size: elements in a block.
         entries: sparse entries that are kept of a block.
     """
-    if not 2 <= size <= MAX_SIZE or size & (size - 1):
-        return f"blocks must have a power of two of elements, 2 to {MAX_SIZE}; these have {size}"
+    if not 2 <= size <= MAX_SIZE:
+        return f"blocks must have 2 to {MAX_SIZE} elements; these have {size}"
     if math.prod(shape) == 0:
         return f"no axis of the tensor may be empty; its shape is {shape}"
     if math.prod(shape[:-1]) * -(-shape[-1] // size) * max(size, entries) >= 2**31:
@@ -33,7 +33,7 @@ def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
 
 def per_program(size: int) -> int:
     """How many blocks of ``size`` a program has."""
-    return max(1, ELEMENTS // size)
+    return max(1, ELEMENTS // padded(size))
 
 
 def padded(size: int) -> int:
@@ -44,17 +44,17 @@ def padded(size: int) -> int:
 def elements(
     block: jax.Array, position: jax.Array, n: int, count: int, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Offsets ``(blocks, m)`` in the flat tensor of positions in blocks, and which are in a row.
+    """Offsets ``(blocks, m)`` in the flat tensor of positions in blocks, and which there are.
 
     Args:
         block: ``(blocks,)`` int32, counted through all rows.
-        position: ``(blocks, m)`` int32, within a block.
+        position: ``(blocks, m)`` int32, within a block; those from ``size`` on are none.
         n: elements in a row.
         count: blocks in a row.
         size: elements in a block.
     """
     column = ((block % count) * size)[:, None] + position
-    return (block // count)[:, None] * n + column, column < n
+    return (block // count)[:, None] * n + column, (column < n) & (position < size)
 
 
 def divide(x: jax.Array, y: jax.Array | float, interpret: bool) -> jax.Array:

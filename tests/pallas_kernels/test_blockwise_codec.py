@@ -25,6 +25,7 @@ FLOATS = (
     float8("e5m2", block=Blocks(256, shards=1), expansion=False, rounding="stochastic"),
 )
 ADAM = dynamic8(keep_sign=True), dynamic8(signed=False)
+KERNELS = "mosaic_tpu", "triton"
 SHAPES = {
     "odd rows": (37, 256),
     "odd and padded blocks": (5, 257),
@@ -46,10 +47,14 @@ def run(rule: Any, codecs: Any, inputs: Any, stored: Any, **how: Any) -> Any:
     return jax.jit(step)(encoded, inputs)
 
 
-def agree(inputs: Any, stored: jax.Array, codecs: Any = CODECS) -> None:
+def agree(
+    inputs: Any, stored: jax.Array, codecs: Any = CODECS, kernels: tuple[str, ...] = KERNELS
+) -> None:
     """All codecs in one step: compilers take most of the time."""
     step = functools.partial(run, keep, codecs, inputs, [stored] * len(codecs))
-    same(step(implementation="mosaic_tpu", interpret=True), step(implementation="xla"))
+    expected = step(implementation="xla")
+    for kernel in kernels:
+        same(step(implementation=kernel, interpret=True), expected)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -69,8 +74,14 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
     agree(*moments_of(shape))
 
 
+# Llama-2's rows of 11008 have blocks of 172, and of 86 for a codec of at most 128.
+@pytest.mark.parametrize("shape", [(3, 344), (16, 96), (77,)], ids=["172", "96", "vector"])
+def test_on_a_gpu_blocks_of_every_size(shape: tuple[int, ...]) -> None:
+    agree(*moments_of(shape), kernels=("triton",))
+
+
 def test_several_tiles() -> None:
-    agree(*moments_of((130, 2179)), CODECS[2:3])
+    agree(*moments_of((130, 2179)), CODECS[2:3], ("mosaic_tpu",))
 
 
 def test_eight_bit_floats() -> None:
@@ -99,13 +110,16 @@ def adam(moments: Any, inputs: Any) -> Any:
     return (parameter - u).astype(parameter.dtype), [mu, nu]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_is_within_a_rounding(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kernel"),
+    [("float32", "mosaic_tpu"), ("bfloat16", "mosaic_tpu"), ("float32", "triton")],
+)
+def test_a_step_is_within_a_rounding(dtype: str, kernel: str) -> None:
     shape = (40, 256)
     (gradient, squares), stored = moments_of(shape)
     inputs = gradient, gradient.astype(dtype), squares[:, :1] + 0.1, squares[:1] + 0.1
     step = functools.partial(run, adam, ADAM, inputs, [stored] * 2, replaces=1)
-    found, expected = step(implementation="mosaic_tpu", interpret=True), step(implementation="xla")
+    found, expected = step(implementation=kernel, interpret=True), step(implementation="xla")
     assert found[0].dtype == dtype
     tolerance = {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
     one, other = (np.asarray(x[0], np.float32) for x in (found, expected))
@@ -123,23 +137,37 @@ def test_a_sharded_leaf_draws_the_same_numbers() -> None:
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         inputs, stored = jax.device_put((inputs, stored), NamedSharding(mesh, P("a", "b")))
-        found = run(keep, codecs, inputs, [stored], implementation="mosaic_tpu", interpret=True)
-    assert found[1][0].scales.sharding.spec == P("a", "b")
-    same(found, expected)
+        for kernel in KERNELS:
+            found = run(keep, codecs, inputs, [stored], implementation=kernel, interpret=True)
+            assert found[1][0].scales.sharding.spec == P("a", "b")
+            same(found, expected)
 
 
 REFUSED = {
-    "blocks": ((64, 96), "blocks must have 128 or 256 elements; dynamic8_b256 has 96 here"),
-    "vector": ((8192,), "needs two axes or more"),
-    "few rows": ((64, 4, 256), "the last axis but one needs 32 elements"),
+    "blocks": (
+        *("mosaic_tpu", (64, 96)),
+        "blocks must have 128 or 256 elements; dynamic8_b256 has 96 here",
+    ),
+    "vector": ("mosaic_tpu", (8192,), "needs two axes or more"),
+    "few rows": ("mosaic_tpu", (64, 4, 256), "the last axis but one needs 32 elements"),
+    "scalar": ("triton", (), "needs an axis"),
 }
 
 
-@pytest.mark.parametrize(("shape", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_named_kernel_says_why_it_cannot_run(shape: tuple[int, ...], reason: str) -> None:
-    tx, params = adamw8bit(1e-3, implementation="mosaic_tpu"), jnp.zeros(shape)
+@pytest.mark.parametrize(("kernel", "shape", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_named_kernel_says_why_it_cannot_run(
+    kernel: str, shape: tuple[int, ...], reason: str
+) -> None:
+    tx, params = adamw8bit(1e-3, implementation=kernel), jnp.zeros(shape)
     with pytest.raises(NotImplementedError, match=reason):
         tx.update(params, tx.init(params), params)
+
+
+def test_gpu_blocks_that_share_no_unit_are_refused() -> None:
+    codecs = dynamic8(Blocks(150, shards=1)), dynamic8(Blocks(100, shards=1))
+    inputs, stored = moments_of((4, 300))
+    with pytest.raises(NotImplementedError, match=r"times as long as the shortest.*150, 100"):
+        run(keep, codecs, inputs, [stored] * 2, implementation="triton")
 
 
 def test_an_update_that_no_kernel_was_tried_with_is_refused() -> None:
@@ -157,6 +185,3 @@ def test_implementations_that_do_not_fit_are_refused() -> None:
         adamw8bit(1e-3, implementation="cuda")
     with pytest.raises(ValueError, match="needs elementwise=True"):
         quantize_state(optax.adam(1e-3), {"mu": "dynamic8"}, implementation="mosaic_tpu")
-    tx, params = adamw8bit(1e-3, implementation="triton"), jnp.zeros((64, 256))
-    with pytest.raises(NotImplementedError, match="'triton' cannot run here: there is no such"):
-        tx.update(params, tx.init(params), params)
