@@ -71,11 +71,15 @@ def moments_of(shape: tuple[int, ...]) -> tuple[Any, jax.Array]:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_shape(shape: tuple[int, ...]) -> None:
-    agree(*moments_of(shape))
+    agree(*moments_of(shape), kernels=("mosaic_tpu",))
 
 
 # Llama-2's rows of 11008 have blocks of 172, and of 86 for a codec of at most 128.
-@pytest.mark.parametrize("shape", [(3, 344), (16, 96), (77,)], ids=["172", "96", "vector"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 344), (16, 96), (5, 257), (77,)],
+    ids=["172", "96", "padded", "vector"],
+)
 def test_on_a_gpu_blocks_of_every_size(shape: tuple[int, ...]) -> None:
     agree(*moments_of(shape), kernels=("triton",))
 
@@ -85,21 +89,27 @@ def test_several_tiles() -> None:
 
 
 def test_eight_bit_floats() -> None:
-    agree(*moments_of((37, 257)), FLOATS)
+    agree(*moments_of((37, 257)), FLOATS, ("mosaic_tpu",))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "codecs"),
-    [("float32", CODECS), ("bfloat16", CODECS), ("float16", CODECS), ("float32", FLOATS)],
+    ("dtype", "codecs", "kernels"),
+    [
+        ("float32", CODECS, ("mosaic_tpu",)),
+        ("bfloat16", CODECS, ("mosaic_tpu",)),
+        ("float16", CODECS, KERNELS),
+        ("float32", FLOATS, KERNELS),
+    ],
     ids=["float32", "bfloat16", "float16", "floats"],
 )
-def test_every_kind_of_block_in_every_dtype(dtype: str, codecs: Any) -> None:
+def test_every_kind_of_block_in_every_dtype(
+    dtype: str, codecs: Any, kernels: tuple[str, ...]
+) -> None:
     with np.errstate(over="ignore"):
         blocks = jnp.asarray(np.stack([blocks_of(kind, (32, 257)) for kind in KINDS]))
         gradient = blocks.astype(dtype)
-    agree(
-        [gradient, jnp.abs(blocks)], jnp.where(jnp.abs(blocks) < 1e30, jnp.abs(blocks), 1), codecs
-    )
+    stored = jnp.where(jnp.abs(blocks) < 1e30, jnp.abs(blocks), 1)
+    agree([gradient, jnp.abs(blocks)], stored, codecs, kernels)
 
 
 def adam(moments: Any, inputs: Any) -> Any:
@@ -144,30 +154,33 @@ def test_a_sharded_leaf_draws_the_same_numbers() -> None:
 
 
 REFUSED = {
-    "blocks": (
-        *("mosaic_tpu", (64, 96)),
-        "blocks must have 128 or 256 elements; dynamic8_b256 has 96 here",
-    ),
-    "vector": ("mosaic_tpu", (8192,), "needs two axes or more"),
-    "few rows": ("mosaic_tpu", (64, 4, 256), "the last axis but one needs 32 elements"),
-    "scalar": ("triton", (), "needs an axis"),
+    "blocks": ((64, 96), "blocks must have 128 or 256 elements; dynamic8_b256 has 96 here"),
+    "vector": ((8192,), "needs two axes or more"),
+    "few rows": ((64, 4, 256), "the last axis but one needs 32 elements"),
 }
 
 
-@pytest.mark.parametrize(("kernel", "shape", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_named_kernel_says_why_it_cannot_run(
-    kernel: str, shape: tuple[int, ...], reason: str
-) -> None:
-    tx, params = adamw8bit(1e-3, implementation=kernel), jnp.zeros(shape)
+@pytest.mark.parametrize(("shape", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_named_kernel_says_why_it_cannot_run(shape: tuple[int, ...], reason: str) -> None:
+    tx, params = adamw8bit(1e-3, implementation="mosaic_tpu"), jnp.zeros(shape)
     with pytest.raises(NotImplementedError, match=reason):
         tx.update(params, tx.init(params), params)
 
 
-def test_gpu_blocks_that_share_no_unit_are_refused() -> None:
-    codecs = dynamic8(Blocks(150, shards=1)), dynamic8(Blocks(100, shards=1))
-    inputs, stored = moments_of((4, 300))
-    with pytest.raises(NotImplementedError, match=r"times as long as the shortest.*150, 100"):
-        run(keep, codecs, inputs, [stored] * 2, implementation="triton")
+@pytest.mark.parametrize(
+    ("shape", "sizes", "reason"),
+    [
+        ((), (256,), "the tensor needs an axis"),
+        ((4, 300), (150, 100), r"times as long as the shortest; these have \[150, 100\]"),
+        ((5000,), (5000,), r"at most 4096 elements; these have \[5000\]"),
+    ],
+    ids=["scalar", "no common unit", "long blocks"],
+)
+def test_on_a_gpu_too(shape: tuple[int, ...], sizes: tuple[int, ...], reason: str) -> None:
+    codecs, leaf = [dynamic8(Blocks(size, shards=1)) for size in sizes], jnp.zeros(shape)
+    encoded, keys = [codec.zeros(leaf) for codec in codecs], [None] * len(codecs)
+    with pytest.raises(NotImplementedError, match=reason):
+        blockwise_step(keep, codecs, encoded, [leaf, leaf], keys, implementation="triton")
 
 
 def test_an_update_that_no_kernel_was_tried_with_is_refused() -> None:
