@@ -12,7 +12,6 @@ from pallas_kernels.blockwise_codec import mosaic_tpu, reference, triton
 from pallas_kernels.blockwise_codec.reference import Step
 from pallas_kernels.blockwise_codec.rule import Rule
 
-
 KERNELS = {"mosaic_tpu": mosaic_tpu, "triton": triton}
 
 
