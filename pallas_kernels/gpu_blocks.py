@@ -1,6 +1,7 @@
 """The blocks in which GPU kernels go through a tensor, and the arithmetic that must be exact."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
         size: elements in a block.
         entries: sparse entries that are kept of a block.
     """
-    if not 2 <= size <= MAX_SIZE or size & (size - 1):
-        return f"blocks must have a power of two of elements, 2 to {MAX_SIZE}; these have {size}"
+    if not 2 <= size <= MAX_SIZE:
+        return f"blocks must have 2 to {MAX_SIZE} elements; these have {size}"
     if math.prod(shape) == 0:
         return f"no axis of the tensor may be empty; its shape is {shape}"
     if math.prod(shape[:-1]) * -(-shape[-1] // size) * max(size, entries) >= 2**31:
@@ -32,23 +33,28 @@ def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
 
 def per_program(size: int) -> int:
     """How many blocks of ``size`` a program has."""
-    return max(1, ELEMENTS // size)
+    return max(1, ELEMENTS // padded(size))
+
+
+def padded(size: int) -> int:
+    """``size`` or the next power of two, which arrays in registers have of elements."""
+    return 1 << (size - 1).bit_length()
 
 
 def elements(
     block: jax.Array, position: jax.Array, n: int, count: int, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Offsets ``(blocks, m)`` in the flat tensor of positions in blocks, and which are in a row.
+    """Offsets ``(blocks, m)`` in the flat tensor of positions in blocks, and which there are.
 
     Args:
         block: ``(blocks,)`` int32, counted through all rows.
-        position: ``(blocks, m)`` int32, within a block.
+        position: ``(blocks, m)`` int32, within a block; those from ``size`` on are none.
         n: elements in a row.
         count: blocks in a row.
         size: elements in a block.
     """
     column = ((block % count) * size)[:, None] + position
-    return (block // count)[:, None] * n + column, column < n
+    return (block // count)[:, None] * n + column, (column < n) & (position < size)
 
 
 def divide(x: jax.Array, y: jax.Array | float, interpret: bool) -> jax.Array:
@@ -61,6 +67,28 @@ def divide(x: jax.Array, y: jax.Array | float, interpret: bool) -> jax.Array:
 def root(x: jax.Array, interpret: bool) -> jax.Array:
     """The square root, rounded to nearest, where Triton's own is an approximation."""
     return jnp.sqrt(x) if interpret else _rounded("sqrt.rn.f32 $0, $1;", x)
+
+
+def exact(interpret: bool) -> Mapping[str, Callable[..., jax.Array]]:
+    """What to evaluate in place of primitives that Triton approximates or lacks, by name."""
+
+    def div(x: jax.Array, y: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jax.lax.div(x, y)
+        x, y = jnp.broadcast_arrays(x, y)
+        return divide(_float32(x), _float32(y), interpret).astype(x.dtype)
+
+    def sqrt(x: jax.Array) -> jax.Array:
+        return root(_float32(x), interpret).astype(x.dtype)
+
+    def same(x: jax.Array) -> jax.Array:
+        return x
+
+    return {"div": div, "sqrt": sqrt, "copy": same, "copy_p": same}
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _rounded(instruction: str, *operands: jax.Array) -> jax.Array:

@@ -52,7 +52,8 @@ def adamw8bit(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
+            :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 
@@ -122,7 +123,8 @@ def adamw4bit(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
+            :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 
@@ -189,7 +191,8 @@ def adamw_fp8(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
+            :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 
@@ -253,7 +256,8 @@ def adamw4bit_factored(
         partition: which parameters are linear maps, and between which axes.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
+            :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 
@@ -316,7 +320,8 @@ def adam_mini8bit(
         partition: what the blocks of the second moment are; see :func:`adam_mini`.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
+            :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 
@@ -383,7 +388,8 @@ def adam_mini4bit(
         partition: what the blocks of the second moment are; see :func:`adam_mini`.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``; see :func:`quantize_state`.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
+            :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 

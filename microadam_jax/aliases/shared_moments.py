@@ -62,8 +62,8 @@ def adam_mini(
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32.
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`.
         seed: of a codec that rounds stochastically.
-        implementation: of the step with ``mu_codec``: None, ``"xla"`` or ``"mosaic_tpu"``; see
-            :func:`quantize_state`.
+        implementation: of the step with ``mu_codec``: None, ``"xla"``, ``"mosaic_tpu"`` or
+            ``"triton"``; see :func:`quantize_state`.
         shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
             :func:`quantize_state`.
 

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch
-from pallas_kernels.blockwise_codec import mosaic_tpu, reference
+from pallas_kernels.blockwise_codec import mosaic_tpu, reference, triton
 from pallas_kernels.blockwise_codec.reference import Step
 from pallas_kernels.blockwise_codec.rule import Rule
 
+KERNELS = {"mosaic_tpu": mosaic_tpu, "triton": triton}
+
 
 def takes(codecs: Sequence[Any], gradient: jax.Array) -> bool:
-    """Whether there is a kernel for moments of these codecs and this leaf."""
+    """Whether None takes a kernel, on TPUs, for moments of these codecs and this leaf."""
     return mosaic_tpu.unsupported(codecs, [gradient]) is None
 
 
@@ -53,7 +55,8 @@ def blockwise_step(
         inputs: the gradient ``(*lead, n)``, and arrays that broadcast against it.
         keys: for each codec a typed random key, or None if it rounds to nearest.
         replaces: the input whose place the output takes, if it has its dtype.
-        implementation: None, ``"xla"`` or ``"mosaic_tpu"``.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``, which has not run on a
+            GPU yet, so that None does not take it.
         interpret: runs the kernel as ordinary operations, on any device.
         sharding: where the gradient lies, on a mesh with Auto axes.
         xla: how to run the reference, given ``(encoded, inputs, *aside)``; None for all at once.
@@ -81,13 +84,15 @@ def blockwise_step(
     """
     codecs, leaf = tuple(codecs), inputs[0]
     own, structure = jax.tree.flatten((tuple(inputs), tuple(encoded)))
-    reason = mosaic_tpu.unsupported(codecs, inputs)
+    name = implementation if implementation in KERNELS else "mosaic_tpu"
+    chosen = KERNELS[name]
+    reason = chosen.unsupported(codecs, inputs)
     made: Rule | None = None
     places, words = (), ()
     if reason is None and implementation != "xla":
         made = Rule(
             lambda *tiles: _flat(rule(tiles[: len(codecs)], tiles[len(codecs) :])),
-            mosaic_tpu.tiles(codecs, inputs),
+            chosen.tiles(codecs, inputs),
         )
         reason = made.unsupported
         drawn = [key for codec, key in zip(codecs, keys, strict=True) if codec.needs_key]
@@ -104,7 +109,7 @@ def blockwise_step(
         assert made is not None
         inputs, encoded = jax.tree.unflatten(structure, operands[: len(own)])
         rest = operands[len(own) :]
-        return mosaic_tpu.step(
+        return chosen.step(
             made,
             codecs,
             leaf.shape,
@@ -121,7 +126,7 @@ def blockwise_step(
         "blockwise_codec",
         implementation,
         run_xla,
-        {"mosaic_tpu": (run_kernel, reason)},
+        {name: (run_kernel, reason)},
         (*own, *places),
         (*words, *(() if made is None else made.scalars)),
         rank=leaf.ndim,

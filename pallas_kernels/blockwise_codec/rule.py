@@ -1,6 +1,7 @@
 """An element-wise step as a kernel takes it: what it does to scalars is done before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ abs add and broadcast_in_dim convert_element_type copy copy_p div eq exp ge gt i
 lt max min mul ne neg not or select_n sign sqrt square stop_gradient sub tanh
 """.split()  # noqa: SIM905
 )
+Replaced = Mapping[str, Callable[..., jax.Array]]  # by the primitive's name
+NOTHING: Replaced = MappingProxyType({})
 CALLS = frozenset(["jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"])
 
 
@@ -69,14 +72,31 @@ class Rule:
         found = _foreign(self._equations)
         return None if found is None else f"no kernel was tried with an update that does {found!r}"
 
-    def __call__(self, scalars: Sequence[jax.Array], tiles: Sequence[jax.Array]) -> list[jax.Array]:
-        """Runs the operations."""
+    def __call__(
+        self,
+        scalars: Sequence[jax.Array],
+        tiles: Sequence[jax.Array],
+        replaced: Replaced = NOTHING,
+    ) -> list[jax.Array]:
+        """Runs the operations, some of them replaced."""
         names = [*self._needed, *self._program.invars]
         known = dict(zip(names, [*scalars, *tiles], strict=True))
-        return _results(self._equations, known, self._program.outvars)
+        return _results(self._equations, known, self._program.outvars, replaced)
 
 
-def _results(equations: Sequence[Any], known: dict[Any, Any], names: Sequence[Any]) -> list[Any]:
+def evaluate(function: Callable[..., Any], replaced: Replaced, *arguments: Any) -> Any:
+    """``function(*arguments)`` with some operations replaced; it closes over no arrays."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    program, values = closed.jaxpr, jax.tree.leaves(arguments)
+    known = dict(zip(program.invars, values, strict=True))
+    known |= zip(program.constvars, closed.consts, strict=True)
+    results = _results(program.eqns, known, program.outvars, replaced)
+    return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+
+def _results(
+    equations: Sequence[Any], known: dict[Any, Any], names: Sequence[Any], replaced: Replaced
+) -> list[Any]:
     """The values of ``names`` after some equations, without the mesh that these were traced on."""
 
     def value(v: Any) -> Any:
@@ -89,11 +109,16 @@ def _results(equations: Sequence[Any], known: dict[Any, Any], names: Sequence[An
             parameters = equation.params | (
                 {"sharding": None} if "sharding" in equation.params else {}
             )
-            known[equation.outvars[0]] = equation.primitive.bind(*values, **parameters)
+            instead = replaced.get(equation.primitive.name)
+            known[equation.outvars[0]] = (
+                equation.primitive.bind(*values, **parameters)
+                if instead is None
+                else instead(*values)
+            )
             continue
         inner = dict(zip(called.jaxpr.constvars, called.consts, strict=True))
         inner |= zip(called.jaxpr.invars, values, strict=True)
-        results = _results(called.jaxpr.eqns, inner, called.jaxpr.outvars)
+        results = _results(called.jaxpr.eqns, inner, called.jaxpr.outvars, replaced)
         known |= zip(equation.outvars, results, strict=True)
     return [value(v) for v in names]
 

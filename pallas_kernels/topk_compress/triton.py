@@ -1,7 +1,8 @@
 """The error-feedback link in one pass on GPUs, through Pallas on Triton.
 
 A program has a few blocks. Their two halves are two arrays, as the two codes of a byte are, so
-that nothing is cut or joined in registers; and every array lies in memory as the state does.
+that nothing is cut or joined in registers; and every array lies in memory as the state does. In
+registers a half is padded to a power of two of lanes.
 """
 
 import functools
@@ -82,12 +83,14 @@ def _kernel(
     total, tile = low_ref.shape[0], gpu_blocks.per_program(2 * half)
     block = pl.program_id(0) * tile + jnp.arange(tile, dtype=jnp.int32)
     exists = block < total
-    lane = jnp.broadcast_to(jnp.arange(half, dtype=jnp.int32)[None], (tile, half))
-    lanes = lane, lane + half
-    byte = block[:, None] * half + lane
+    width = gpu_blocks.padded(half)
+    lane = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (tile, width))
+    real = lane < half
+    lanes = jnp.where(real, lane, 2 * half), jnp.where(real, lane + half, 2 * half)
+    byte, stored = block[:, None] * half + lane, exists[:, None] & real
     low = plgpu.load(low_ref.at[block], mask=exists, other=0.0)[:, None]
     high = plgpu.load(high_ref.at[block], mask=exists, other=0.0)[:, None]
-    code = plgpu.load(codes_ref.at[byte], mask=exists[:, None], other=0).astype(jnp.int32)
+    code = plgpu.load(codes_ref.at[byte], mask=stored, other=0).astype(jnp.int32)
     step = divide(high - low, float(LEVELS), interpret)
 
     halves, in_row = [], []
@@ -100,7 +103,7 @@ def _kernel(
         in_row.append(row_has_it)
 
     magnitudes = [
-        jnp.where(here, jnp.where(x != x, jnp.inf, jnp.abs(x)), PADDING)
+        jnp.where(here, jnp.where(x != x, jnp.inf, jnp.abs(x)), jnp.where(real, PADDING, TAKEN))
         for x, here in zip(halves, in_row, strict=True)
     ]
     for j in range(k):
@@ -137,6 +140,6 @@ def _kernel(
         level = jnp.minimum(jnp.maximum(level, 0.0), float(LEVELS))
         levels.append(jnp.where(usable, level, 0.0).astype(jnp.int32))
     new = (levels[0] | (levels[1] << 4)).astype(jnp.uint8)
-    plgpu.store(new_codes_ref.at[byte], new, mask=exists[:, None])
+    plgpu.store(new_codes_ref.at[byte], new, mask=stored)
     plgpu.store(new_low_ref.at[block], low, mask=exists)
     plgpu.store(new_high_ref.at[block], high, mask=exists)

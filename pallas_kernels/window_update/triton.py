@@ -126,11 +126,12 @@ def _direction(
     size: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of a program's blocks ``(blocks, size)``: the direction, where it lies, and what exists."""
+    """Of a program's blocks ``(blocks, width)``: the direction, where it lies, and what exists."""
     tile = gpu_blocks.per_program(size)
     block = pl.program_id(0) * tile + jnp.arange(tile, dtype=jnp.int32)
     exists = block < total
-    position = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[None], (tile, size))
+    width = gpu_blocks.padded(size)  # positions from size on are in no window
+    position = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (tile, width))
 
     def add(entry: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         mu, nu = sums
@@ -142,7 +143,7 @@ def _direction(
         nu += jnp.where(here, (value * value * nu_ref[entry // k])[:, None], 0.0)
         return mu, nu
 
-    nothing = jnp.zeros((tile, size), jnp.float32)
+    nothing = jnp.zeros((tile, width), jnp.float32)
     mu, nu = jax.lax.fori_loop(0, length * k, add, (nothing, nothing))
     # An element that the window lacks has mu = nu = 0: the guard gives 0 even for eps = 0.
     update = jnp.where(nu == 0, 0.0, divide(mu, root(nu, interpret) + eps_ref[0], interpret))

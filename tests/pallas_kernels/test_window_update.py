@@ -35,10 +35,17 @@ def test_agrees_where_bytes_lie_in_tiles_of_32_blocks() -> None:
     agree("mosaic_tpu", window_of((3, 8192), 10, 3), (3, 8192), "float32")
 
 
-def agree(implementation: str, window: Any, shape: tuple[int, ...], dtype: str) -> None:
+def test_on_a_gpu_blocks_of_every_size() -> None:
+    values, indices = window_of((9, 512), 10, 3)
+    agree("triton", (values, indices % 172), (9, 300), "float32", size=172)
+
+
+def agree(
+    implementation: str, window: Any, shape: tuple[int, ...], dtype: str, size: int = SIZE
+) -> None:
     length = window[0].shape[-2]
     weights = jnp.asarray(0.9 ** np.arange(length), jnp.float32)
-    run = functools.partial(window_update, size=SIZE, n=shape[-1], dtype=dtype)
+    run = functools.partial(window_update, size=size, n=shape[-1], dtype=dtype)
     arguments = (*window, weights, 0.5 * weights, jnp.float32(1e-8))
     expected = jax.jit(functools.partial(run, implementation="xla"))(*arguments)
     kernel = functools.partial(run, implementation=implementation, interpret=True)

@@ -17,6 +17,8 @@ from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update
 
 MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar is no matter
+INTEGERS = dynamic8(keep_sign=True), dynamic4(rounding="stochastic")
+FLOATS = float8("e4m3"), float8("e5m2", rounding="stochastic")
 
 
 def compiled(
@@ -135,26 +137,37 @@ def test_window_apply_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blockwise_codec_on_every_tpu_is_in_place(tpu: Mesh, dtype: str) -> None:
     # What the compiler keeps for itself, up to 0.3 MB, does not grow with the leaf.
-    blockwise_codec_on_tpu(tpu, (2048, 1024), dtype, dtype)
+    blockwise_codec_on(tpu, (2048, 1024), dtype, dtype)
 
 
 def test_blockwise_codec_of_odd_and_padded_rows_and_half_precision(v5e: Mesh) -> None:
-    blockwise_codec_on_tpu(v5e, (37, 601), "float16", "float32", in_place=False)
+    blockwise_codec_on(v5e, (37, 601), "float16", "float32", in_place=False)
 
 
 def test_blockwise_codec_of_eight_bit_floats_on_every_tpu(tpu: Mesh) -> None:
-    codecs = float8("e4m3"), float8("e5m2", rounding="stochastic")
-    blockwise_codec_on_tpu(tpu, (2048, 1024), "bfloat16", "bfloat16", codecs)
+    blockwise_codec_on(tpu, (2048, 1024), "bfloat16", "bfloat16", FLOATS)
 
 
-def blockwise_codec_on_tpu(
+@pytest.mark.parametrize(
+    ("shape", "codecs"),
+    [((512, 1024), INTEGERS), ((64, 11008), INTEGERS), ((37, 601), FLOATS)],
+    ids=["blocks of 256", "blocks of 172", "padded floats"],
+)
+def test_blockwise_codec_on_h200_is_in_place(
+    h200: Mesh, shape: tuple[int, ...], codecs: Any
+) -> None:
+    blockwise_codec_on(h200, shape, "bfloat16", "float32", codecs, implementation="triton")
+
+
+def blockwise_codec_on(
     mesh: Mesh,
     shape: tuple[int, ...],
     dtype: str,
     kept: str,
-    codecs: Any = (dynamic8(keep_sign=True), dynamic4(rounding="stochastic")),
+    codecs: Any = INTEGERS,
     *,
     in_place: bool = True,
+    implementation: str = "mosaic_tpu",
 ) -> None:
     encoded = [jax.eval_shape(c.zeros, jax.ShapeDtypeStruct(shape, jnp.float32)) for c in codecs]
     arrays, structure = jax.tree.flatten(encoded)
@@ -173,13 +186,13 @@ def blockwise_codec_on_tpu(
             (gradient, params),
             (None, jax.random.wrap_key_data(key)),  # the second rounds stochastically
             replaces=1,
-            implementation="mosaic_tpu",
+            implementation=implementation,
         )
 
     program = compiled(
         step,
         mesh,
-        "tpu",
+        "tpu" if implementation == "mosaic_tpu" else "cuda",
         (shape, jnp.dtype(dtype)),
         (shape, jnp.dtype(kept)),
         ((), jnp.dtype(kept)),
@@ -193,26 +206,28 @@ def blockwise_codec_on_tpu(
         is_in_place_without_copies(program, state + math.prod(shape) * jnp.dtype(kept).itemsize)
 
 
-def test_topk_compress_on_h200(h200: Mesh) -> None:
-    shape, blocks = (37, 1000), (37, 4)
+@pytest.mark.parametrize("size", [172, 256])
+def test_topk_compress_on_h200(h200: Mesh, size: int) -> None:
+    shape, blocks = (37, 4 * size - 24), (37, 4)
     program = compiled(
         functools.partial(topk_compress, k=3, implementation="triton"),
         h200,
         "cuda",
         (shape, jnp.bfloat16),
-        ((*blocks, 128), jnp.uint8),
+        ((*blocks, size // 2), jnp.uint8),
         (blocks, jnp.float32),
         (blocks, jnp.float32),
         donate=(1, 2, 3),
     )
-    is_in_place_without_copies(program, math.prod(blocks) * (128 + 8))
+    is_in_place_without_copies(program, math.prod(blocks) * (size // 2 + 8))
     assert 'custom_call_target="__gpu$xla.gpu.triton"' in program.as_text()
 
 
-def test_window_update_on_h200(h200: Mesh) -> None:
-    shape, window = (37, 1000), (37, 4, 10, 3)
+@pytest.mark.parametrize("size", [172, 256])
+def test_window_update_on_h200(h200: Mesh, size: int) -> None:
+    shape, window = (37, 4 * size - 24), (37, 4, 10, 3)
     program = compiled(
-        functools.partial(window_update, size=256, n=1000, implementation="triton"),
+        functools.partial(window_update, size=size, n=shape[-1], implementation="triton"),
         h200,
         "cuda",
         (window, jnp.bfloat16),

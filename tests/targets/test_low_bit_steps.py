@@ -59,6 +59,16 @@ def test_on_a_gpu(make: Callable[..., optax.GradientTransformation], h200: Mesh)
     assert temporaries(make, h200, "cuda") < 0.1
 
 
+def test_the_gpu_kernel_is_in_place(h200: Mesh) -> None:
+    tx, params = adamw8bit(1e-3, weight_decay=0.1, implementation="triton"), llama_100m()
+    program, kept = compiled(tx.update, tx, params, h200, "cuda", (0, 1))
+    assert "blockwise_codec" in program.as_text()
+    memory = program.memory_analysis()
+    print(f"temporaries of {memory.temp_size_in_bytes / kept:.4f} of the state")
+    assert memory.temp_size_in_bytes < 0.02 * kept
+    assert memory.alias_size_in_bytes >= kept
+
+
 # Gradient, parameter twice and state twice; Adam-mini averages the squares of the gradient first.
 MINIMUM = {
     adamw8bit: 12 + 2 * 2 * (1 + 4 / 256),
