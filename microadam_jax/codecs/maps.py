@@ -222,7 +222,7 @@ class Dynamic8:
         scale = jnp.full(number.shape, 1e-6, jnp.float32)
         for i in range(1, 7):
             scale = jnp.where(decade >= i, 10.0 ** (i - 6), scale)
-        value = scale * (0.1 + 0.9 * (mantissa - 1 + 0.5 / _power_of_two(exponent)))
+        value = scale * (0.1 + 0.9 * (mantissa - 1 + _power_of_two(-1 - exponent)))
         return jnp.where(number == 0, 0.0, jnp.where(number == self._top, 1.0, value))
 
 
