@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain test test-targets pytest-targets lint format types pytest contracts matrix docs docs-serve clean
+.PHONY: help pretrain test test-targets pytest-targets lint format types pytest slow matrix docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -43,9 +43,9 @@ pytest: $(call installed,tests) ## Tests, and the examples in docstrings and pag
 	@echo "Tests (pytest, Python $(VERSION)) ..."
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
-contracts: $(call installed,tests) ## The contracts of all optimizers that the tests take samples of
-	@echo "Contracts (pytest, Python $(VERSION)) ..."
-	@$(BIN)/python -m pytest -n 2 -m contract tests/contracts $(ARGS)
+slow: $(call installed,tests) ## The tests that are too many or too long for `make test`
+	@echo "Slow tests (pytest, Python $(VERSION)) ..."
+	@$(BIN)/python -m pytest -n 2 -m slow tests $(ARGS)
 
 matrix: $(call installed,tests) ## Every method in every trainer and on every mesh (minutes)
 	@$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)

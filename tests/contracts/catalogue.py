@@ -308,8 +308,8 @@ SAMPLE = (
 
 
 def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """``make test`` takes the sample, ``make contracts`` the others."""
-    return () if name in SAMPLE else (pytest.mark.contract,)
+    """``make test`` takes the sample, ``make slow`` the others."""
+    return () if name in SAMPLE else (pytest.mark.slow,)
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
