@@ -81,6 +81,7 @@ def test_a_bad_pattern_is_named() -> None:
         with_diagnostics(microadam(1e-3), {"a": "("})
 
 
+@pytest.mark.slow
 def test_the_example_logs_them(tmp_path: Path) -> None:
     flags = (
         "--hidden 64 --intermediate 128 --layers 2 --heads 2 --seq-len 16 --batch 2 "

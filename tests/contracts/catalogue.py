@@ -300,7 +300,6 @@ SAMPLE = (
     "adam_mini",
     "came",
     "adamw8bit",
-    "adamw4bit",
     "sparse_mfac",
     "galore",
     "snsm",

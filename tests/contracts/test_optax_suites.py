@@ -112,6 +112,9 @@ with _VERSION, mock.patch.dict(os.environ), warnings.catch_warnings():
         from optax._src.float64_test import Float64Test
         from optax._src.sharding_test import ShardingTest
 
+# It runs the same optimizers as the first suite, through Optax's wrappers.
+pytest.mark.slow(ContribTest)
+
 __all__ = ["AliasTest", "ContribTest", "Float64Test", "ShardingTest"]
 
 

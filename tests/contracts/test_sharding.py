@@ -187,6 +187,7 @@ def test_state_made_eagerly_lies_where_its_parameter_lies(name: str, mode: str) 
 
 
 # Operation by operation, which takes long; types are those of tracing, and so of the steps above.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["microadam, all compressed", "adam_mini", "adamw8bit"])
 def test_explicit_types_of_an_eager_step_do_not_change(name: str) -> None:
     tx, specs, mesh = SHARDED[name].make(), specs_for(name, "fsdp and tensor"), mesh_of("explicit")

@@ -10,6 +10,7 @@ from examples import digits
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.slow
 def test_compressed_m_fac_learns_from_a_fraction_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("train", [with_linen, with_nnx])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.endswith("_sn") else ())
+        for name in OPTIMIZERS
+    ],
+)
 def test_the_loss_goes_down(name: str, train: Callable[..., list[float]]) -> None:
     losses = train(OPTIMIZERS[name](), steps=25)
     assert len(losses) == 25

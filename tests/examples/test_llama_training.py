@@ -149,6 +149,7 @@ def test_bfloat16_throughout(corpus: Corpus) -> None:
     assert result.state_bytes == 4 * result.parameters + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-2), microadam(1e-2)], ids=["adamw", "micro"])
 def test_mesh_computes_the_same(optimizer: optax.GradientTransformation, corpus: Corpus) -> None:
     meshed = dataclasses.replace(SMALL, mesh="data=2,fsdp=2,tensor=2")

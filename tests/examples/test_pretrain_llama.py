@@ -38,6 +38,7 @@ def losses(path: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
 
 
+@pytest.mark.slow
 def test_default_optimizers_side_by_side(tmp_path: Path) -> None:
     finished, printed = run([*SMALL, "--steps", "20", "--out", str(tmp_path)])
     assert finished

@@ -13,6 +13,10 @@ KERNELS = ["mosaic_tpu", "triton"]
 SHAPES = {"one tile": (128, 512), "odd rows": (37, 256), "padded": (5, 700), "lead": (2, 9, 2560)}
 
 
+def slow(case: Any) -> Any:
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0) -> Any:
     random = np.random.default_rng(seed)
     blocks = (*shape[:-1], -(-shape[-1] // SIZE), length)
@@ -26,7 +30,7 @@ def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0) -> Any
 
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", *map(slow, ["bfloat16", "float16"])])
 def test_agrees_with_the_reference(implementation: str, shape: tuple[int, ...], dtype: str) -> None:
     agree(implementation, window_of(shape, 10, 3), shape, dtype)
 

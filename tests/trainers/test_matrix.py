@@ -235,7 +235,7 @@ SAMPLE = dict.fromkeys(ROWS, "microadam") | dict.fromkeys(
     ("partition", "accumulation", "nnx auto"), "adam_mini4bit"
 )
 CASES = [
-    pytest.param(name, row, marks=() if SAMPLE[row] == name else pytest.mark.matrix)
+    pytest.param(name, row, marks=pytest.mark.slow if SAMPLE[row] == name else pytest.mark.matrix)
     for row in ROWS
     for name in NAMES
 ]

@@ -47,6 +47,14 @@ COMPRESSORS = {
     "low rank, stacked": power_sgd(rank=2, stacked="conv"),
 }
 
+each_compressor = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("sparse", "low rank") else pytest.mark.slow)
+        for name in COMPRESSORS
+    ],
+)
+
 
 def parameters() -> dict[str, jax.Array]:
     return {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
@@ -96,7 +104,7 @@ def windowed(link: Any, name: str, **number: float) -> tuple[Any, Any]:
     return jax.jit(tx.update), tx.init(parameters())
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@each_compressor
 def test_mfac_is_the_inverse_of_the_whole_fisher(name: str) -> None:
     """While the window fills and after it has wrapped, without loss at a small damping."""
     update, fresh = windowed(scale_by_mfac, name, damping=1.0)
@@ -108,7 +116,7 @@ def test_mfac_is_the_inverse_of_the_whole_fisher(name: str) -> None:
             assert distance(flat(updates), oracle.step(as_dense(sent))) < 5e-6
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@each_compressor
 def test_ggt_is_the_inverse_root_of_the_whole_second_moment(name: str) -> None:
     update, fresh = windowed(scale_by_ggt, name, eps=1.0)
     for eps in (1e-7, 1e-1):

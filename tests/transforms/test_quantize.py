@@ -286,6 +286,7 @@ def llama_100m() -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [adamw8bit, adamw_fp8, adamw4bit, adamw4bit_factored, adam_mini8bit, adam_mini4bit]
 )
