@@ -12,7 +12,7 @@ from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, me
 from microadam_jax.codecs.minifloat import E4M3, E5M2, MiniFloat
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
+from microadam_jax.codecs.scaled import as_blocks, codec_name, magnitudes, require_rounding
 from microadam_jax.sharding import state_zeros
 
 TINY = np.finfo(np.float32).tiny
@@ -164,8 +164,7 @@ class Float8(RowByRow):
 
     def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
         """What is kept ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
-        # Whether a reduction passes a NaN on depends on the device; an infinity counts alike.
-        magnitude = jnp.where(jnp.isnan(block), jnp.inf, jnp.abs(block))
+        magnitude = magnitudes(block)
         largest = jnp.max(magnitude, axis=-1, keepdims=True)
         largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
         if not self.expansion:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from microadam_jax.codecs.minifloat import power_of_two
+
 Rounding = jax.Array | float  # where between two neighbours the upper one begins: 1/2 is nearest
 
 
@@ -209,7 +211,7 @@ class Dynamic8:
             above = y > 10.0 ** (power - 6)
             decade = decade + above
             scale = jnp.where(above, 10.0 ** (5 - power), scale)
-        cells = _power_of_two(decade + self._offset)
+        cells = power_of_two(decade + self._offset)
         cell = jnp.clip(jnp.floor((y * scale - 0.1) / 0.9 * cells - 0.5), -1, cells - 1)
         return jnp.clip((cells + cell).astype(jnp.int32) - self._offset, 0, self._top - 1)
 
@@ -222,7 +224,7 @@ class Dynamic8:
         scale = jnp.full(number.shape, 1e-6, jnp.float32)
         for i in range(1, 7):
             scale = jnp.where(decade >= i, 10.0 ** (i - 6), scale)
-        value = scale * (0.1 + 0.9 * (mantissa - 1 + _power_of_two(-1 - exponent)))
+        value = scale * (0.1 + 0.9 * (mantissa - 1 + power_of_two(-1 - exponent)))
         return jnp.where(number == 0, 0.0, jnp.where(number == self._top, 1.0, value))
 
 
@@ -234,10 +236,6 @@ def _up(
     return (negative & (y >= high + xi * (low - high))) | (
         ~negative & (y > low + xi * (high - low))
     )
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 @functools.cache

@@ -63,7 +63,7 @@ class MiniFloat(NamedTuple):
         """The neighbour below ``y`` or the one above, by numbers ``xi`` from [0, 1)."""
         bits = jax.lax.bitcast_convert_type(jnp.abs(y), jnp.int32)
         exponent = jnp.maximum((bits >> 23) - 127, self.lowest) - self.mantissa
-        neighbour = jnp.floor(y * _power_of_two(-exponent) + xi) * _power_of_two(exponent)
+        neighbour = jnp.floor(y * power_of_two(-exponent) + xi) * power_of_two(exponent)
         return jnp.clip(neighbour, -self.largest, self.largest)
 
     @property
@@ -72,7 +72,8 @@ class MiniFloat(NamedTuple):
         return (127 + self.lowest - 1) << self.mantissa
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """A power of two as float32, exactly, of an int32 exponent from -126 to 127."""
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 

@@ -16,6 +16,7 @@ from microadam_jax.codecs.scaled import (
     codec_name,
     decode_numbers,
     encode_scaled,
+    magnitudes,
     require_rounding,
 )
 from microadam_jax.sharding import moment_zeros
@@ -126,7 +127,7 @@ class RankOne:
         """The largest magnitudes of the columns, in each of ``runs`` runs of rows."""
         if self._is_vector(x.shape):
             return jnp.zeros((1,) * x.ndim, jnp.float32)
-        columns = _magnitude(x)
+        columns = magnitudes(x)
         for axis, rows in enumerate(x.shape[:-1]):
             if self._keeps_column(axis, x.ndim):
                 continue
@@ -142,7 +143,7 @@ class RankOne:
         xi = 0.5 if key is None else dither(key, x.shape)
         if self._is_vector(x.shape):
             return RankOneCodes(*self._by_block.encode_rounding(x, xi), shared)
-        rows = jnp.max(_magnitude(x), axis=-1, keepdims=True, initial=0)
+        rows = jnp.max(magnitudes(x), axis=-1, keepdims=True, initial=0)
         layout = self.blocks.layout_of(x)
         codes = encode_scaled(
             self.map,
@@ -171,11 +172,6 @@ class RankOne:
 
     def _keeps_column(self, axis: int, ndim: int) -> bool:
         return axis in (self.layer_axis, ndim - 1)
-
-
-def _magnitude(x: jax.Array) -> jax.Array:
-    """Magnitudes, infinite for a NaN, which some devices do not find the maximum of."""
-    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
 
 
 def rank1_linear4(block: int | Blocks = 128, *, rounding: str = "nearest") -> RankOne:

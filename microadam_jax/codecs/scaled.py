@@ -148,9 +148,7 @@ class Scaled(RowByRow):
 
     def measure(self, block: jax.Array) -> tuple[jax.Array]:
         """The scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
-        # Whether a reduction passes a NaN on depends on the device; an infinity counts alike.
-        magnitude = jnp.where(jnp.isnan(block), jnp.inf, jnp.abs(block))
-        scale = jnp.max(magnitude, axis=-1, keepdims=True)
+        scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
         return (jnp.where(jnp.isfinite(scale), scale, jnp.nan),)
 
     def codes_of(
@@ -287,6 +285,14 @@ def code_zeros(parameter: jax.Array, numbers: Map, blocks: Blocks) -> jax.Array:
     require_whole(parameter, blocked_shape(parameter.shape, layout))
     row = layout.count * layout.size * numbers.bits // 8
     return state_zeros(parameter, (*parameter.shape[:-1], row), jnp.uint8)
+
+
+def magnitudes(x: jax.Array) -> jax.Array:
+    """Absolute values to find the largest of, infinite for a NaN.
+
+    Whether a maximum passes a NaN on depends on the device.
+    """
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
 
 
 def scaled_codes(
