@@ -10,6 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.topk_compress import mosaic_tpu, reference, triton
 
 
+@functools.partial(jax.jit, static_argnames=("k", "implementation", "interpret", "sharding"))
 def topk_compress(
     gradient: jax.Array,
     codes: jax.Array,

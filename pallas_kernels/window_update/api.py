@@ -12,6 +12,10 @@ from pallas_kernels import dispatch, gpu_blocks
 from pallas_kernels.window_update import mosaic_tpu, reference, triton
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("size", "n", "dtype", "implementation", "interpret", "sharding"),
+)
 def window_update(
     values: jax.Array,
     indices: jax.Array,
