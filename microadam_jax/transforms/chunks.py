@@ -81,6 +81,25 @@ class Turns:
         )
         return output, tuple(state)
 
+    def each(
+        self, step: Callable[[Rows, Arrays, Arrays], Arrays], carried: Arrays, inputs: Arrays
+    ) -> Arrays:
+        """As :meth:`take`, for a step that has no output of the leaf's shape.
+
+        Args:
+            step: from the rows of a chunk and its part of ``carried`` and ``inputs`` to the new
+                ``carried``. What it makes of a row does not depend on other rows.
+            carried: arrays to update in place, with the leaf's axes before the last.
+            inputs: arrays to read, the first of the leaf's shape; axes of size 1 are broadcast.
+
+        Returns:
+            The new ``carried``.
+        """
+        dealing = _deal(inputs[0])
+        if dealing.chunks == 1:
+            return self.alone(functools.partial(step, Rows()), carried, inputs)
+        return self._rounds(dealing, step, carried, inputs)
+
     def largest(self, measure: Callable[[Rows, Arrays], Arrays], inputs: Arrays) -> Arrays:
         """The largest results of ``measure`` over the chunks of a leaf.
 

@@ -1,6 +1,7 @@
 """Error feedback: what compression drops is added to the next gradient."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -9,13 +10,16 @@ import optax
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
+from microadam_jax.blocks import BlockLayout, blocked_shape
 from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Affine4, Codec, as_codec
+from microadam_jax.codecs.rounding import Rows
 from microadam_jax.compressors import BlockSparse, Compressor, TopK, top_k
 from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
 from microadam_jax.memory import remark
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
+from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.compress import first_carried
 from microadam_jax.transforms.micro_batches import told_micro_batch
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path, path_name
@@ -134,6 +138,7 @@ def error_feedback(
         del extra_args
         placed = told(shardings, updates)
         batch = told_micro_batch()
+        turns = Turns(state.count)
 
         def send(
             path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
@@ -141,7 +146,8 @@ def error_feedback(
             if compressor.keeps_dense(path, gradient):
                 return gradient, *stored
             if alpha is None and not observing() and _is_fused(compressor, codec, gradient):
-                return _send_fused(compressor, gradient, target, placed.get(path), *stored)
+                place = placed.get(path)
+                return _send_fused(turns, compressor, gradient, target, place, *stored)
             if isinstance(compressor, TopK) and compressor.implementation not in (None, "xla"):
                 raise NotImplementedError(
                     f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
@@ -213,6 +219,7 @@ def _is_fused(compressor: Compressor, codec: Codec, gradient: jax.Array) -> Type
 
 
 def _send_fused(
+    turns: Turns,
     compressor: TopK,
     gradient: jax.Array,
     target: jax.Array,
@@ -222,12 +229,43 @@ def _send_fused(
     layout = compressor.blocks.layout_of(gradient)
     # What no kernel reads, such as float64.
     narrow = gradient if gradient.dtype.itemsize <= 4 else gradient.astype(jnp.float32)
-    values, indices, *left = topk_compress(
-        narrow,
-        *stored,
-        k=compressor.survivors(layout.size),
-        implementation=compressor.implementation,
-        sharding=sharding,
+    (values, indices, *left), turns.turn = _compressed(
+        narrow, stored, turns.turn, compressor=compressor, layout=layout, sharding=sharding
     )
     sent = BlockSparse(values, indices, None, gradient.shape, jnp.dtype(target.dtype), layout)
     return sent, *left
+
+
+@functools.partial(jax.jit, static_argnames=("compressor", "layout", "sharding"))
+def _compressed(
+    gradient: jax.Array,
+    stored: Arrays,
+    turn: jax.Array,
+    *,
+    compressor: TopK,
+    layout: BlockLayout,
+    sharding: NamedSharding | None,
+) -> tuple[Arrays, jax.Array]:
+    """What :func:`topk_compress` returns, and whose turn is next."""
+    k = compressor.survivors(layout.size)
+
+    def whole(gradient: jax.Array, stored: Arrays, turn: jax.Array) -> tuple[Arrays, jax.Array]:
+        named = compressor.implementation
+        sent = topk_compress(gradient, *stored, k=k, implementation=named, sharding=sharding)
+        return sent, turn
+
+    def in_turn(gradient: jax.Array, stored: Arrays, turn: jax.Array) -> tuple[Arrays, jax.Array]:
+        def step(rows: Rows, before: Arrays, read: Arrays) -> Arrays:
+            del rows
+            _, _, *stored = before
+            return topk_compress(*read, *stored, k=k, implementation="xla")
+
+        turns = Turns(turn)
+        shape = blocked_shape(gradient.shape, layout, k)
+        values, indices = (state_zeros(gradient, shape, x) for x in (jnp.float32, jnp.int32))
+        return turns.each(step, (values, indices, *stored), (gradient,)), turns.turn
+
+    if compressor.implementation not in (None, "xla"):
+        return whole(gradient, stored, turn)
+    # Accelerators fuse what CPUs write to memory, new pages of it in every step.
+    return jax.lax.platform_dependent(gradient, stored, turn, cpu=in_turn, default=whole)

@@ -148,7 +148,7 @@ def _by_rounds(magnitude: jax.Array, k: int) -> jax.Array:
 def _by_tournament(magnitude: jax.Array, k: int) -> jax.Array:
     """As :func:`_by_rounds`, but a round looks at the groups' maxima and at one group only."""
     size = magnitude.shape[-1]
-    lanes = 16 if k <= MAX_UNROLLED else 2 ** math.ceil(math.log2(size) / 2)
+    lanes = 32 if k <= MAX_UNROLLED else 2 ** math.ceil(math.log2(size) / 2)
     padding = [(0, 0)] * (magnitude.ndim - 1) + [(0, -size % lanes)]
     magnitude = jnp.pad(magnitude, padding, constant_values=TAKEN)
     groups = magnitude.reshape(*magnitude.shape[:-1], magnitude.shape[-1] // lanes, lanes)

@@ -1,5 +1,7 @@
 """Expanding the sparse rows of a block's window into dense blocks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -131,9 +133,68 @@ def window_adam(
     Returns:
         ``(..., size)`` float32; elements absent from the window are zero.
     """
+    rows, k = values.shape[-2:]
+    adam = functools.partial(_adam_of_blocks, size=size)
+    if rows * k > MAX_COMPARES:
+        return adam(values, indices, mu_weights, nu_weights, eps)
+    return jax.lax.platform_dependent(
+        values,
+        indices,
+        mu_weights,
+        nu_weights,
+        eps,
+        cpu=functools.partial(_adam_of_entries, size=size),
+        default=adam,
+    )
+
+
+def _adam_of_blocks(
+    values: jax.Array,
+    indices: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+    eps: jax.typing.ArrayLike,
+    size: int,
+) -> jax.Array:
     values = values.astype(jnp.float32)
     mu = expand(values * mu_weights[:, None], indices, size)
     nu = expand(jnp.square(values) * nu_weights[:, None], indices, size)
+    return _direction(mu, nu, eps)
+
+
+def _adam_of_entries(
+    values: jax.Array,
+    indices: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+    eps: jax.typing.ArrayLike,
+    size: int,
+) -> jax.Array:
+    """As :func:`_adam_of_blocks`, with all arithmetic on entries, which are far fewer.
+
+    Each entry sums those of its position, in the order of rows, so that the bits are the same.
+    """
+    *lead, rows, k = values.shape
+    values = values.astype(jnp.float32)
+    mu_terms = (values * mu_weights[:, None]).reshape(*lead, rows * k)
+    nu_terms = (jnp.square(values) * nu_weights[:, None]).reshape(*lead, rows * k)
+    indices = indices.astype(jnp.int32).reshape(*lead, rows * k)
+    mu = nu = jnp.zeros((), jnp.float32)
+    for entry in range(rows * k):
+        this = slice(entry, entry + 1)
+        same = indices == indices[..., this]
+        mu = mu + jnp.where(same, mu_terms[..., this], 0.0)
+        nu = nu + jnp.where(same, nu_terms[..., this], 0.0)
+    u = _direction(mu, nu, eps)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), len(lead))
+    dense = jnp.zeros((), jnp.float32)
+    for entry in range(rows * k):
+        this = slice(entry, entry + 1)
+        dense = jnp.where(indices[..., this] == lane, u[..., this], dense)
+    return dense
+
+
+def _direction(mu: jax.Array, nu: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
     # An element that the window lacks has mu = nu = 0: the guard gives 0 even for eps = 0.
     return jnp.where(nu == 0, 0.0, mu / (jnp.sqrt(nu) + eps))
 
