@@ -134,7 +134,7 @@ def window_adam(
         ``(..., size)`` float32; elements absent from the window are zero.
     """
     rows, k = values.shape[-2:]
-    adam = functools.partial(_adam_of_blocks, size=size)
+    adam = functools.partial(adam_of_blocks, size=size)
     if rows * k > MAX_COMPARES:
         return adam(values, indices, mu_weights, nu_weights, eps)
     return jax.lax.platform_dependent(
@@ -143,12 +143,12 @@ def window_adam(
         mu_weights,
         nu_weights,
         eps,
-        cpu=functools.partial(_adam_of_entries, size=size),
+        cpu=functools.partial(adam_of_entries, size=size),
         default=adam,
     )
 
 
-def _adam_of_blocks(
+def adam_of_blocks(
     values: jax.Array,
     indices: jax.Array,
     mu_weights: jax.Array,
@@ -156,13 +156,14 @@ def _adam_of_blocks(
     eps: jax.typing.ArrayLike,
     size: int,
 ) -> jax.Array:
+    """:func:`window_adam` from both sums of each element, which a compiler fuses into a pass."""
     values = values.astype(jnp.float32)
     mu = expand(values * mu_weights[:, None], indices, size)
     nu = expand(jnp.square(values) * nu_weights[:, None], indices, size)
     return _direction(mu, nu, eps)
 
 
-def _adam_of_entries(
+def adam_of_entries(
     values: jax.Array,
     indices: jax.Array,
     mu_weights: jax.Array,
@@ -170,7 +171,7 @@ def _adam_of_entries(
     eps: jax.typing.ArrayLike,
     size: int,
 ) -> jax.Array:
-    """As :func:`_adam_of_blocks`, with all arithmetic on entries, which are far fewer.
+    """:func:`window_adam` with all arithmetic on entries, which are far fewer than elements.
 
     Each entry sums those of its position, in the order of rows, so that the bits are the same.
     """

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.window_update import window_apply, window_update
+from pallas_kernels.window_update import reference, window_apply, window_update
 from tests.pallas_kernels.blocks_of_every_kind import SIZE
 
 KERNELS = ["mosaic_tpu", "triton"]
@@ -68,6 +68,19 @@ def test_empty_rows_and_what_is_not_finite(implementation: str) -> None:
     arguments = (values, indices, weights, weights, 1e-8)
     found = run(*arguments, implementation=implementation, interpret=True)
     np.testing.assert_allclose(found, run(*arguments, implementation="xla"), rtol=3e-7)
+
+
+def test_on_entries_or_on_blocks_the_same_bits() -> None:
+    values, indices = window_of((9, 512), 10, 3)
+    values = values.at[:, :, 4:].set(0).at[3, 0, 0, 0].set(jnp.inf).at[4, 1, 1, 1].set(jnp.nan)
+    weights = jnp.asarray(0.9 ** np.arange(10), jnp.float32)
+    arguments = (values, indices.at[:, :, 4:].set(0), weights, 0.5 * weights)
+    for eps in (0.0, 1e-8):
+        one, other = (
+            jax.jit(functools.partial(adam, size=SIZE))(*arguments, eps)
+            for adam in (reference.adam_of_entries, reference.adam_of_blocks)
+        )
+        np.testing.assert_array_equal(one, other)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -27,6 +27,7 @@ from microadam_jax import (
     dynamic8,
     linear4,
     memory_report,
+    microadam,
     quantize_state,
     scale_by_adam_mini,
 )
@@ -114,6 +115,17 @@ def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
         # Another loop may be contracted otherwise, which moves a code by a level.
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         assert (~np.isclose(one, other, rtol=1e-5)).sum() <= 0.001 * one.size
+
+
+def test_chunks_change_no_bit_of_microadam(monkeypatch: pytest.MonkeyPatch) -> None:
+    tx, params = microadam(1e-3), tree()
+    whole = run(tx, params)
+    monkeypatch.setattr(chunks, "CHUNK", 2**12)
+    jax.clear_caches()
+    lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+    assert "stablehlo.while" in lowered.as_text()
+    equal(run(tx, params), whole)
+    jax.clear_caches()
 
 
 def test_chunks_of_a_stochastic_codec_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
