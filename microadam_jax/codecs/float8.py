@@ -1,6 +1,7 @@
 """8-bit floating point, with or without an expansion of each block's range."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -162,6 +163,7 @@ class Float8(RowByRow):
         """How many numbers are kept of a block: its scale, or its largest number and exponent."""
         return 1 + self.expansion
 
+    @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
         """What is kept ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
         magnitude = magnitudes(block)
@@ -174,8 +176,9 @@ class Float8(RowByRow):
         smallest = jnp.min(counted, axis=-1, keepdims=True)
         return largest, self._sixteenths(largest, smallest)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def codes_of(
-        self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | float | None
+        self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | None
     ) -> jax.Array:
         """The codes ``(..., size)`` of blocks with their statistics, as integers."""
         scale, number = statistics[0], self._number
@@ -186,8 +189,9 @@ class Float8(RowByRow):
             y = block / _usable(scale)
         y = jnp.clip(y, -number.largest, number.largest)
         y = jnp.where(jnp.isnan(scale), 0, y)
-        return number.encode(y if xi is None else number.dithered(y, jnp.asarray(xi)))
+        return number.encode(y if xi is None else number.dithered(y, xi))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def values_of(self, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
         """The float32 numbers ``(..., size)`` that codes of blocks stand for."""
         q, scale = self._number.decode(codes), statistics[0]

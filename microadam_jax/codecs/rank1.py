@@ -140,7 +140,7 @@ class RankOne:
         self, x: jax.Array, key: jax.Array | Draw | None, shared: jax.Array
     ) -> RankOneCodes:
         """Encodes some rows of a tensor whose columns have the largest magnitudes ``shared``."""
-        xi = 0.5 if key is None else dither(key, x.shape)
+        xi = None if key is None else dither(key, x.shape)
         if self._is_vector(x.shape):
             return RankOneCodes(*self._by_block.encode_rounding(x, xi), shared)
         rows = jnp.max(magnitudes(x), axis=-1, keepdims=True, initial=0)
@@ -149,7 +149,7 @@ class RankOne:
             self.map,
             split(x, layout),
             split(jnp.minimum(rows, shared), layout),
-            xi if isinstance(xi, float) else split(xi, layout),
+            None if xi is None else split(xi, layout),
         )
         return RankOneCodes(as_row(codes), rows, shared)
 

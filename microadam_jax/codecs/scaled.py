@@ -1,6 +1,7 @@
 """Codes of a few bits, scaled by the largest magnitude of each block."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -118,15 +119,14 @@ class Scaled(RowByRow):
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> ScaledCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
-        xi = 0.5 if key is None else dither(key, x.shape)
-        return self.encode_rounding(x, xi)
+        return self.encode_rounding(x, None if key is None else dither(key, x.shape))
 
-    def encode_rounding(self, x: jax.Array, xi: jax.Array | float) -> ScaledCodes:
+    def encode_rounding(self, x: jax.Array, xi: jax.Array | None) -> ScaledCodes:
         """Encodes ``x`` with the given numbers between 0 and 1, of its shape, for rounding."""
         layout = self.blocks.layout_of(x)
         block = split(x, layout)
         scales = self.measure(block)
-        xi = xi if isinstance(xi, float) else split(xi, layout)
+        xi = None if xi is None else split(xi, layout)
         codes = packed(self.map, self.codes_of(block, scales, xi))
         return ScaledCodes(as_row(codes), scales[0][..., 0])
 
@@ -146,18 +146,20 @@ class Scaled(RowByRow):
         """How many numbers are kept of a block: its scale."""
         return 1
 
+    @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array]:
         """The scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
         scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
         return (jnp.where(jnp.isfinite(scale), scale, jnp.nan),)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def codes_of(
-        self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | float | None
+        self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | None
     ) -> jax.Array:
         """The codes ``(..., size)`` of blocks with their scales, as integers."""
-        xi = 0.5 if xi is None else xi
         return scaled_codes(self.map, block, statistics[0], xi, self.keep_sign)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def values_of(self, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
         """The float32 numbers ``(..., size)`` that codes of blocks stand for."""
         return self.map.decode(codes) * statistics[0]
@@ -299,13 +301,13 @@ def scaled_codes(
     numbers: Map,
     block: jax.Array,
     scale: jax.Array,
-    xi: jax.Array | float,
+    xi: jax.Array | None,
     keep_sign: bool = False,
 ) -> jax.Array:
     """The codes of blocks over a scale that broadcasts against them, as integers."""
     usable = scale > np.finfo(np.float32).tiny
     y = block / jnp.where(usable, scale, 1)
-    codes = numbers.encode(y, xi)
+    codes = numbers.encode(y, 0.5 if xi is None else xi)
     if keep_sign:
         zero = numbers.zero
         assert zero is not None
@@ -324,13 +326,15 @@ def unpacked(numbers: Map, codes: jax.Array) -> jax.Array:
     return unpack_nibbles(codes) if numbers.bits == 4 else codes
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def encode_scaled(
-    numbers: Map, block: jax.Array, scale: jax.Array, xi: jax.Array | float
+    numbers: Map, block: jax.Array, scale: jax.Array, xi: jax.Array | None
 ) -> jax.Array:
     """The packed codes of blocks over a scale that broadcasts against them."""
     return packed(numbers, scaled_codes(numbers, block, scale, xi))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def decode_numbers(numbers: Map, codes: jax.Array) -> jax.Array:
     """The numbers of packed codes."""
     return numbers.decode(unpacked(numbers, codes))

@@ -1,6 +1,5 @@
 """A piece of a tile: moments from their codes, and codes from moments, in registers."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +88,7 @@ class Piece(NamedTuple):
             # Behind the last block of the row there may be half a piece, which is not stored.
             statistics = [columns[:, at : at + 1] for at in places or self._statistics(which)[0]]
             part = codes[:, block * size : (block + 1) * size]
-            values.append(_values_of(codec, part, statistics))
+            values.append(codec.values_of(part, statistics))
         return jnp.concatenate(values, axis=1)
 
     def encode(
@@ -100,8 +99,10 @@ class Piece(NamedTuple):
         lane, codes = iota(columns.shape, 1), []
         for block, places in enumerate(self._statistics(which)):
             part = slice(block * size, (block + 1) * size)
-            code, *statistics = _codes_of(codec, x[:, part], None if xi is None else xi[:, part])
-            codes.append(code)
+            statistics = codec.measure(x[:, part])
+            codes.append(
+                codec.codes_of(x[:, part], statistics, None if xi is None else xi[:, part])
+            )
             for at, number in zip(places, statistics, strict=False):
                 columns = jnp.where(lane == at, number, columns)
         self._store(codec, codes, ref)
@@ -133,18 +134,6 @@ class Piece(NamedTuple):
             return
         low, high = _halves(both[:, :LANES], both[:, LANES:], PIECE[1] // len(codes))
         ref[self.rows, self.bytes_of_nibbles] = (low | (high << 4)).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _values_of(codec: Any, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
-    return codec.values_of(codes, statistics)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _codes_of(codec: Any, block: jax.Array, xi: jax.Array | None) -> tuple[jax.Array, ...]:
-    """The codes of a block, and what there is of it besides."""
-    statistics = codec.measure(block)
-    return codec.codes_of(block, statistics, xi), *statistics
 
 
 def _halves(one: jax.Array, other: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -37,6 +37,7 @@ def step(
     return output, tuple(stored)
 
 
+@jax.jit
 def uniform(position: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """Uniform random numbers in [0, 1), each a hash of a position and a key.
 
