@@ -131,7 +131,7 @@ def scale_by_adam_mini(
         count = jnp.asarray(optax.safe_increment(state.count))
         assign, codec_of = partition.assign(updates), storage.assign(updates)
         columns = storage.columns(state.mu, "mu")
-        turns = Turns(state.count)
+        turns = Turns.over(updates, state.count)
         kernels = Kernels.choose(
             implementation, shardings, updates, lambda path, g: [codec_of(path, g)]
         )

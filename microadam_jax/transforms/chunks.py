@@ -12,6 +12,7 @@ from microadam_jax.codecs.rounding import Rows
 from microadam_jax.sharding import state_zeros
 
 CHUNK = 2**17  # elements that chunks have about; the temporaries fit in a CPU's cache
+GPU_CHUNKS = 128  # that GPUs take a large tree in, about: they launch each operation of a chunk
 TILES = (32, 8)  # rows of bytes, and of float32, that an accelerator moves together
 
 Arrays = tuple[jax.Array, ...]
@@ -26,11 +27,17 @@ class Turns:
 
     Args:
         count: the optimizer's step count.
+        elements: of all leaves.
     """
 
-    def __init__(self, count: jax.Array) -> None:
+    def __init__(self, count: jax.Array, elements: int = 0) -> None:
         """Begins with the first leaf."""
-        self.turn = count
+        self.turn, self.elements = count, elements
+
+    @classmethod
+    def over(cls, tree: Any, count: jax.Array) -> "Turns":
+        """For the leaves of ``tree``."""
+        return cls(count, sum(leaf.size for leaf in jax.tree.leaves(tree)))
 
     def alone(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, in turn."""
@@ -58,28 +65,8 @@ class Turns:
         Returns:
             The output, and the new ``carried``.
         """
-        dealing = _deal(inputs[0])
-        if dealing.chunks == 1:
-            return self.alone(functools.partial(step, Rows()), carried, inputs)
-        replaces %= len(inputs)
-        leaf = inputs[replaces]
-        shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
-        # Where it is read for the last time, the output is written.
-        in_place = shape.dtype == leaf.dtype
-        output = leaf if in_place else jnp.zeros_like(leaf, dtype=shape.dtype)
-        before, after = inputs[:replaces], inputs[replaces + 1 :]
-
-        def with_output(rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
-            output, *state = carried
-            if in_place:
-                inputs = (*inputs[:replaces], output, *inputs[replaces:])
-            output, new = step(rows, tuple(state), inputs)
-            return output, *new
-
-        output, *state = self._rounds(
-            dealing, with_output, (output, *carried), before + after if in_place else inputs
-        )
-        return output, tuple(state)
+        run = functools.partial(_take, step, replaces % len(inputs))
+        return self._for_device(run, inputs[0], carried, inputs)
 
     def each(
         self, step: Callable[[Rows, Arrays, Arrays], Arrays], carried: Arrays, inputs: Arrays
@@ -95,10 +82,7 @@ class Turns:
         Returns:
             The new ``carried``.
         """
-        dealing = _deal(inputs[0])
-        if dealing.chunks == 1:
-            return self.alone(functools.partial(step, Rows()), carried, inputs)
-        return self._rounds(dealing, step, carried, inputs)
+        return self._for_device(functools.partial(_each, step), inputs[0], carried, inputs)
 
     def largest(self, measure: Callable[[Rows, Arrays], Arrays], inputs: Arrays) -> Arrays:
         """The largest results of ``measure`` over the chunks of a leaf.
@@ -113,18 +97,28 @@ class Turns:
         Returns:
             The arrays, of the leaf's size where they have the chunk's.
         """
-        dealing = _deal(inputs[0])
-        if dealing.chunks == 1:
-            return self.alone(functools.partial(measure, Rows()), inputs)
-        shapes = jax.eval_shape(functools.partial(measure, dealing.all_rows), inputs)
+        return self._for_device(functools.partial(_largest, measure), inputs[0], inputs)
 
-        def compare(rows: Rows, before: Arrays, inputs: Arrays) -> Arrays:
-            return tuple(map(jnp.maximum, before, measure(rows, inputs)))
+    def _for_device(self, run: Callable[..., Any], leaf: jax.Array, *arguments: Arrays) -> Any:
+        """``run(turns, dealing, *arguments)``, the leaf dealt out as the device likes it."""
 
-        zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
-        return self._rounds(dealing, compare, zeros, inputs)
+        def dealt(dealing: "_Dealing") -> Callable[..., tuple[Any, jax.Array]]:
+            def in_turn(turn: jax.Array, *arguments: Arrays) -> tuple[Any, jax.Array]:
+                turns = Turns(turn)
+                return run(turns, dealing, *arguments), turns.turn
 
-    def _rounds(
+            return in_turn
+
+        most, few = _deal(leaf, CHUNK), _deal(leaf, max(CHUNK, self.elements // GPU_CHUNKS))
+        if most == few:
+            result, self.turn = dealt(most)(self.turn, *arguments)
+        else:
+            result, self.turn = jax.lax.platform_dependent(
+                self.turn, *arguments, cuda=dealt(few), rocm=dealt(few), default=dealt(most)
+            )
+        return result
+
+    def rounds(
         self,
         dealing: "_Dealing",
         step: Callable[[Rows, Arrays, Arrays], Arrays],
@@ -152,6 +146,57 @@ class Turns:
         begin = tuple(map(dealing.deal, carried)), self.turn
         state, self.turn = jax.lax.fori_loop(0, dealing.chunks, body, begin)
         return tuple(map(jnp.reshape, state, wholes))
+
+
+def _take(
+    step: Step, replaces: int, turns: Turns, dealing: "_Dealing", carried: Arrays, inputs: Arrays
+) -> tuple[jax.Array, Arrays]:
+    if dealing.chunks == 1:
+        return turns.alone(functools.partial(step, Rows()), carried, inputs)
+    leaf = inputs[replaces]
+    shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
+    # Where it is read for the last time, the output is written.
+    in_place = shape.dtype == leaf.dtype
+    output = leaf if in_place else jnp.zeros_like(leaf, dtype=shape.dtype)
+    before, after = inputs[:replaces], inputs[replaces + 1 :]
+
+    def with_output(rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
+        output, *state = carried
+        if in_place:
+            inputs = (*inputs[:replaces], output, *inputs[replaces:])
+        output, new = step(rows, tuple(state), inputs)
+        return output, *new
+
+    output, *state = turns.rounds(
+        dealing, with_output, (output, *carried), before + after if in_place else inputs
+    )
+    return output, tuple(state)
+
+
+def _each(
+    step: Callable[[Rows, Arrays, Arrays], Arrays],
+    turns: Turns,
+    dealing: "_Dealing",
+    carried: Arrays,
+    inputs: Arrays,
+) -> Arrays:
+    if dealing.chunks == 1:
+        return turns.alone(functools.partial(step, Rows()), carried, inputs)
+    return turns.rounds(dealing, step, carried, inputs)
+
+
+def _largest(
+    measure: Callable[[Rows, Arrays], Arrays], turns: Turns, dealing: "_Dealing", inputs: Arrays
+) -> Arrays:
+    if dealing.chunks == 1:
+        return turns.alone(functools.partial(measure, Rows()), inputs)
+    shapes = jax.eval_shape(functools.partial(measure, dealing.all_rows), inputs)
+
+    def compare(rows: Rows, before: Arrays, inputs: Arrays) -> Arrays:
+        return tuple(map(jnp.maximum, before, measure(rows, inputs)))
+
+    zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
+    return turns.rounds(dealing, compare, zeros, inputs)
 
 
 class _Dealing(NamedTuple):
@@ -284,10 +329,10 @@ def _apart(step: Callable[..., Any], turn: jax.Array, arguments: Any) -> tuple[A
     )
 
 
-def _deal(leaf: jax.Array) -> _Dealing:
-    """Into how many chunks each axis but the last is cut."""
+def _deal(leaf: jax.Array, size: int) -> _Dealing:
+    """Into how many chunks of about ``size`` elements each axis but the last is cut."""
     shards = tuple(_shards(leaf, axis) for axis in range(leaf.ndim - 1 if leaf.size else 0))
-    budget, cuts = max(1, 2 * math.ceil(leaf.size / CHUNK) - 1), []
+    budget, cuts = max(1, 2 * math.ceil(leaf.size / size) - 1), []
     for axis, among in enumerate(shards):
         dealt = leaf.shape[axis] // among
         divisors = [cut for cut in range(1, min(dealt, budget) + 1) if dealt % cut == 0]

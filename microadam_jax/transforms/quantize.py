@@ -265,7 +265,7 @@ class _Step(NamedTuple):
 
         _map_fields(find, shapes, stored)
         widths = [len(field.columns) for field in fields]
-        turns = Turns(self.state.count)
+        turns = Turns.over(gradients, self.state.count)
 
         def codecs_of(path: KeyPath, leaf: Any) -> list[Codec]:
             return [field.codec_of(path, leaf) for field in fields]

@@ -105,7 +105,7 @@ def stored_step(
     keys = [m.key() if codec.needs_key else None for m, codec in zip(moments, codecs, strict=True)]
 
     def in_turn(encoded: Any, inputs: Arrays, turn: jax.Array) -> Any:
-        own = Turns(turn)
+        own = Turns(turn, turns.elements)
         before = tuple(map(_shared_array, codecs, encoded))
         after = _measured(own, rule, codecs, encoded, inputs)
         own_rows, structure = jax.tree.flatten(tuple(map(_by_row, codecs, encoded)))
