@@ -71,7 +71,10 @@ class Codec(Protocol):
     def encode_rows(
         self, x: jax.Array, key: jax.Array | Draw | None, shared: Any
     ) -> tuple[jax.Array, ...]:
-        """Encodes some rows of a tensor whose shared array is ``shared``."""
+        """Encodes some rows of a tensor whose shared array is ``shared``.
+
+        Arrays may keep apart what :meth:`encode` joins into one axis.
+        """
         ...
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:

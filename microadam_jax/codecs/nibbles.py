@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
-def pack_nibbles(codes: jax.Array) -> jax.Array:
-    """Packs codes ``(..., size)`` below 16 into bytes ``(..., size / 2)``, first half low."""
-    low, high = jnp.split(codes, 2, axis=-1)
+def pack_nibbles(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Packs codes below 16, the first and the second half of a block, into as many bytes."""
     return low | (high << 4)
 
 
 def unpack_nibbles(packed: jax.Array) -> jax.Array:
-    """The inverse of :func:`pack_nibbles`."""
+    """The codes ``(..., size)`` of bytes ``(..., size / 2)``."""
     return jnp.concatenate([packed & 0xF, packed >> 4], axis=-1)

@@ -121,7 +121,8 @@ class RankOne:
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> RankOneCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
-        return self.encode_rows(x, key, self.maxima(x))
+        codes, rows, columns = self.encode_rows(x, key, self.maxima(x))
+        return RankOneCodes(as_row(codes), rows, columns)
 
     def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array:
         """The largest magnitudes of the columns, in each of ``runs`` runs of rows."""
@@ -139,10 +140,13 @@ class RankOne:
     def encode_rows(
         self, x: jax.Array, key: jax.Array | Draw | None, shared: jax.Array
     ) -> RankOneCodes:
-        """Encodes some rows of a tensor whose columns have the largest magnitudes ``shared``."""
-        xi = None if key is None else dither(key, x.shape)
+        """Encodes some rows of a tensor whose columns have the largest magnitudes ``shared``.
+
+        Codes keep the axis of blocks.
+        """
         if self._is_vector(x.shape):
-            return RankOneCodes(*self._by_block.encode_rounding(x, xi), shared)
+            return RankOneCodes(*self._by_block.encode_rows(x, key, None), shared)
+        xi = None if key is None else dither(key, x.shape)
         rows = jnp.max(magnitudes(x), axis=-1, keepdims=True, initial=0)
         layout = self.blocks.layout_of(x)
         codes = encode_scaled(
@@ -151,7 +155,7 @@ class RankOne:
             split(jnp.minimum(rows, shared), layout),
             None if xi is None else split(xi, layout),
         )
-        return RankOneCodes(as_row(codes), rows, shared)
+        return RankOneCodes(codes, rows, shared)
 
     def decode(self, encoded: RankOneCodes, shape: tuple[int, ...]) -> jax.Array:
         """The float32 tensor of ``shape`` that ``encoded`` stands for."""

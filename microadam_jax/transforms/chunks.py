@@ -55,8 +55,8 @@ class Turns:
 
         Args:
             step: from the rows of a chunk and its part of ``carried`` and ``inputs`` to an output
-                of the shape of the first input, and the new ``carried``. What it makes of a row
-                does not depend on other rows.
+                of the shape of the first input, and the new ``carried``, reshaped at will. What
+                it makes of a row does not depend on other rows.
             carried: arrays to update in place, with the leaf's axes before the last.
             inputs: arrays to read, the first of the leaf's shape; axes of size 1 are broadcast.
             replaces: the input whose place the output takes, if it has its dtype; of the leaf's
@@ -152,7 +152,8 @@ def _take(
     step: Step, replaces: int, turns: Turns, dealing: "_Dealing", carried: Arrays, inputs: Arrays
 ) -> tuple[jax.Array, Arrays]:
     if dealing.chunks == 1:
-        return turns.alone(functools.partial(step, Rows()), carried, inputs)
+        output, new = turns.alone(functools.partial(step, Rows()), carried, inputs)
+        return output, tuple(x.reshape(old.shape) for x, old in zip(new, carried, strict=True))
     leaf = inputs[replaces]
     shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
     # Where it is read for the last time, the output is written.
@@ -260,7 +261,10 @@ class _Dealing(NamedTuple):
         self, x: jax.Array, whole: tuple[int, ...], part: jax.Array, chunk: jax.Array
     ) -> jax.Array:
         """``x`` with a chunk replaced."""
-        if math.prod(self._cuts_of(whole)) == 1:
+        cuts = self._cuts_of(whole)
+        # Joined first: axes of a sharded array can be joined or parted, not both at once.
+        part = part.reshape([n // cut for n, cut in zip(whole, cuts, strict=True)])
+        if math.prod(cuts) == 1:
             return part
         starts, sizes = self._place(whole, chunk)
         return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
