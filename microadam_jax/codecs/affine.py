@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
 from microadam_jax.codecs.rounding import Draw, dither
@@ -150,6 +151,10 @@ def _repeat_into_padding(bucket: jax.Array, layout: BlockLayout) -> jax.Array:
 
 def _bfloat16_below(x: jax.Array) -> jax.Array:
     """The greatest bfloat16 number at or below each float32 number, as float32."""
-    nearest = x.astype(jnp.bfloat16)
-    below = jnp.where(nearest.astype(jnp.float32) > x, jnp.nextafter(nearest, -jnp.inf), nearest)
-    return below.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # Without the half of its bits that bfloat16 lacks a number is nearer to zero: one below zero
+    # takes the next of larger magnitude, unless these bits are zero.
+    half = np.uint32(0xFFFF)
+    negative = bits > np.uint32(0x7FFFFFFF)
+    bits = jnp.where(negative, bits + half, bits) & ~half
+    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(bits, jnp.float32))

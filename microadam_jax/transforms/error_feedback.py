@@ -1,29 +1,29 @@
 """Error feedback: what compression drops is added to the next gradient."""
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from microadam_jax.blocks import BlockLayout, blocked_shape
 from microadam_jax.boxes import boxed_like
-from microadam_jax.codecs import Affine4, Codec, as_codec
-from microadam_jax.codecs.rounding import Rows
-from microadam_jax.compressors import BlockSparse, Compressor, TopK, top_k
+from microadam_jax.codecs import Codec, as_codec
+from microadam_jax.compressors import Compressor, TopK, top_k
 from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
 from microadam_jax.memory import remark
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
-from microadam_jax.transforms.chunks import Arrays, Turns
+from microadam_jax.transforms.chunks import Turns
 from microadam_jax.transforms.compress import first_carried
 from microadam_jax.transforms.micro_batches import told_micro_batch
-from microadam_jax.trees import KeyPath, leaf_key, map_with_path, path_name
-from pallas_kernels.topk_compress import topk_compress
+from microadam_jax.transforms.top_k_feedback import (
+    TopKFeedback,
+    goes_by_rows,
+    require_unnamed,
+)
+from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -145,18 +145,21 @@ def error_feedback(
         ) -> tuple[Any, ...]:
             if compressor.keeps_dense(path, gradient):
                 return gradient, *stored
-            if alpha is None and not observing() and _is_fused(compressor, codec, gradient):
-                place = placed.get(path)
-                return _send_fused(turns, compressor, gradient, target, place, *stored)
-            if isinstance(compressor, TopK) and compressor.implementation not in (None, "xla"):
-                raise NotImplementedError(
-                    f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
-                    "with residual=Affine4(buckets=compressor.blocks), rounded to nearest with "
-                    "float32 statistics, alpha=None, and one axis or more. Leave "
-                    "TopK.implementation at None to use 'xla' elsewhere."
-                )
-            residual, carried = stored[:arrays], stored[arrays:]
             key = leaf_key(seed, state.count, path) if codec.needs_key else None
+            if (
+                isinstance(compressor, TopK)
+                and alpha is None
+                and not observing()
+                and goes_by_rows(codec, gradient)
+            ):
+                layout = compressor.blocks.layout_of(gradient)
+                feedback = TopKFeedback(compressor, codec, layout, placed.get(path))
+                if not feedback.is_one_operation:
+                    require_unnamed(compressor, path)
+                sent, left = feedback.send(turns, gradient, target, key, stored)
+                return sent, *left
+            require_unnamed(compressor, path)
+            residual, carried = stored[:arrays], stored[arrays:]
             owed = codec.decode(codec.Encoded(*residual), gradient.shape)
             accumulated = gradient.astype(jnp.float32) + owed
             sent = compressor.compress(accumulated, target.dtype, carried)
@@ -206,66 +209,3 @@ def error_feedback(
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
-
-
-def _is_fused(compressor: Compressor, codec: Codec, gradient: jax.Array) -> TypeGuard[TopK]:
-    """Whether residual and Top-K share their blocks, so that one operation does both."""
-    return (
-        isinstance(compressor, TopK)
-        and codec == Affine4(compressor.blocks)
-        and gradient.ndim > 0
-        and gradient.size > 0
-    )
-
-
-def _send_fused(
-    turns: Turns,
-    compressor: TopK,
-    gradient: jax.Array,
-    target: jax.Array,
-    sharding: NamedSharding | None,
-    *stored: jax.Array,
-) -> tuple[Any, ...]:
-    layout = compressor.blocks.layout_of(gradient)
-    # What no kernel reads, such as float64.
-    narrow = gradient if gradient.dtype.itemsize <= 4 else gradient.astype(jnp.float32)
-    (values, indices, *left), turns.turn = _compressed(
-        narrow, stored, turns.turn, compressor=compressor, layout=layout, sharding=sharding
-    )
-    sent = BlockSparse(values, indices, None, gradient.shape, jnp.dtype(target.dtype), layout)
-    return sent, *left
-
-
-@functools.partial(jax.jit, static_argnames=("compressor", "layout", "sharding"))
-def _compressed(
-    gradient: jax.Array,
-    stored: Arrays,
-    turn: jax.Array,
-    *,
-    compressor: TopK,
-    layout: BlockLayout,
-    sharding: NamedSharding | None,
-) -> tuple[Arrays, jax.Array]:
-    """What :func:`topk_compress` returns, and whose turn is next."""
-    k = compressor.survivors(layout.size)
-
-    def whole(gradient: jax.Array, stored: Arrays, turn: jax.Array) -> tuple[Arrays, jax.Array]:
-        named = compressor.implementation
-        sent = topk_compress(gradient, *stored, k=k, implementation=named, sharding=sharding)
-        return sent, turn
-
-    def in_turn(gradient: jax.Array, stored: Arrays, turn: jax.Array) -> tuple[Arrays, jax.Array]:
-        def step(rows: Rows, before: Arrays, read: Arrays) -> Arrays:
-            del rows
-            _, _, *stored = before
-            return topk_compress(*read, *stored, k=k, implementation="xla")
-
-        turns = Turns(turn)
-        shape = blocked_shape(gradient.shape, layout, k)
-        values, indices = (state_zeros(gradient, shape, x) for x in (jnp.float32, jnp.int32))
-        return turns.each(step, (values, indices, *stored), (gradient,)), turns.turn
-
-    if compressor.implementation not in (None, "xla"):
-        return whole(gradient, stored, turn)
-    # Accelerators fuse what CPUs write to memory, new pages of it in every step.
-    return jax.lax.platform_dependent(gradient, stored, turn, cpu=in_turn, default=whole)

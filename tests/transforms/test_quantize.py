@@ -22,14 +22,17 @@ from microadam_jax import (
     adamw4bit_factored,
     adamw8bit,
     adamw_fp8,
+    affine4,
     came,
     dynamic4,
     dynamic8,
+    error_feedback,
     linear4,
     memory_report,
     microadam,
     quantize_state,
     scale_by_adam_mini,
+    scale_by_window_adam,
 )
 from microadam_jax.transforms import chunks
 from tests.oracles import low_bit as oracle
@@ -117,8 +120,19 @@ def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (~np.isclose(one, other, rtol=1e-5)).sum() <= 0.001 * one.size
 
 
-def test_chunks_change_no_bit_of_microadam(monkeypatch: pytest.MonkeyPatch) -> None:
-    tx, params = microadam(1e-3), tree()
+@pytest.mark.parametrize(
+    "tx",
+    [
+        microadam(1e-3),
+        microadam(1e-3, layout="paper"),
+        optax.chain(
+            error_feedback(residual=affine4(rounding="stochastic")), scale_by_window_adam()
+        ),
+    ],
+    ids=["one operation", "other buckets", "stochastic"],
+)
+def test_chunks_change_no_bit_of_error_feedback(tx, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tree()
     whole = run(tx, params)
     monkeypatch.setattr(chunks, "CHUNK", 2**12)
     jax.clear_caches()
