@@ -134,64 +134,53 @@ def window_adam(
         ``(..., size)`` float32; elements absent from the window are zero.
     """
     rows, k = values.shape[-2:]
-    adam = functools.partial(adam_of_blocks, size=size)
+    values = values.astype(jnp.float32)
+    terms = values * mu_weights[:, None], jnp.square(values) * nu_weights[:, None]
+    of_blocks = functools.partial(adam_of_blocks, size=size)
     if rows * k > MAX_COMPARES:
-        return adam(values, indices, mu_weights, nu_weights, eps)
-    return jax.lax.platform_dependent(
-        values,
-        indices,
-        mu_weights,
-        nu_weights,
-        eps,
-        cpu=functools.partial(adam_of_entries, size=size),
-        default=adam,
-    )
+        return of_blocks(*terms, indices, eps)
+    of_entries = functools.partial(adam_of_entries, size=size)
+    return jax.lax.platform_dependent(*terms, indices, eps, cpu=of_entries, default=of_blocks)
 
 
 def adam_of_blocks(
-    values: jax.Array,
+    mu_terms: jax.Array,
+    nu_terms: jax.Array,
     indices: jax.Array,
-    mu_weights: jax.Array,
-    nu_weights: jax.Array,
     eps: jax.typing.ArrayLike,
     size: int,
 ) -> jax.Array:
-    """:func:`window_adam` from both sums of each element, which a compiler fuses into a pass."""
-    values = values.astype(jnp.float32)
-    mu = expand(values * mu_weights[:, None], indices, size)
-    nu = expand(jnp.square(values) * nu_weights[:, None], indices, size)
+    """The direction from both sums of each element, which a compiler fuses into a pass."""
+    mu, nu = expand(mu_terms, indices, size), expand(nu_terms, indices, size)
     return _direction(mu, nu, eps)
 
 
 def adam_of_entries(
-    values: jax.Array,
+    mu_terms: jax.Array,
+    nu_terms: jax.Array,
     indices: jax.Array,
-    mu_weights: jax.Array,
-    nu_weights: jax.Array,
     eps: jax.typing.ArrayLike,
     size: int,
 ) -> jax.Array:
-    """:func:`window_adam` with all arithmetic on entries, which are far fewer than elements.
+    """The direction with all arithmetic on entries, which are far fewer than elements.
 
     Each entry sums those of its position, in the order of rows, so that the bits are the same.
     """
-    *lead, rows, k = values.shape
-    values = values.astype(jnp.float32)
-    mu_terms = (values * mu_weights[:, None]).reshape(*lead, rows * k)
-    nu_terms = (jnp.square(values) * nu_weights[:, None]).reshape(*lead, rows * k)
-    indices = indices.astype(jnp.int32).reshape(*lead, rows * k)
+    *lead, rows, k = indices.shape
+    mu_terms, nu_terms, indices = (
+        x.reshape(*lead, rows * k) for x in (mu_terms, nu_terms, indices.astype(jnp.int32))
+    )
+    each = [slice(entry, entry + 1) for entry in range(rows * k)]
     mu = nu = jnp.zeros((), jnp.float32)
-    for entry in range(rows * k):
-        this = slice(entry, entry + 1)
-        same = indices == indices[..., this]
-        mu = mu + jnp.where(same, mu_terms[..., this], 0.0)
-        nu = nu + jnp.where(same, nu_terms[..., this], 0.0)
+    for entry in each:
+        same = indices == indices[..., entry]
+        mu = mu + jnp.where(same, mu_terms[..., entry], 0.0)
+        nu = nu + jnp.where(same, nu_terms[..., entry], 0.0)
     u = _direction(mu, nu, eps)
     lane = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), len(lead))
     dense = jnp.zeros((), jnp.float32)
-    for entry in range(rows * k):
-        this = slice(entry, entry + 1)
-        dense = jnp.where(indices[..., this] == lane, u[..., this], dense)
+    for entry in each:
+        dense = jnp.where(indices[..., entry] == lane, u[..., entry], dense)
     return dense
 
 
