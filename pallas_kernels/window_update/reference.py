@@ -171,12 +171,15 @@ def adam_of_entries(
         x.reshape(*lead, rows * k) for x in (mu_terms, nu_terms, indices.astype(jnp.int32))
     )
     each = [slice(entry, entry + 1) for entry in range(rows * k)]
-    mu = nu = jnp.zeros((), jnp.float32)
-    for entry in each:
-        same = indices == indices[..., entry]
-        mu = mu + jnp.where(same, mu_terms[..., entry], 0.0)
-        nu = nu + jnp.where(same, nu_terms[..., entry], 0.0)
-    u = _direction(mu, nu, eps)
+    mu, nu = mu_terms, nu_terms
+    if rows > 1:
+        mu = nu = jnp.zeros((), jnp.float32)
+        for entry in each:
+            same = indices == indices[..., entry]
+            mu = mu + jnp.where(same, mu_terms[..., entry], 0.0)
+            nu = nu + jnp.where(same, nu_terms[..., entry], 0.0)
+    # Or the compiler divides once for each element and entry.
+    u, indices = jax.lax.optimization_barrier((_direction(mu, nu, eps), indices))
     lane = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), len(lead))
     dense = jnp.zeros((), jnp.float32)
     for entry in each:
