@@ -23,8 +23,8 @@ def fused_apply(
     in the pass that computes :math:`u_t`, so that no update is written and read again. State and
     numbers are those of ``tx.update`` and ``optax.apply_updates``: the same bits where XLA compiles
     both steps, except that on a CPU an optimizer that works in chunks, or adds up micro-batches,
-    may round once where the two steps round twice. The TPU kernel rounds a bfloat16 parameter once, where Optax rounds
-    each product and sum.
+    may round once where the two steps round twice. The TPU kernel rounds a bfloat16 parameter
+    once, where Optax rounds each product and sum.
 
     It saves where a kernel or a loop writes the update, which XLA cannot fuse with what follows:
     on a TPU the least traffic of MicroAdam falls from 21.5 to 13.5 bytes for each float32
