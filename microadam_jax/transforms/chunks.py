@@ -65,8 +65,9 @@ class Turns:
         Returns:
             The output, and the new ``carried``.
         """
-        run = functools.partial(_take, step, replaces % len(inputs))
-        return self._for_device(run, inputs[0], carried, inputs)
+        run = functools.partial(_take, replaces % len(inputs))
+        output, new = self._for_device(run, step, inputs[0], carried, inputs)
+        return output, tuple(x.reshape(old.shape) for x, old in zip(new, carried, strict=True))
 
     def each(
         self, step: Callable[[Rows, Arrays, Arrays], Arrays], carried: Arrays, inputs: Arrays
@@ -82,7 +83,7 @@ class Turns:
         Returns:
             The new ``carried``.
         """
-        return self._for_device(functools.partial(_each, step), inputs[0], carried, inputs)
+        return self._for_device(Turns.rounds, step, inputs[0], carried, inputs)
 
     def largest(self, measure: Callable[[Rows, Arrays], Arrays], inputs: Arrays) -> Arrays:
         """The largest results of ``measure`` over the chunks of a leaf.
@@ -97,15 +98,25 @@ class Turns:
         Returns:
             The arrays, of the leaf's size where they have the chunk's.
         """
-        return self._for_device(functools.partial(_largest, measure), inputs[0], inputs)
+        return self._for_device(_largest, measure, inputs[0], inputs)
 
-    def _for_device(self, run: Callable[..., Any], leaf: jax.Array, *arguments: Arrays) -> Any:
-        """``run(turns, dealing, *arguments)``, the leaf dealt out as the device likes it."""
+    def _for_device(
+        self,
+        run: Callable[..., Any],
+        step: Callable[..., Any],
+        leaf: jax.Array,
+        *arguments: Arrays,
+    ) -> Any:
+        """``step`` of a small leaf, ``run`` on chunks of a large one, as the device likes them."""
 
         def dealt(dealing: "_Dealing") -> Callable[..., tuple[Any, jax.Array]]:
             def in_turn(turn: jax.Array, *arguments: Arrays) -> tuple[Any, jax.Array]:
                 turns = Turns(turn)
-                return run(turns, dealing, *arguments), turns.turn
+                if dealing.chunks == 1:
+                    result = turns.alone(functools.partial(step, Rows()), *arguments)
+                else:
+                    result = run(turns, dealing, step, *arguments)
+                return result, turns.turn
 
             return in_turn
 
@@ -149,11 +160,8 @@ class Turns:
 
 
 def _take(
-    step: Step, replaces: int, turns: Turns, dealing: "_Dealing", carried: Arrays, inputs: Arrays
+    replaces: int, turns: Turns, dealing: "_Dealing", step: Step, carried: Arrays, inputs: Arrays
 ) -> tuple[jax.Array, Arrays]:
-    if dealing.chunks == 1:
-        output, new = turns.alone(functools.partial(step, Rows()), carried, inputs)
-        return output, tuple(x.reshape(old.shape) for x, old in zip(new, carried, strict=True))
     leaf = inputs[replaces]
     shape, _ = jax.eval_shape(functools.partial(step, Rows()), carried, inputs)
     # Where it is read for the last time, the output is written.
@@ -174,23 +182,9 @@ def _take(
     return output, tuple(state)
 
 
-def _each(
-    step: Callable[[Rows, Arrays, Arrays], Arrays],
-    turns: Turns,
-    dealing: "_Dealing",
-    carried: Arrays,
-    inputs: Arrays,
-) -> Arrays:
-    if dealing.chunks == 1:
-        return turns.alone(functools.partial(step, Rows()), carried, inputs)
-    return turns.rounds(dealing, step, carried, inputs)
-
-
 def _largest(
-    measure: Callable[[Rows, Arrays], Arrays], turns: Turns, dealing: "_Dealing", inputs: Arrays
+    turns: Turns, dealing: "_Dealing", measure: Callable[[Rows, Arrays], Arrays], inputs: Arrays
 ) -> Arrays:
-    if dealing.chunks == 1:
-        return turns.alone(functools.partial(measure, Rows()), inputs)
     shapes = jax.eval_shape(functools.partial(measure, dealing.all_rows), inputs)
 
     def compare(rows: Rows, before: Arrays, inputs: Arrays) -> Arrays:
