@@ -172,14 +172,14 @@ def adam_of_entries(
     )
     each = [slice(entry, entry + 1) for entry in range(rows * k)]
     mu, nu = mu_terms, nu_terms
+    # Entries of one row share no position: sums of one term, which XLA forms for each element.
     if rows > 1:
         mu = nu = jnp.zeros((), jnp.float32)
         for entry in each:
             same = indices == indices[..., entry]
             mu = mu + jnp.where(same, mu_terms[..., entry], 0.0)
             nu = nu + jnp.where(same, nu_terms[..., entry], 0.0)
-    # Or the compiler divides once for each element and entry.
-    u, indices = jax.lax.optimization_barrier((_direction(mu, nu, eps), indices))
+    u = _direction(mu, nu, eps)
     lane = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), len(lead))
     dense = jnp.zeros((), jnp.float32)
     for entry in each:
