@@ -70,10 +70,11 @@ def test_empty_rows_and_what_is_not_finite(implementation: str) -> None:
     np.testing.assert_allclose(found, run(*arguments, implementation="xla"), rtol=3e-7)
 
 
-def test_on_entries_or_on_blocks_the_same_bits() -> None:
-    values, indices = window_of((9, 512), 10, 3)
-    values = values.at[:, :, 4:].set(0).at[3, 0, 0, 0].set(jnp.inf).at[4, 1, 1, 1].set(jnp.nan)
-    values, weights = values.astype(jnp.float32), jnp.asarray(0.9 ** np.arange(10), jnp.float32)
+@pytest.mark.parametrize(("rows", "k"), [(10, 3), (1, 8)])
+def test_on_entries_or_on_blocks_the_same_bits(rows: int, k: int) -> None:
+    values, indices = window_of((9, 512), rows, k)
+    values = values.at[:, :, 4:].set(0).at[3, 0, 0, 0].set(jnp.inf).at[4, 1, -1, 1].set(jnp.nan)
+    values, weights = values.astype(jnp.float32), jnp.asarray(0.9 ** np.arange(rows), jnp.float32)
     terms = (values * weights[:, None], jnp.square(values) * (0.5 * weights)[:, None])
     arguments = (*terms, indices.at[:, :, 4:].set(0))
     for eps in (0.0, 1e-8):
