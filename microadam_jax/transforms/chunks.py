@@ -66,8 +66,13 @@ class Turns:
             The output, and the new ``carried``.
         """
         run = functools.partial(_take, replaces % len(inputs))
-        output, new = self._for_device(run, step, inputs[0], carried, inputs)
-        return output, tuple(x.reshape(old.shape) for x, old in zip(new, carried, strict=True))
+
+        # Here and not behind the branches: what one device takes whole another takes in chunks.
+        def reshaped(rows: Rows, carried: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+            output, new = step(rows, carried, inputs)
+            return output, tuple(map(jnp.reshape, new, (x.shape for x in carried)))
+
+        return self._for_device(run, reshaped, inputs[0], carried, inputs)
 
     def each(
         self, step: Callable[[Rows, Arrays, Arrays], Arrays], carried: Arrays, inputs: Arrays

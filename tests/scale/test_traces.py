@@ -1,0 +1,25 @@
+"""Every optimizer traces on the trees of real models."""
+
+import jax
+import optax
+import pytest
+
+import microadam_jax
+from microadam_jax import model_shapes
+
+LOW_BIT = ("adamw8bit", "adam_mini4bit", "adamw4bit", "adamw4bit_factored", "adam_mini8bit")
+
+
+def avals(tree: object) -> object:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_the_tree_of_llama2_7b(name: str) -> None:
+    """Leaves that one platform takes whole stand beside chunks of another: types must agree."""
+    tx: optax.GradientTransformation = getattr(microadam_jax, name)(1e-3)
+    shapes = model_shapes("llama2-7b")
+    state = jax.eval_shape(tx.init, shapes)
+    updates, new = jax.eval_shape(tx.update, shapes, state, shapes)
+    assert avals(new) == avals(state)
+    assert avals(updates) == avals(shapes)
