@@ -44,7 +44,6 @@ def run(
     rank: int,
     padded: bool,
     sharding: NamedSharding | None = None,
-    aside: tuple[jax.Array, ...] = (),
 ) -> Any:
     """Runs an operation whose arrays and results all lie as the tensor does, block by block.
 
@@ -61,8 +60,6 @@ def run(
         rank: axes of the tensor, of which the last is cut into blocks.
         padded: whether the last block exceeds the row.
         sharding: where the tensor lies, which Explicit axes tell by themselves.
-        aside: arrays that the reference takes at the end and returns in new form after its
-            result; where there are some, they follow a kernel's result as they are.
 
     Raises:
         NotImplementedError: if a named implementation cannot run; says why.
@@ -70,7 +67,7 @@ def run(
     """
     check_implementation(operation, implementation)
     if implementation == "xla":
-        return xla(*arrays, *scalars, *aside)
+        return xla(*arrays, *scalars)
     place = _placement(arrays[0], sharding, named=implementation is not None)
     if padded and isinstance(place, NamedSharding) and any(place.spec[rank - 1 :]):
         place = "the last axis is sharded and its last block padded, so shards cut blocks"
@@ -82,25 +79,23 @@ def run(
                 f"{operation}: {implementation!r} cannot run here: {reason}. implementation=None "
                 "falls back on 'xla' in such a case."
             )
-        return _with(_mapped(kernel, place, arrays, scalars), aside)
+        return _mapped(kernel, place, arrays, scalars)
     able = {
         platform: kernels[name][0]
         for platform, name in (("tpu", "mosaic_tpu"),)
         if name in kernels and kernels[name][1] is None
     }
     if isinstance(place, str) or not able:
-        return xla(*arrays, *scalars, *aside)
+        return xla(*arrays, *scalars)
 
     def bind(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*operands: jax.Array) -> Any:
-            first, last = len(arrays), len(operands) - len(aside)
-            result = _mapped(kernel, place, operands[:first], operands[first:last])
-            return _with(result, operands[last:])
+            return _mapped(kernel, place, operands[: len(arrays)], operands[len(arrays) :])
 
         return run
 
     branches = {platform: bind(kernel) for platform, kernel in able.items()}
-    return jax.lax.platform_dependent(*arrays, *scalars, *aside, **branches, default=xla)
+    return jax.lax.platform_dependent(*arrays, *scalars, **branches, default=xla)
 
 
 def _placement(
@@ -131,10 +126,6 @@ def _placement(
         "not partition itself; give shardings=, or use Explicit axes, which jax.make_mesh makes by "
         "default"
     )
-
-
-def _with(result: Any, aside: tuple[jax.Array, ...]) -> Any:
-    return (result, *aside) if aside else result
 
 
 def _mapped(

@@ -110,12 +110,10 @@ class Storage:
         Args:
             tree: the tree of the leaves: its Flax boxes may name the layer axis.
         """
-        names = dict(axis_names(tree))
+        layer_axis = self.layer_axes(tree)
 
         def codec_of(path: KeyPath, leaf: Any) -> Codec:
-            boxed = box_path(path)
-            shape, name = tuple(leaf.shape), path_name(boxed)
-            axis = layer_axis_of(name, shape, names.get(boxed), self.stacked, self.layer_axis)
+            shape, name, axis = tuple(leaf.shape), path_name(box_path(path)), layer_axis(path, leaf)
             size, row = math.prod(shape), shape[-1] if shape else 1
             size //= shape[axis] if axis is not None and size else 1
             if size < self.min_size or row < self.min_row or not size:
@@ -124,6 +122,22 @@ class Storage:
             return as_codec(next(matches, self.codec)).for_layers(axis)
 
         return codec_of
+
+    def layer_axes(self, tree: Any) -> Callable[[KeyPath, Any], int | None]:
+        """A function from a leaf's path and the leaf to the axis of stacked layers.
+
+        Args:
+            tree: the tree of the leaves: its Flax boxes may name the layer axis.
+        """
+        names = dict(axis_names(tree))
+
+        def layer_axis(path: KeyPath, leaf: Any) -> int | None:
+            boxed = box_path(path)
+            shape = tuple(leaf.shape)
+            named = names.get(boxed)
+            return layer_axis_of(path_name(boxed), shape, named, self.stacked, self.layer_axis)
+
+        return layer_axis
 
     def zeros(self, tree: Any) -> Field:
         """The field for a tree of zeros, placed as the tree is."""
@@ -223,10 +237,20 @@ class Unstored:
 
     dtype: DTypeLike = jnp.float32
 
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The one there is."""
+        return (Plain(str(jnp.dtype(self.dtype))),)
+
     def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
         """The codec of every leaf, which is asked for its properties only."""
         del tree
         return lambda path, leaf: FLOAT32
+
+    def layer_axes(self, tree: Any) -> Callable[[KeyPath, Any], int | None]:
+        """No layers: an array that is kept as it is needs no loop over them."""
+        del tree
+        return lambda path, leaf: None
 
     def zeros(self, tree: Any) -> Any:
         """Zeros placed as the tree is."""

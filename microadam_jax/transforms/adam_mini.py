@@ -1,6 +1,5 @@
 """Adam with one second moment for each block of parameters."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,16 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.partition import Partition, remark_assignment, require_shape
-from microadam_jax.sharding import moment_zeros, require_named
-from microadam_jax.transforms.chunks import Arrays, Turns
-from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
-from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
-from microadam_jax.trees import KeyPath, leaf_key, map_with_path
-from pallas_kernels.dispatch import check_implementation
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -104,89 +97,29 @@ def scale_by_adam_mini(
     storage = (
         Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec).signed("mu")
     )
-    check_implementation("scale_by_adam_mini", implementation)
-    require_named(shardings)
 
-    def init(params: optax.Params) -> ScaleByAdamMiniState:
-        assign = partition.assign(params)
+    def init(leaf: Leaf) -> tuple[jax.Array]:
+        remark_assignment(leaf.path, leaf.layout)
+        return (leaf.zeros(leaf.layout.sharing.moment_shape),)
 
-        def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array]:
-            assignment = assign(path, parameter)
-            remark_assignment(path, assignment)
-            return (moment_zeros(parameter, assignment.sharing.moment_shape, jnp.float32),)
+    def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
+        blocks = leaf.layout.sharing
+        require_shape(leaf.path, nu, blocks.moment_shape)
+        nu = moving_average(b2, nu, blocks.mean(leaf.squares))
+        return (nu,), (blocks.spread(jnp.sqrt(nu / one_minus_power(b2, leaf.t))) + eps,)
 
-        (nu,) = map_with_path(zeros, 1, params)
-        count = jnp.zeros([], jnp.int32)
-        return ScaleByAdamMiniState(count, storage.zeros(params), boxed_moments(nu, params))
+    def rule(t: jax.Array, g: jax.Array, mu: jax.Array, root: jax.Array) -> Arrays:
+        mu = moving_average(b1, mu, g)
+        return mu / one_minus_power(b1, t) / root, mu
 
-    def update(
-        updates: optax.Updates,
-        state: ScaleByAdamMiniState,
-        params: optax.Params | None = None,
-        *,
-        finish: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByAdamMiniState]:
-        del extra_args
-        count = jnp.asarray(optax.safe_increment(state.count))
-        assign, codec_of = partition.assign(updates), storage.assign(updates)
-        columns = storage.columns(state.mu, "mu")
-        turns = Turns.over(updates, state.count)
-        kernels = Kernels.choose(
-            implementation, shardings, updates, lambda path, g: [codec_of(path, g)]
-        )
-
-        def scale(
-            path: KeyPath,
-            g: jax.Array,
-            target: jax.Array,
-            finish: Callable[..., jax.Array],
-            nu: jax.Array,
-            *stored: jax.Array,
-        ) -> tuple[jax.Array, ...]:
-            sharing, codec = assign(path, g).sharing, codec_of(path, g)
-            require_shape(path, nu, sharing.moment_shape)
-            storage.require(path, codec, stored, g)
-            squares = jnp.square(g.astype(jnp.float32))
-            nu = moving_average(b2, nu, sharing.mean(squares))
-            root = sharing.spread(jnp.sqrt(nu / one_minus_power(b2, count))) + eps
-
-            def rule(moments: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
-                g, root, *p = inputs
-                mu = moving_average(b1, moments[0], g.astype(jnp.float32))
-                scaled = (mu / one_minus_power(b1, count) / root).astype(target.dtype)
-                return finish(scaled, *p), (mu,)
-
-            def key() -> jax.Array:
-                return leaf_key(seed, state.count, path)
-
-            inputs = (g, root, *read_by(finish, target))
-            if mu_codec is None:  # nothing is decoded, and the compiler fuses the step
-                scaled, (mu,) = rule(stored, inputs)
-                return scaled, nu, mu.astype(stored[0].dtype)
-            scaled, (stored,) = stored_step(
-                turns,
-                rule,
-                [Moment(storage, codec, stored, key)],
-                inputs,
-                path,
-                replaces=replaced_by(finish),
-                kernels=kernels,
-            )
-            return scaled, nu, *stored
-
-        targets = updates if params is None else params
-        scaled, nu, *stored = map_with_path(
-            scale,
-            2 + len(columns),
-            updates,
-            targets,
-            finishes(finish, updates),
-            state.nu,
-            *columns,
-        )
-        mu = storage.field([boxed_like(new, old) for new, old in zip(stored, columns, strict=True)])
-        return scaled, ScaleByAdamMiniState(count, mu, boxed_like(nu, state.nu))
-
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return leafwise(
+        ScaleByAdamMiniState,
+        {"mu": storage},
+        rule,
+        init,
+        reduce,
+        partition.assign,
+        seed=seed,
+        implementation=implementation,
+        shardings=shardings,
+    )

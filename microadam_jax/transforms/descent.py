@@ -1,7 +1,7 @@
 """Decay, learning rate and the new parameters in the same pass as the link before them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeGuard
 
 import jax
@@ -55,6 +55,13 @@ def finishes(
 def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax.Array, ...]:
     """What ``finish`` takes besides the update."""
     return () if finish is as_it_is else (parameter,)
+
+
+def kind_of(finish: Callable[..., jax.Array]) -> Hashable:
+    """Equal for functions of one step that compute the same."""
+    if isinstance(finish, Descent):
+        return finish.applies, finish.decay is None, jax.typeof(finish.step)
+    return finish
 
 
 def applies(finish: Callable[..., jax.Array]) -> TypeGuard[Descent]:

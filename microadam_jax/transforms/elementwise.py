@@ -1,9 +1,11 @@
-"""Is a transformation element-wise? Its traced program tells."""
+"""What the traced program of a transformation says of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend import core
 
@@ -61,3 +63,51 @@ def _mixing(program: core.Jaxpr) -> str | None:
 
 def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
+
+
+def zeros_in(init: Callable[[Any], Any], params: Any) -> Any:
+    """Tells which arrays of a new state are zero by construction, without computing them.
+
+    Args:
+        init: of a transformation.
+        params: its argument.
+
+    Returns:
+        A tree of the state's structure of booleans; False where the program does not say so.
+    """
+    program, shapes = jax.make_jaxpr(init, return_shape=True)(params)
+    zeros = _zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
+    return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
+
+
+KEEPS_ZERO = frozenset(
+    [
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "reshape",
+        "sharding_constraint",
+        "squeeze",
+    ]
+)
+
+
+def _zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
+    """For each output of a program whether it is zero, where some arguments are."""
+    zero = dict(zip(program.invars, arguments, strict=True))
+
+    def is_zero(variable: Any) -> bool:
+        if isinstance(variable, core.Literal):
+            return not np.any(variable.val)
+        return zero.get(variable, False)
+
+    for equation in program.eqns:
+        operands = [is_zero(v) for v in equation.invars]
+        if equation.primitive.name in CALLS:
+            inner = next(p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr))
+            results = _zero_outputs(inner.jaxpr, operands)
+        else:
+            keeps = equation.primitive.name in KEEPS_ZERO and all(operands)
+            results = [keeps] * len(equation.outvars)
+        zero |= zip(equation.outvars, results, strict=True)
+    return [is_zero(v) for v in program.outvars]

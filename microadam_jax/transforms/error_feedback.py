@@ -15,15 +15,16 @@ from microadam_jax.diagnostics import announce_feedback, observe_feedback, obser
 from microadam_jax.memory import remark
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
-from microadam_jax.transforms.chunks import Turns
 from microadam_jax.transforms.compress import first_carried
 from microadam_jax.transforms.micro_batches import told_micro_batch
 from microadam_jax.transforms.top_k_feedback import (
     TopKFeedback,
+    Uncompressed,
+    compress_all,
     goes_by_rows,
     require_unnamed,
 )
-from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+from microadam_jax.trees import KeyPath, columns_of, leaf_key, map_with_path, rows_of
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -138,11 +139,10 @@ def error_feedback(
         del extra_args
         placed = told(shardings, updates)
         batch = told_micro_batch()
-        turns = Turns(state.count)
 
         def send(
             path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
-        ) -> tuple[Any, ...]:
+        ) -> tuple[Any, ...] | Uncompressed:
             if compressor.keeps_dense(path, gradient):
                 return gradient, *stored
             key = leaf_key(seed, state.count, path) if codec.needs_key else None
@@ -156,8 +156,7 @@ def error_feedback(
                 feedback = TopKFeedback(compressor, codec, layout, placed.get(path))
                 if not feedback.is_one_operation:
                     require_unnamed(compressor, path)
-                sent, left = feedback.send(turns, gradient, target, key, stored)
-                return sent, *left
+                return Uncompressed(feedback, gradient, stored, key, jnp.dtype(target.dtype))
             require_unnamed(compressor, path)
             residual, carried = stored[:arrays], stored[arrays:]
             owed = codec.decode(codec.Encoded(*residual), gradient.shape)
@@ -176,7 +175,7 @@ def error_feedback(
 
         def take_share(
             path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
-        ) -> tuple[Any, ...]:
+        ) -> tuple[Any, ...] | Uncompressed:
             if batch is None:
                 return send(path, gradient, target, *stored)
             batch.taken.append(path)
@@ -196,10 +195,11 @@ def error_feedback(
             return sent, *codec.encode(accumulated, key), *carried
 
         targets = updates if params is None else params
-        results = 1 + arrays + carried_arrays
-        sent, *kept = map_with_path(
-            take_share, results, updates, targets, *state.residual, *state.carried
-        )
+        treedef, rows = rows_of(updates, targets, *state.residual, *state.carried)
+        results = [take_share(*row) for row in rows]
+        together = iter(compress_all([one for one in results if isinstance(one, Uncompressed)]))
+        results = [next(together) if isinstance(one, Uncompressed) else one for one in results]
+        sent, *kept = columns_of(treedef, results, 1 + arrays + carried_arrays)
         residual = codec.Encoded(*kept[:arrays])
         carried = compressor.Carried(*map(boxed_like, kept[arrays:], state.carried))
         count = state.count

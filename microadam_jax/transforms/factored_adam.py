@@ -1,7 +1,5 @@
 """Adam with a second moment that is a product of rows and columns."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,17 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, as_storage
+from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.partition import Partition, require_shape
-from microadam_jax.sharding import moment_zeros, require_named
-from microadam_jax.transforms.chunks import Arrays, Turns
-from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
-from microadam_jax.trees import KeyPath, leaf_key, map_with_path
-from pallas_kernels.dispatch import check_implementation
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -97,101 +89,38 @@ def scale_by_factored_adam(
     """
     partition = partition or Partition()
     storage = as_storage(mu_codec).signed("mu")
-    check_implementation("scale_by_factored_adam", implementation)
-    require_named(shardings)
 
-    def init(params: optax.Params) -> ScaleByFactoredAdamState:
-        assign = partition.assign(params)
+    def init(leaf: Leaf) -> Arrays:
+        return tuple(map(leaf.zeros, factor_shapes(leaf.layout)))
 
-        def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
-            shapes = factor_shapes(assign(path, parameter))
-            return tuple(moment_zeros(parameter, shape, jnp.float32) for shape in shapes)
+    def reduce(leaf: Leaf, nu_row: jax.Array, nu_col: jax.Array) -> tuple[Arrays, Arrays]:
+        for moment, shape in zip((nu_row, nu_col), factor_shapes(leaf.layout), strict=True):
+            require_shape(leaf.path, moment, shape)
+        matrix = sides(leaf.layout)
+        rows, cols = matrix or ((), ())
+        nu_row = moving_average(b2, nu_row, mean(leaf.squares, cols))
+        row_root = jnp.sqrt(nu_row / one_minus_power(b2, leaf.t))
+        if matrix is None:
+            return (nu_row, nu_col), (row_root, jnp.ones_like(nu_col))
+        nu_col = moving_average(b2, nu_col, mean(leaf.squares, rows))
+        # Rows without any gradient have no mean to be divided by.
+        whole = mean(nu_row, rows)
+        return (nu_row, nu_col), (row_root, jnp.sqrt(nu_col / jnp.where(whole > 0, whole, 1)))
 
-        nu = (boxed_moments(factor, params) for factor in map_with_path(zeros, 2, params))
-        return ScaleByFactoredAdamState(jnp.zeros([], jnp.int32), storage.zeros(params), *nu)
+    def rule(
+        t: jax.Array, g: jax.Array, mu: jax.Array, row_root: jax.Array, col_root: jax.Array
+    ) -> Arrays:
+        mu = moving_average(b1, mu, g)
+        return mu / one_minus_power(b1, t) / (row_root * col_root + eps), mu
 
-    def update(
-        updates: optax.Updates,
-        state: ScaleByFactoredAdamState,
-        params: optax.Params | None = None,
-        *,
-        finish: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByFactoredAdamState]:
-        del extra_args
-        count = jnp.asarray(optax.safe_increment(state.count))
-        assign, codec_of = partition.assign(updates), storage.assign(updates)
-        columns = storage.columns(state.mu, "mu")
-        turns = Turns.over(updates, state.count)
-        kernels = Kernels.choose(
-            implementation, shardings, updates, lambda path, g: [codec_of(path, g)]
-        )
-
-        def scale(
-            path: KeyPath,
-            g: jax.Array,
-            target: jax.Array,
-            finish: Callable[..., jax.Array],
-            nu_row: jax.Array,
-            nu_col: jax.Array,
-            *stored: jax.Array,
-        ) -> tuple[jax.Array, ...]:
-            assignment, codec = assign(path, g), codec_of(path, g)
-            for moment, shape in zip((nu_row, nu_col), factor_shapes(assignment), strict=True):
-                require_shape(path, moment, shape)
-            storage.require(path, codec, stored, g)
-            matrix = sides(assignment)
-            rows, cols = matrix or ((), ())
-
-            def mean_square(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-                return mean(jnp.square(g.astype(jnp.float32)), axes)
-
-            # In one computation the squares would be written, to be read by both means.
-            by_row = turns.alone(functools.partial(mean_square, axes=cols), g)
-            nu_row = moving_average(b2, nu_row, by_row)
-            row_root = jnp.sqrt(nu_row / one_minus_power(b2, count))
-            col_root = jnp.ones_like(nu_col)
-            if matrix is not None:
-                by_col = turns.alone(functools.partial(mean_square, axes=rows), g)
-                nu_col = moving_average(b2, nu_col, by_col)
-                # Rows without any gradient have no mean to be divided by.
-                whole = mean(nu_row, rows)
-                col_root = jnp.sqrt(nu_col / jnp.where(whole > 0, whole, 1))
-
-            def rule(moments: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
-                g, row_root, col_root, *p = inputs
-                mu = moving_average(b1, moments[0], g.astype(jnp.float32))
-                scaled = mu / one_minus_power(b1, count) / (row_root * col_root + eps)
-                return finish(scaled.astype(target.dtype), *p), (mu,)
-
-            def key() -> jax.Array:
-                return leaf_key(seed, state.count, path)
-
-            scaled, (stored,) = stored_step(
-                turns,
-                rule,
-                [Moment(storage, codec, stored, key)],
-                (g, row_root, col_root, *read_by(finish, target)),
-                path,
-                replaces=replaced_by(finish),
-                kernels=kernels,
-            )
-            return scaled, nu_row, nu_col, *stored
-
-        targets = updates if params is None else params
-        scaled, nu_row, nu_col, *stored = map_with_path(
-            scale,
-            3 + len(columns),
-            updates,
-            targets,
-            finishes(finish, updates),
-            state.nu_row,
-            state.nu_col,
-            *columns,
-        )
-        mu = storage.field([boxed_like(new, old) for new, old in zip(stored, columns, strict=True)])
-        nu = boxed_like(nu_row, state.nu_row), boxed_like(nu_col, state.nu_col)
-        return scaled, ScaleByFactoredAdamState(count, mu, *nu)
-
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return leafwise(
+        ScaleByFactoredAdamState,
+        {"mu": storage},
+        rule,
+        init,
+        reduce,
+        partition.assign,
+        seed=seed,
+        implementation=implementation,
+        shardings=shardings,
+    )

@@ -1,8 +1,6 @@
 """Any optimizer with its state in few bits."""
 
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +11,18 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.sharding import require_named
-from microadam_jax.transforms.chunks import Arrays, Turns
-from microadam_jax.transforms.descent import finishes, read_by, replaced_by
-from microadam_jax.transforms.elementwise import require_elementwise
-from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
-from microadam_jax.trees import KeyPath, leaf_key, map_with_path
+from microadam_jax.sharding import require_named, told
+from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
+from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
+from microadam_jax.transforms.stored_step import (
+    Arrays,
+    LeafStep,
+    Rule,
+    StoredField,
+    split,
+    step_fields,
+)
+from microadam_jax.trees import KeyPath, columns_of, leaf_key, leaf_keys, map_with_path, rows_of
 from pallas_kernels.dispatch import check_implementation
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
@@ -113,14 +117,17 @@ def quantize_state(
     def init(params: optax.Params) -> QuantizedState:
         found: list[str] = []
 
-        def store(name: str, value: Any) -> Any:
+        def store(name: str, value: Any, zeros: Any) -> Any:
             if name not in storages:
-                return _map_fields(store, value)
+                return _map_fields(store, value, zeros, leaf=lambda value, _: value)
             found.append(name)
-            return _stored(storages[name], value)
+            # To quantize zeros takes the compiler as long as there are elements: it folds them.
+            known = all(jax.tree.leaves(zeros))
+            return (storages[name].zeros if known else storages[name].encode_tree)(value)
 
         state = inner.init(params)
-        stored = _map_fields(store, state)
+        zeros = zeros_in(inner.init, params)
+        stored = _map_fields(store, state, zeros, leaf=lambda value, _: value)
         missing = [name for name in storages if name not in found]
         if missing:
             raise ValueError(
@@ -223,7 +230,7 @@ class _Step(NamedTuple):
         """Updates each leaf by itself, in chunks."""
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
-        fields: list[_Field] = []
+        fields: list[StoredField] = []
 
         def per_leaf(name: str, value: Any) -> bool:
             if name in self.storages:
@@ -235,12 +242,14 @@ class _Step(NamedTuple):
                 and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
             )
 
+        def keys(name: str) -> dict[KeyPath, jax.Array]:
+            return leaf_keys(self.seed, self.state.count, gradients, (GetAttrKey(name),))
+
         def find(name: str, shapes: Any, stored: Any) -> Any:
             if not per_leaf(name, shapes):
                 return _map_fields(find, shapes, stored)
             storage = self.storages.get(name, Unstored())
-            columns = storage.columns(stored, name)
-            fields.append(_Field(name, storage, storage.assign(shapes), columns))
+            fields.append(StoredField.of(storage, shapes, stored, name, lambda: keys(name)))
             return None
 
         def with_leaves(values: Iterator[Any]) -> Any:
@@ -264,60 +273,44 @@ class _Step(NamedTuple):
             return found
 
         _map_fields(find, shapes, stored)
-        widths = [len(field.columns) for field in fields]
-        turns = Turns.over(gradients, self.state.count)
+        rules: dict[Hashable, Rule] = {}
 
-        def codecs_of(path: KeyPath, leaf: Any) -> list[Codec]:
-            return [field.codec_of(path, leaf) for field in fields]
+        def rule_for(finish: Callable[..., jax.Array], target: jax.Array) -> Rule:
+            """One function for all leaves on which it does the same."""
 
-        kernels = Kernels.choose(self.implementation, self.shardings, gradients, codecs_of)
-
-        def update_leaf(
-            path: KeyPath,
-            g: jax.Array,
-            p: jax.Array,
-            finish: Callable[..., jax.Array],
-            *slots: jax.Array,
-        ) -> Arrays:
-            codecs = codecs_of(path, g)
-            for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True):
-                field.storage.require(path, codec, own, g)
-
-            def rule(moments: Arrays, inputs: Arrays) -> tuple[Any, list[jax.Array]]:
+            def run(moments: Arrays, inputs: Arrays) -> tuple[Any, list[jax.Array]]:
                 g, p = inputs
                 state = with_leaves(iter(moments))
                 scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
                 scaled = jnp.asarray(scaled, p.dtype)
                 return finish(scaled, *read_by(finish, p)), leaves_of(state)
 
-            moments = [
-                Moment(field.storage, codec, own, functools.partial(self.key, field.name, path))
-                for field, codec, own in zip(fields, codecs, _split(slots, widths), strict=True)
-            ]
-            scaled, new = stored_step(
-                turns,
-                rule,
-                moments,
-                (g, p),
-                path,
-                replaces=replaced_by(finish),
-                kernels=kernels,
-            )
-            return scaled, *itertools.chain(*new)
+            return rules.setdefault((kind_of(finish), jnp.dtype(target.dtype)), run)
 
         columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params
-        scaled, *new = map_with_path(
-            update_leaf, 1 + len(columns), gradients, others, self.finish, *columns
-        )
-        new = [boxed_like(column, before) for column, before in zip(new, columns, strict=True)]
-        by_field = _split(tuple(new), widths)
+        treedef, rows = rows_of(gradients, others, self.finish, *columns)
+        placed = told(self.shardings, gradients)
+        steps = [
+            LeafStep(
+                path,
+                rule_for(finish, p),
+                (g, p),
+                tuple(slots),
+                replaced_by(finish),
+                placed.get(path),
+            )
+            for path, g, p, finish, *slots in rows
+        ]
+        stepped = step_fields(fields, steps, self.implementation)
+        scaled, *new = columns_of(treedef, stepped, 1 + len(columns))
+        by_field = split(new, fields)
         # What is not kept for each leaf, such as the step count, follows from any leaf.
         nothing = jnp.zeros(0)
         _, shared = self.inner.update(
             nothing, with_leaves(iter([nothing] * len(fields))), nothing, **self.extra_args
         )
-        values = iter(field.storage.field(own) for field, own in zip(fields, by_field, strict=True))
+        values = iter(field.tree(own) for field, own in zip(fields, by_field, strict=True))
 
         def assemble(name: str, shapes: Any, new: Any) -> Any:
             if per_leaf(name, shapes):
@@ -325,20 +318,6 @@ class _Step(NamedTuple):
             return _map_fields(assemble, shapes, new)
 
         return scaled, _map_fields(assemble, shapes, shared)
-
-
-class _Field(NamedTuple):
-    """A field that has an array for each leaf, or several."""
-
-    name: str
-    storage: Storage | Unstored
-    codec_of: Callable[[KeyPath, Any], Codec]
-    columns: tuple[Any, ...]
-
-
-def _split(values: Arrays, widths: list[int]) -> list[Arrays]:
-    ends = list(itertools.accumulate(widths))
-    return [values[end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _map_fields(
@@ -369,16 +348,6 @@ def _field_names(node: Any) -> Iterator[str]:
     if isinstance(node, dict | list | tuple):
         for child in node.values() if isinstance(node, dict) else node:
             yield from _field_names(child)
-
-
-def _stored(storage: Storage, tree: Any) -> Any:
-    """What ``storage`` keeps of a field as ``inner`` makes it."""
-    leaves = jax.tree.leaves(tree)
-    known = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    # An encoded zero can be made where its parameter lies.
-    if known and not any(jnp.any(leaf) for leaf in leaves):
-        return storage.zeros(tree)
-    return storage.encode_tree(tree)
 
 
 def _at_least_float32(g: jax.Array) -> jax.Array:

@@ -1,155 +1,314 @@
-"""An element-wise step of one leaf, some moments of which are stored through codecs."""
+"""An element-wise step on leaves, some moments of which are stored through codecs."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from microadam_jax.boxes import boxed_like
+from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, Storage, Unstored
 from microadam_jax.codecs.rounding import Draw, Rows
-from microadam_jax.sharding import told
-from microadam_jax.transforms.chunks import CHUNK, Arrays, Turns
+from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu
+from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath
-from pallas_kernels.blockwise_codec import blockwise_step, step, takes
+from pallas_kernels.blockwise_codec import blockwise_step, step
 
-Slots = tuple[jax.Array, ...]
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
 
 
-class Moment(NamedTuple):
-    """A moment of a leaf.
+class StoredField(NamedTuple):
+    """A moment of all leaves, as one update finds it.
 
     Attributes:
-        storage: of its field.
-        codec: of the leaf.
-        slots: the leaf's arrays in the field.
-        key: a function that gives the random key of a codec that draws.
+        name: of the field.
+        storage: how it is stored.
+        codec_of: from a leaf's path and the leaf to its codec.
+        layer_axis: likewise to the axis of stacked layers.
+        columns: the trees of its arrays.
+        keys: by path the random keys, if its codecs draw.
     """
 
+    name: str
     storage: Storage | Unstored
-    codec: Codec
-    slots: Slots
-    key: Callable[[], jax.Array]
-
-
-class Kernels(NamedTuple):
-    """Which implementation runs on the leaves of a tree.
-
-    Attributes:
-        implementation: None, ``"xla"`` or a kernel's name.
-        placed: by path, where leaves lie on a mesh with Auto axes, where nothing else tells.
-    """
-
-    implementation: str | None
-    placed: Mapping[KeyPath, NamedSharding]
+    codec_of: Callable[[KeyPath, Any], Codec]
+    layer_axis: Callable[[KeyPath, Any], int | None]
+    columns: tuple[Any, ...]
+    keys: Mapping[KeyPath, jax.Array]
 
     @classmethod
-    def choose(
+    def of(
         cls,
-        implementation: str | None,
-        shardings: Any,
-        updates: Any,
-        codecs_of: Callable[[KeyPath, Any], Sequence[Codec]],
-    ) -> "Kernels":
-        """What was asked for; None is XLA's loops for all, if a large leaf needs one anyway.
+        storage: Storage | Unstored,
+        tree: Any,
+        field: Any,
+        name: str,
+        keys: Callable[[], Mapping[KeyPath, jax.Array]],
+    ) -> "StoredField":
+        """The field of a state, for leaves like those of ``tree``.
 
-        The compiler gives fast memory to the operands of kernels first. Of loops beside them more
-        would lie in the main memory, which would be temporaries.
+        Raises:
+            ValueError: if it was stored otherwise.
+        """
+        columns = storage.columns(field, name)
+        draws = any(codec.needs_key for codec in storage.codecs)
+        return cls(
+            name,
+            storage,
+            storage.assign(tree),
+            storage.layer_axes(tree),
+            columns,
+            keys() if draws else {},
+        )
+
+    def of_leaf(
+        self, path: KeyPath, leaf: Any, slots: Arrays
+    ) -> tuple[Codec, Any, jax.Array | None]:
+        """The codec of a leaf, the arrays that it made of the moment, and its random key.
 
         Args:
-            implementation: None, or the name that was asked for.
-            shardings: where the parameters lie, or None.
-            updates: the tree.
-            codecs_of: the codecs of a leaf's moments.
+            path: the leaf's.
+            leaf: of the moment's shape.
+            slots: the leaf's arrays in the columns.
+
+        Raises:
+            ValueError: if the arrays do not hold a leaf of this shape.
         """
-        leaves = jax.tree.leaves_with_path(updates)
-        each = ((codecs_of(path, leaf), leaf) for path, leaf in leaves if leaf.size > CHUNK)
-        looped = (not (_plain(codecs) or takes(codecs, leaf)) for codecs, leaf in each)
-        if implementation is None and any(looped):
-            implementation = "xla"
-        return cls(implementation, told(shardings, updates))
+        codec = self.codec_of(path, leaf)
+        self.storage.require(path, codec, slots, leaf)
+        codec = self.storage.codec_for(codec, slots)
+        key = self.keys[path] if codec.needs_key else None
+        return codec, self.storage.encoded(codec, slots), key
+
+    def tree(self, columns: Sequence[Any]) -> Any:
+        """The field with other arrays."""
+        boxed = map(boxed_like, columns, self.columns)
+        return self.storage.field(list(boxed))
 
 
-def stored_step(
-    turns: Turns,
-    rule: Rule,
-    moments: Sequence[Moment],
-    inputs: Arrays,
-    path: KeyPath,
-    *,
-    replaces: int,
-    kernels: Kernels,
-) -> tuple[jax.Array, list[Slots]]:
-    """Decodes the moments, takes a step, and encodes the new ones.
+class LeafStep(NamedTuple):
+    """A step on one leaf of several fields.
+
+    Attributes:
+        path: the leaf's.
+        rule: see :class:`StoredStep`.
+        inputs: the gradient, and arrays that broadcast against it.
+        slots: the leaf's arrays in the columns of all fields.
+        replaces: the input whose place the output takes.
+        sharding: how the leaf is sharded, if that was said.
+    """
+
+    path: KeyPath
+    rule: Rule
+    inputs: Arrays
+    slots: Arrays
+    replaces: int = 0
+    sharding: NamedSharding | None = None
+
+
+def step_fields(
+    fields: Sequence[StoredField], leaves: Sequence[LeafStep], implementation: str | None
+) -> list[Arrays]:
+    """Takes a step on each leaf of some fields.
 
     Args:
-        turns: in which XLA takes leaves, large ones in chunks.
-        rule: from float32 moments and inputs to an output and the new moments; it acts on each
-            element alone.
-        moments: of the leaf.
-        inputs: the gradient, and arrays that broadcast against it.
-        path: the leaf's.
-        replaces: the input whose place the output takes.
-        kernels: which implementation runs; a leaf that no moment of is in codes, XLA's.
+        fields: the moments.
+        leaves: the steps.
+        implementation: see :func:`stored_steps`.
 
     Returns:
-        The output, and each moment's new slots.
+        For each leaf the output and its new arrays in the columns of all fields.
+
+    Raises:
+        NotImplementedError: if the named implementation cannot run.
+        ValueError: if arrays do not hold a leaf of its shape.
+    """
+    steps, parts = [], []
+    for path, rule, inputs, slots, replaces, sharding in leaves:
+        leaf = inputs[0]
+        parts.append(split(slots, fields))
+        ready = [f.of_leaf(path, leaf, own) for f, own in zip(fields, parts[-1], strict=True)]
+        codecs, encoded, keys = (tuple(column) for column in zip(*ready, strict=True))
+        axis = fields[0].layer_axis(path, leaf)
+        step = StoredStep(rule, codecs, encoded, inputs, keys, replaces, axis, sharding)
+        steps.append(step)
+    results: list[Arrays] = []
+    for slots, (output, encoded) in zip(parts, stored_steps(steps, implementation), strict=True):
+        new = (f.storage.replaced(*own) for f, *own in zip(fields, slots, encoded, strict=True))
+        results.append((output, *itertools.chain(*new)))
+    return results
+
+
+def split(values: Sequence[Any], fields: Sequence[StoredField]) -> list[tuple[Any, ...]]:
+    """The values of each field's columns, from those of all."""
+    ends = list(itertools.accumulate(len(field.columns) for field in fields))
+    starts = [0, *ends]
+    return [tuple(values[start:end]) for start, end in zip(starts, ends, strict=False)]
+
+
+class StoredStep(NamedTuple):
+    """A step on one leaf.
+
+    Attributes:
+        rule: from float32 moments and inputs to an output and the new moments; it acts on each
+            element alone. Leaves that have the same rule, not an equal one, are compiled together.
+        codecs: of the moments.
+        encoded: the moments, as their codecs made them.
+        inputs: the gradient, and arrays that broadcast against it.
+        keys: for each codec a typed random key, or None if it draws no random numbers.
+        replaces: the input whose place the output takes.
+        layer_axis: the axis of stacked layers.
+        sharding: how the leaf is sharded, on a mesh with Auto axes, where nothing else says so.
+    """
+
+    rule: Rule
+    codecs: tuple[Codec, ...]
+    encoded: tuple[Any, ...]
+    inputs: Arrays
+    keys: tuple[jax.Array | None, ...]
+    replaces: int = 0
+    layer_axis: int | None = None
+    sharding: NamedSharding | None = None
+
+    @property
+    def arrays(self) -> Any:
+        """What the step computes with."""
+        return self.encoded, self.inputs, self.keys
+
+    def given(self, arrays: Any) -> "StoredStep":
+        """The same step on other arrays."""
+        encoded, inputs, keys = arrays
+        return self._replace(encoded=encoded, inputs=inputs, keys=keys)
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for steps that are compiled together."""
+        leaves, structure = jax.tree.flatten(self.arrays)
+        settings = self.rule, self.codecs, self.replaces, self.layer_axis, self.sharding
+        return settings, structure, tuple(map(jax.typeof, leaves))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The output's."""
+        moment = jax.ShapeDtypeStruct(self.inputs[0].shape, jnp.float32)
+        return jax.eval_shape(self.rule, (moment,) * len(self.codecs), self.inputs)[0].dtype
+
+
+def stored_steps(
+    steps: Sequence[StoredStep], implementation: str | None
+) -> list[tuple[jax.Array, tuple[Any, ...]]]:
+    """Dequantizes the moments of leaves, takes their steps, and quantizes the new moments.
+
+    Args:
+        steps: of the leaves.
+        implementation: ``"xla"``, a kernel's name, or None for a kernel where the device has one
+            that takes the leaf. A leaf that has no moment in codes is XLA's.
+
+    Returns:
+        For each leaf the output and what the codecs made of the new moments.
 
     Raises:
         NotImplementedError: if the named implementation cannot run.
     """
-    codecs = tuple(moment.storage.codec_for(moment.codec, moment.slots) for moment in moments)
-    encoded = tuple(moment.storage.encoded(moment.codec, moment.slots) for moment in moments)
-    keys = [m.key() if codec.needs_key else None for m, codec in zip(moments, codecs, strict=True)]
+    if all(_plain(one.codecs) for one in steps):  # the compiler fuses what it need not decode
+        return [step(one.rule, one.codecs, *one.arrays) for one in steps]
+    flat, structure = jax.tree.flatten([one.arrays for one in steps])
 
-    def in_turn(encoded: Any, inputs: Arrays, turn: jax.Array) -> Any:
-        own = Turns(turn, turns.elements)
-        before = tuple(map(_shared_array, codecs, encoded))
-        after = _measured(own, rule, codecs, encoded, inputs)
-        own_rows, structure = jax.tree.flatten(tuple(map(_by_row, codecs, encoded)))
-        read, reading = jax.tree.flatten((inputs, before, after))
+    def given(arrays: Sequence[jax.Array]) -> list[StoredStep]:
+        parts = zip(steps, structure.unflatten(arrays), strict=True)
+        return [one.given(own) for one, own in parts]
 
-        def part(rows: Rows, carried: Arrays, read: Arrays) -> tuple[jax.Array, Arrays]:
-            inputs, before, after = reading.unflatten(read)
-            draws = [None if key is None else Draw(key, rows) for key in keys]
-            given = list(map(_OfRows, codecs, before, after))
-            output, new = step(rule, given, structure.unflatten(carried), inputs, draws)
-            return output, tuple(jax.tree.leaves(new))
+    def together(*arrays: jax.Array) -> list[Any]:
+        return _in_loops(given(arrays), on_cpu)
 
-        output, new = own.take(part, tuple(own_rows), tuple(read), replaces=replaces % len(inputs))
-        new = map(_whole, codecs, structure.unflatten(new), after)
-        return (output, tuple(new)), own.turn
+    def one_by_one(*arrays: jax.Array) -> list[Any]:
+        def run(one: StoredStep, arrays: Any) -> Any:
+            return _alone(one.given(arrays), implementation)
 
-    (output, new), turns.turn = blockwise_step(
-        rule,
-        codecs,
-        encoded,
-        inputs,
-        keys,
-        replaces=replaces,
-        implementation="xla" if _plain(codecs) else kernels.implementation,
-        sharding=kernels.placed.get(path),
-        xla=in_turn,
-        aside=(turns.turn,),
+        given = zip(steps, structure.unflatten(arrays), strict=True)
+        return each_kind(run, [one.kind for one in steps], list(given))
+
+    if implementation in (None, "xla"):
+        return jax.lax.platform_dependent(*flat, cpu=together, default=one_by_one)
+    return one_by_one(*flat)
+
+
+def _alone(one: StoredStep, implementation: str | None) -> Any:
+    """One leaf: a kernel, or XLA's program for an accelerator."""
+
+    def xla(encoded: Any, inputs: Arrays) -> Any:
+        step = one._replace(encoded=encoded, inputs=inputs)
+        return _in_loops([step], lambda works: [on_accelerator(work) for work in works])[0]
+
+    return blockwise_step(
+        one.rule,
+        one.codecs,
+        one.encoded,
+        one.inputs,
+        one.keys,
+        replaces=one.replaces,
+        implementation="xla" if _plain(one.codecs) else implementation,
+        sharding=one.sharding,
+        xla=xla,
     )
-    stored = zip(moments, new, strict=True)
-    return output, [moment.storage.replaced(moment.slots, x) for moment, x in stored]
 
 
 def _plain(codecs: Sequence[Codec]) -> bool:
-    """Whether no moment is in codes."""
+    """True if no moment is in codes."""
     return all(isinstance(codec, Plain) for codec in codecs)
 
 
+Run = Callable[[Sequence[Work]], list[Arrays]]
+
+
+def _in_loops(steps: Sequence[StoredStep], run: Run) -> list[Any]:
+    """XLA's program for some leaves."""
+    shared = _shared_arrays(steps, run)
+    works, structures = [], []
+    outputs: dict[Hashable, jnp.dtype] = {}
+    for one, after in zip(steps, shared, strict=True):
+        before = tuple(map(_shared_array, one.codecs, one.encoded))
+        own, structure = jax.tree.flatten(tuple(map(_by_row, one.codecs, one.encoded)))
+        read, reading = jax.tree.flatten((one.inputs, before, after, one.keys))
+        part = _OfRows(one.rule, one.codecs, structure, reading)
+        output = outputs.get(one.kind) or outputs.setdefault(one.kind, one.dtype)
+        replaces = one.replaces % len(one.inputs)
+        works.append(Work(part, tuple(own), tuple(read), output, replaces, one.layer_axis))
+        structures.append(structure)
+    results = []
+    for one, after, structure, (output, *new) in zip(
+        steps, shared, structures, run(works), strict=True
+    ):
+        results.append((output, tuple(map(_whole, one.codecs, structure.unflatten(new), after))))
+    return results
+
+
 class _OfRows(NamedTuple):
+    """The step on some rows of a leaf."""
+
+    rule: Rule
+    codecs: tuple[Codec, ...]
+    structure: Any
+    reading: Any
+
+    def __call__(self, rows: Rows, carried: Arrays, read: Arrays) -> Arrays:
+        inputs, before, after, keys = self.reading.unflatten(read)
+        draws = [None if key is None else Draw(key, rows) for key in keys]
+        given = list(map(_CodecOfRows, self.codecs, before, after))
+        output, new = step(self.rule, given, self.structure.unflatten(carried), inputs, draws)
+        return output, *jax.tree.leaves(new)
+
+
+class _CodecOfRows(NamedTuple):
     """A codec for some rows of a leaf.
 
     Attributes:
         codec: that of the leaf.
-        before: the array that all rows share, if there is one, as the rows were encoded.
-        after: the same, as they shall be encoded.
+        before: the array that all rows share, if there is one, as the rows were quantized.
+        after: the same, as they shall be quantized.
     """
 
     codec: Codec
@@ -167,26 +326,59 @@ class _OfRows(NamedTuple):
         return _by_row(self.codec, self.codec.encode_rows(x, key, self.after))
 
 
-def _measured(
-    turns: Turns, rule: Rule, codecs: Sequence[Codec], encoded: Sequence[Any], inputs: Arrays
-) -> tuple[jax.Array | None, ...]:
-    """For each codec the array that all rows will share: a round of its own finds it."""
-    if all(codec.shared is None for codec in codecs):
-        return (None,) * len(codecs)
-    read, reading = jax.tree.flatten((inputs, tuple(encoded)))
+def _shared_arrays(steps: Sequence[StoredStep], run: Run) -> list[tuple[jax.Array | None, ...]]:
+    """For each leaf and codec the array that all rows will share: a loop of its own finds it."""
+    sharing = [
+        i for i, one in enumerate(steps) if any(codec.shared is not None for codec in one.codecs)
+    ]
+    works = []
+    for one in (steps[i] for i in sharing):
+        read, reading = jax.tree.flatten((one.inputs, one.encoded))
+        leaf = one.inputs[0]
+        measure = _Measure(one.rule, one.codecs, reading, Chunks.of_about(leaf, leaf.size).shards)
+        shapes = jax.eval_shape(measure.measured, tuple(read))
+        zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
+        works.append(Work(measure, zeros, tuple(read), layer_axis=one.layer_axis))
+    found = dict(zip(sharing, run(works), strict=True))
+    results = []
+    for i, one in enumerate(steps):
+        largest = iter(found.get(i, ()))
+        shared = (None if c.shared is None else c.maxima(next(largest)) for c in one.codecs)
+        results.append(tuple(shared))
+    return results
 
-    def part(rows: Rows, read: Arrays) -> Arrays:
-        inputs, encoded = reading.unflatten(read)
+
+class _Measure(NamedTuple):
+    """The largest magnitudes of new moments, among some rows and those before them.
+
+    Attributes:
+        rule: of the step.
+        codecs: of the moments.
+        reading: the structure of what is read.
+        shards: over how many devices each axis but the last may be cut. Each has a part of the
+            result, as the loop compares nothing across devices.
+    """
+
+    rule: Rule
+    codecs: tuple[Codec, ...]
+    reading: Any
+    shards: tuple[int, ...]
+
+    def __call__(self, rows: Rows, carried: Arrays, read: Arrays) -> Arrays:
+        del rows
+        return tuple(map(jnp.maximum, carried, self.measured(read)))
+
+    def measured(self, read: Arrays) -> Arrays:
+        """Those of the rows that are read."""
+        inputs, encoded = self.reading.unflatten(read)
         shape = inputs[0].shape
-        moments = tuple(c.decode(x, shape) for c, x in zip(codecs, encoded, strict=True))
-        _, new = rule(moments, inputs)
+        moments = tuple(c.decode(x, shape) for c, x in zip(self.codecs, encoded, strict=True))
+        _, new = self.rule(moments, inputs)
         found = (
-            c.maxima(x.astype(jnp.float32), rows.runs) for c, x in zip(codecs, new, strict=True)
+            codec.maxima(x.astype(jnp.float32), self.shards)
+            for codec, x in zip(self.codecs, new, strict=True)
         )
         return tuple(x for x in found if x is not None)
-
-    largest = iter(turns.largest(part, tuple(read)))
-    return tuple(None if codec.shared is None else codec.maxima(next(largest)) for codec in codecs)
 
 
 def _shared_array(codec: Codec, encoded: Any) -> jax.Array | None:

@@ -1,7 +1,7 @@
-"""Error feedback around Top-K, which rows have each by itself: CPUs work in chunks of them."""
+"""Error feedback around Top-K, which each row has by itself."""
 
-import functools
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.compressors import BlockSparse, Compressor, TopK
+from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.sharding import state_zeros
-from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.trees import KeyPath, path_name
 from pallas_kernels.topk_compress import MAX_UNROLLED, topk_compress
 
@@ -22,39 +22,16 @@ class TopKFeedback(NamedTuple):
     """How a leaf is compressed; hashable.
 
     Attributes:
-        compressor: chooses what is sent.
-        codec: of what stays behind.
+        compressor: selects what is sent.
+        codec: of the residual.
         layout: how a row of the leaf is cut into blocks.
-        sharding: where the leaf lies, on a mesh with Auto axes.
+        sharding: how the leaf is sharded, on a mesh with Auto axes.
     """
 
     compressor: TopK
     codec: Codec
     layout: BlockLayout
     sharding: NamedSharding | None
-
-    def send(
-        self,
-        turns: Turns,
-        gradient: jax.Array,
-        target: jax.Array,
-        key: jax.Array | None,
-        stored: Arrays,
-    ) -> tuple[BlockSparse, Arrays]:
-        """What of ``gradient`` goes on, in the dtype of ``target``, and the new residual.
-
-        Args:
-            turns: in which leaves are compressed.
-            gradient: of any float dtype.
-            target: the parameter.
-            key: a typed random key, if the codec draws.
-            stored: the residual.
-        """
-        # What no kernel reads, such as float64.
-        narrow = gradient if gradient.dtype.itemsize <= 4 else gradient.astype(jnp.float32)
-        (values, indices, *left), turns.turn = _compressed(self, narrow, stored, key, turns.turn)
-        dtype = jnp.dtype(target.dtype)
-        return BlockSparse(values, indices, None, gradient.shape, dtype, self.layout), tuple(left)
 
     @property
     def is_one_operation(self) -> bool:
@@ -88,6 +65,96 @@ class TopKFeedback(NamedTuple):
         sent = self.compressor.compress(accumulated)
         return sent.values, sent.indices, *self.codec.encode(sent.rest_of(accumulated), key)
 
+    def __call__(self, rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
+        """The step of a loop: ``carried`` are values, indices and the residual."""
+        gradient, *key = inputs
+        draw = Draw(key[0], rows) if key else None
+        return self.of_rows(gradient, carried[2:], draw, "xla")
+
+
+class Uncompressed(NamedTuple):
+    """A gradient that waits to be compressed with those of other leaves.
+
+    Attributes:
+        feedback: how.
+        gradient: of any float dtype.
+        stored: the residual.
+        key: a typed random key, if the codec draws.
+        dtype: of the parameter.
+    """
+
+    feedback: TopKFeedback
+    gradient: jax.Array
+    stored: Arrays
+    key: jax.Array | None
+    dtype: jnp.dtype
+
+    @property
+    def arrays(self) -> Any:
+        """What is computed with."""
+        # No kernel reads what is wider, such as float64.
+        wide = self.gradient.dtype.itemsize > 4
+        gradient = self.gradient.astype(jnp.float32) if wide else self.gradient
+        return gradient, self.stored, self.key
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for gradients that are compressed by one program."""
+        leaves, structure = jax.tree.flatten(self.arrays)
+        return self.feedback, structure, tuple(map(jax.typeof, leaves))
+
+    def compressed(self, results: Arrays) -> tuple[Any, ...]:
+        """The sparse update and the new residual."""
+        values, indices, *left = results
+        shape, layout = self.gradient.shape, self.feedback.layout
+        return BlockSparse(values, indices, None, shape, self.dtype, layout), *left
+
+
+def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
+    """Compresses gradients with their residuals.
+
+    Args:
+        waiting: the gradients of leaves.
+
+    Returns:
+        For each of them the sparse update and the arrays of the new residual.
+    """
+    if not waiting:
+        return []
+    flat, structure = jax.tree.flatten([one.arrays for one in waiting])
+    feedbacks = [one.feedback for one in waiting]
+
+    def one_by_one(*arrays: jax.Array) -> list[Arrays]:
+        def compress(feedback: TopKFeedback, arrays: Any) -> Arrays:
+            gradient, stored, key = arrays
+            named = feedback.compressor.implementation
+            return feedback.of_rows(gradient, stored, key, named, feedback.sharding)
+
+        kinds = [one.kind for one in waiting]
+        given = zip(feedbacks, structure.unflatten(arrays), strict=True)
+        return each_kind(compress, kinds, list(given))
+
+    def in_loops(*arrays: jax.Array) -> list[Arrays]:
+        works = []
+        for feedback, (value, stored, key) in zip(
+            feedbacks, structure.unflatten(arrays), strict=True
+        ):
+            shape = blocked_shape(value.shape, feedback.layout, feedback.survivors)
+            sent = (state_zeros(value, shape, dtype) for dtype in (jnp.float32, jnp.int32))
+            read = (value,) if key is None else (value, key)
+            works.append(Work(feedback, (*sent, *stored), read))
+        return on_cpu(works)
+
+    named = any(f.compressor.implementation not in (None, "xla") for f in feedbacks)
+    # XLA's partial sort, which selects many, takes one core: leaves must run side by side.
+    sorts = any(feedback.survivors > MAX_UNROLLED for feedback in feedbacks)
+    if named or sorts:
+        results = one_by_one(*flat)
+    else:
+        # Accelerators fuse what CPUs write to memory, new pages of it in every step.
+        results = jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)
+    return [one.compressed(result) for one, result in zip(waiting, results, strict=True)]
+
 
 def goes_by_rows(codec: Codec, gradient: jax.Array) -> bool:
     """Whether there are rows, and what stays of one depends on no other."""
@@ -107,39 +174,3 @@ def require_unnamed(compressor: Compressor, path: KeyPath) -> None:
             "float32 statistics, alpha=None, and one axis or more. Leave "
             "TopK.implementation at None to use 'xla' elsewhere."
         )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compressed(
-    feedback: TopKFeedback,
-    gradient: jax.Array,
-    stored: Arrays,
-    key: jax.Array | None,
-    turn: jax.Array,
-) -> tuple[Arrays, jax.Array]:
-    """What all rows send, their new residual, and whose turn is next."""
-    named = feedback.compressor.implementation
-
-    def whole(
-        gradient: jax.Array, stored: Arrays, key: jax.Array | None, turn: jax.Array
-    ) -> tuple[Arrays, jax.Array]:
-        return feedback.of_rows(gradient, stored, key, named, feedback.sharding), turn
-
-    def in_turn(
-        gradient: jax.Array, stored: Arrays, key: jax.Array | None, turn: jax.Array
-    ) -> tuple[Arrays, jax.Array]:
-        def step(rows: Rows, before: Arrays, read: Arrays) -> Arrays:
-            (gradient,) = read
-            draw = None if key is None else Draw(key, rows)
-            return feedback.of_rows(gradient, before[2:], draw, "xla")
-
-        turns = Turns(turn)
-        shape = blocked_shape(gradient.shape, feedback.layout, feedback.survivors)
-        values, indices = (state_zeros(gradient, shape, x) for x in (jnp.float32, jnp.int32))
-        return turns.each(step, (values, indices, *stored), (gradient,)), turns.turn
-
-    # XLA's partial sort, which finds many survivors, takes one core: leaves run side by side.
-    if named not in (None, "xla") or feedback.survivors > MAX_UNROLLED:
-        return whole(gradient, stored, key, turn)
-    # Accelerators fuse what CPUs write to memory, new pages of it in every step.
-    return jax.lax.platform_dependent(gradient, stored, key, turn, cpu=in_turn, default=whole)

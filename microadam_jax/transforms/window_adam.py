@@ -1,6 +1,6 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +12,11 @@ from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
-from microadam_jax.transforms.descent import applies, finishes, read_by
+from microadam_jax.transforms.descent import applies, finishes, kind_of, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.window import Window, as_window
-from microadam_jax.trees import KeyPath, map_with_path, path_name
+from microadam_jax.transforms.window_step import Move, WindowStep, move_all
+from microadam_jax.trees import KeyPath, columns_of, map_with_path, path_name, rows_of
 from pallas_kernels.window_update import window_adam, window_apply, window_update
 
 
@@ -122,14 +123,31 @@ def scale_by_window_adam(
         mu_weights = jnp.float32(1 - b1) * _power(b1, age) / one_minus_power(b1, horizon)
         nu_weights = jnp.float32(1 - b2) * _power(b2, age) / one_minus_power(b2, horizon)
 
+        weights = mu_weights, nu_weights, eps
+        moves: dict[Hashable, Move] = {}
+
+        def move_of(sent: BlockSparse, finish: Callable[..., jax.Array], fused: bool) -> Move:
+            """One function for all leaves on which it does the same."""
+
+            def move(p: jax.Array, values: jax.Array, indices: jax.Array, **how: Any) -> jax.Array:
+                if fused and applies(finish):
+                    step = finish.step, finish.decay
+                    return window_apply(values, indices, p, *weights, *step, size=size, **how)
+                window = values, indices, *weights
+                u = window_update(*window, size=size, n=p.shape[-1], dtype=dtype, **how)
+                return finish(u, *read_by(finish, p))
+
+            size, dtype = sent.layout.size, sent.dtype
+            return moves.setdefault((kind_of(finish), fused, size, dtype), move)
+
         def sparse(
             path: KeyPath,
             sent: BlockSparse,
-            target: jax.Array,
+            target: Any,
             finish: Callable[..., jax.Array],
             values: jax.Array,
             indices: jax.Array,
-        ) -> tuple[jax.Array, ...]:
+        ) -> tuple[Any, ...]:
             if not sent.fits((values, indices)):
                 raise ValueError(
                     f"The update of {path_name(path)!r} keeps {sent.values.shape[-1]} elements "
@@ -137,20 +155,11 @@ def scale_by_window_adam(
                     f"{compressor}. Give the same compressor to both links."
                 )
             values, indices = sent.write((values, indices), newest)
-            weights = mu_weights, nu_weights, eps
-            if applies(finish) and sent.shape and sent.bypass is None:
-                moved = window_apply(
-                    values,
-                    indices,
-                    target,
-                    *weights,
-                    finish.step,
-                    finish.decay,
-                    size=sent.layout.size,
-                    implementation=window.implementation,
-                    sharding=placed.get(path),
-                )
-                return moved, values, indices
+            if sent.shape and sent.bypass is None and not is_compressed(target):
+                fused = applies(finish)
+                move = move_of(sent, finish, fused)
+                step = WindowStep(move, target, values, indices, fused, placed.get(path))
+                return step, values, indices
             if not sent.shape:
                 blocks = window_adam(values, indices, *weights, sent.layout.size)
                 scaled = merge(blocks, sent.layout, sent.shape)
@@ -197,9 +206,7 @@ def scale_by_window_adam(
                 "with the same Top-K compressor."
             )
 
-        scaled, values, indices = map_with_path(
-            scale,
-            3,
+        treedef, rows = rows_of(
             updates,
             updates if params is None else params,
             finishes(finish, updates, is_leaf=is_compressed),
@@ -207,6 +214,14 @@ def scale_by_window_adam(
             state.window_indices,
             is_leaf=is_compressed,
         )
+        results = [scale(*row) for row in rows]
+        steps = [result for result, *_ in results if isinstance(result, WindowStep)]
+        moved = iter(move_all(steps, window.implementation))
+        results = [
+            (next(moved) if isinstance(result, WindowStep) else result, *kept)
+            for result, *kept in results
+        ]
+        scaled, values, indices = columns_of(treedef, results, 3)
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.

@@ -32,7 +32,6 @@ def blockwise_step(
     interpret: bool = False,
     sharding: NamedSharding | None = None,
     xla: Callable[..., Any] | None = None,
-    aside: tuple[jax.Array, ...] = (),
 ) -> Any:
     r"""Decodes moments, takes an element-wise step, and encodes the new moments.
 
@@ -59,12 +58,10 @@ def blockwise_step(
             GPU yet, so that None does not take it.
         interpret: runs the kernel as ordinary operations, on any device.
         sharding: where the gradient lies, on a mesh with Auto axes.
-        xla: how to run the reference, given ``(encoded, inputs, *aside)``; None for all at once.
-        aside: arrays that ``xla`` takes besides, and returns in new form after its result. A kernel
-            hands them on.
+        xla: how to run the reference, given ``(encoded, inputs)``; None for all at once.
 
     Returns:
-        The output and the new ``encoded``; and ``aside``, if there is any.
+        The output and the new ``encoded``.
 
     Raises:
         NotImplementedError: if the named implementation cannot run.
@@ -102,7 +99,7 @@ def blockwise_step(
     def run_xla(*operands: jax.Array) -> Any:
         inputs, encoded = jax.tree.unflatten(structure, operands[: len(own)])
         if xla is not None:
-            return xla(encoded, inputs, *operands[len(operands) - len(aside) :])
+            return xla(encoded, inputs)
         return reference.step(rule, codecs, encoded, inputs, keys)
 
     def run_kernel(*operands: jax.Array) -> Any:
@@ -132,7 +129,6 @@ def blockwise_step(
         rank=leaf.ndim,
         padded=reason is None and any(codec.blocks.layout_of(leaf).padding for codec in codecs),
         sharding=sharding,
-        aside=aside,
     )
 
 

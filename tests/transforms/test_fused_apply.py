@@ -19,9 +19,9 @@ from microadam_jax import (
     adamw8bit,
     came,
     fused_apply,
+    leaf_loops,
     microadam,
 )
-from microadam_jax.transforms import chunks
 from tests.contracts.test_sharding import collectives
 
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 4)
@@ -82,7 +82,7 @@ def assert_same_numbers(found: Any, expected: Any) -> None:
 def test_the_same_numbers_where_leaves_are_updated_in_chunks(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 2048)
+    monkeypatch.setattr(leaf_loops, "CACHED", 2048)
     assert_same_numbers(*both(make(SCHEDULE, weight_decay=0.1)))
 
 

@@ -27,6 +27,7 @@ from microadam_jax import (
     dynamic4,
     dynamic8,
     error_feedback,
+    leaf_loops,
     linear4,
     memory_report,
     microadam,
@@ -34,7 +35,6 @@ from microadam_jax import (
     scale_by_adam_mini,
     scale_by_window_adam,
 )
-from microadam_jax.transforms import chunks
 from tests.oracles import low_bit as oracle
 
 ROW = Blocks(64, shards=1)
@@ -110,7 +110,7 @@ def test_leaf_by_leaf_is_at_once(rounding: str) -> None:
 def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
     params = tree()
     whole, whole_state = run(make(1e-3), params)
-    monkeypatch.setattr(chunks, "CHUNK", 2**12)
+    monkeypatch.setattr(leaf_loops, "CACHED", 2**12)
     cut, cut_state = run(make(1e-3), params)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
     jax.tree.map(close, cut, whole)
@@ -134,7 +134,7 @@ def test_chunks_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks_change_no_bit_of_error_feedback(tx, monkeypatch: pytest.MonkeyPatch) -> None:
     params = tree()
     whole = run(tx, params)
-    monkeypatch.setattr(chunks, "CHUNK", 2**12)
+    monkeypatch.setattr(leaf_loops, "CACHED", 2**12)
     jax.clear_caches()
     lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
     assert "stablehlo.while" in lowered.as_text()
@@ -143,7 +143,7 @@ def test_chunks_change_no_bit_of_error_feedback(tx, monkeypatch: pytest.MonkeyPa
 
 
 def test_chunks_of_a_stochastic_codec_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 2**12)
+    monkeypatch.setattr(leaf_loops, "CACHED", 2**12)
     tx, params = adam_mini4bit(1e-3), {"w": jnp.zeros((64, 512))}
     # Between two levels, in all rows alike.
     _, state = tx.update({"w": jnp.ones((64, 512)).at[:, 1:].set(0.5)}, tx.init(params), params)

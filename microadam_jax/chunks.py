@@ -1,0 +1,165 @@
+"""How a leaf is cut into chunks of rows, whatever devices its axes are sharded over."""
+
+import math
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.codecs.rounding import Rows
+
+CACHED = 2**17  # elements of a chunk, about, whose temporaries stay in a CPU's cache
+PIECE = 2**22  # elements, about, that take an accelerator far longer than to launch an operation
+TILES = (32, 8)  # rows of bytes, and of float32, that an accelerator moves together
+
+
+Numbers = tuple[jax.Array | int, ...]
+
+
+class Chunks(NamedTuple):
+    """Equal parts of a leaf, each of a contiguous segment of rows from every device's part.
+
+    An axis of ``n`` becomes ``(shards, cut, length)``, and a chunk takes ``length`` rows
+    from each shard: nothing has to move, however the axis is sharded. Rows that are neighbours
+    stay neighbours, as tiles of an accelerator need it.
+
+    Attributes:
+        shape: the leaf's shape.
+        shards: for each of its axes but the last, over how many devices it may be sharded.
+        cuts: for each of them, into how many chunks it is cut.
+    """
+
+    shape: tuple[int, ...]
+    shards: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+    @classmethod
+    def of_about(cls, leaf: jax.Array, size: int) -> "Chunks":
+        """Chunks of about ``size`` elements, or one."""
+        shards = tuple(_shards(leaf, axis) for axis in range(leaf.ndim - 1 if leaf.size else 0))
+        budget, cuts = max(1, 2 * math.ceil(leaf.size / size) - 1), []
+        for axis, among in enumerate(shards):
+            rows = leaf.shape[axis] // among
+            divisors = [cut for cut in range(1, min(rows, budget) + 1) if rows % cut == 0]
+            choices = [divisors]
+            if axis == leaf.ndim - 2:
+                enough = [cut for cut in divisors if 4 * cut >= budget]
+                tiled = [[c for c in enough if rows // c % tile == 0] for tile in TILES]
+                choices = tiled + choices
+            cuts.append(max(next(filter(None, choices))))
+            budget //= cuts[-1]
+        return cls(leaf.shape, shards, tuple(cuts))
+
+    @classmethod
+    def of_layers(cls, leaf: jax.Array, axis: int) -> "Chunks":
+        """A chunk for each of the layers that are stacked along ``axis``, or for each device's."""
+        shards = tuple(_shards(leaf, i) if i == axis else 1 for i in range(leaf.ndim - 1))
+        cuts = tuple(
+            n // among if i == axis else 1
+            for i, (n, among) in enumerate(zip(leaf.shape, shards, strict=False))
+        )
+        return cls(leaf.shape, shards, cuts)
+
+    @property
+    def total(self) -> int:
+        """The number of chunks."""
+        return math.prod(self.cuts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The rows of each run, along each axis but the last."""
+        return tuple(
+            n // shards // cut
+            for n, shards, cut in zip(self.shape, self.shards, self.cuts, strict=False)
+        )
+
+    def numbers(self, chunk: jax.Array) -> Numbers:
+        """The number of the cut of each axis, for one of the chunks."""
+        numbers: list[jax.Array | int] = []
+        left = self.total
+        for cut in self.cuts:
+            left //= cut
+            if cut == 1:
+                numbers.append(0)
+                continue
+            # Not % and //, which take a dozen operations to get negative numbers right.
+            size = jnp.asarray(cut, chunk.dtype)
+            numbers.append(chunk if left == 1 else jax.lax.rem(chunk, size))
+            chunk = chunk if left == 1 else jax.lax.div(chunk, size)
+        return tuple(numbers)
+
+    def rows(self, numbers: Numbers) -> Rows:
+        """The rows of the leaf that a chunk holds."""
+        starts = tuple(map(operator.mul, numbers, self.lengths))
+        steps = tuple(map(operator.mul, self.cuts, self.lengths))
+        return Rows(self.shape[:-1], starts, self.lengths, steps)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """``x``, which has the leaf's axes or size 1 instead, with its cut axes in three."""
+        return x.reshape([n for n, _ in self._axes(x.shape)])
+
+    def take(self, x: jax.Array, whole: tuple[int, ...], numbers: Numbers) -> jax.Array:
+        """A chunk of what was cut from an array of shape ``whole``."""
+        cuts = self._cuts_of(whole)
+        if math.prod(cuts) == 1:
+            return x
+        starts, sizes = self._place(whole, numbers)
+        part = [n // cut for n, cut in zip(whole, cuts, strict=True)]
+        taken = jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+        return taken.reshape(part)
+
+    def put(
+        self, x: jax.Array, whole: tuple[int, ...], part: jax.Array, numbers: Numbers
+    ) -> jax.Array:
+        """``x`` with a chunk replaced."""
+        cuts = self._cuts_of(whole)
+        # Joined first: axes of a sharded array can be joined or parted, not both at once.
+        part = part.reshape([n // cut for n, cut in zip(whole, cuts, strict=True)])
+        if math.prod(cuts) == 1:
+            return part
+        starts, sizes = self._place(whole, numbers)
+        part = part.reshape(sizes)
+        return jax.lax.dynamic_update_slice(x, part, starts, allow_negative_indices=False)
+
+    def _cuts_of(self, whole: tuple[int, ...]) -> list[int]:
+        """Into how many chunks each axis of an array is cut: the leaf's axes, unless of size 1."""
+        known = len(self.cuts)
+        return [
+            self.cuts[axis] if axis < known and n == self.shape[axis] else 1
+            for axis, n in enumerate(whole)
+        ]
+
+    def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int | None]]:
+        """The sizes of the cut array's axes, each with the leaf's axis whose cuts it numbers."""
+        axes: list[tuple[int, int | None]] = []
+        for axis, (n, cut) in enumerate(zip(whole, self._cuts_of(whole), strict=True)):
+            if cut == 1:
+                axes.append((n, None))
+                continue
+            # Axes of size 1 are left out: CPUs would order them otherwise, and copy the array.
+            shards, length = self.shards[axis], self.lengths[axis]
+            axes += [(shards, None)] * (shards > 1)
+            axes.append((cut, axis))
+            axes += [(length, None)] * (length > 1)
+        return axes
+
+    def _place(
+        self, whole: tuple[int, ...], numbers: Numbers
+    ) -> tuple[list[jax.Array | int], list[int]]:
+        """Where in the cut array a chunk begins, and its size there."""
+        axes = self._axes(whole)
+        starts = [0 if axis is None else numbers[axis] for _, axis in axes]
+        return starts, [n if axis is None else 1 for n, axis in axes]
+
+
+def _shards(leaf: jax.Array, axis: int) -> int:
+    """Over how many devices an axis may be cut: over a divisor of that."""
+    rows, sharding = leaf.shape[axis], jax.typeof(leaf).sharding
+    if sharding.mesh.empty:
+        return math.gcd(rows, jax.device_count())
+    names = (*sharding.spec, *[None] * leaf.ndim)[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    known = math.prod(sharding.mesh.shape[name] for name in names if name)
+    unknown = math.prod(sharding.mesh.shape[name] for name in sharding.mesh.auto_axes)
+    return known * math.gcd(rows // known, unknown)

@@ -1,0 +1,161 @@
+"""A transformation of trees from what a method does to one parameter.
+
+A method says what it keeps, how it reduces a gradient to few values, and what it does to each
+element alone. How that runs is asked of :mod:`microadam_jax.transforms.stored_step`.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.codecs import Storage, Unstored
+from microadam_jax.sharding import moment_zeros, require_named, told
+from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
+from microadam_jax.transforms.stored_step import (
+    Arrays,
+    LeafStep,
+    Rule,
+    StoredField,
+    split,
+    step_fields,
+)
+from microadam_jax.trees import KeyPath, columns_of, leaf_keys, map_with_path, rows_of
+from pallas_kernels.dispatch import check_implementation
+
+# From a tree of leaves to a function from a leaf's path and the leaf to what is known of its axes.
+Layout = Callable[[Any], Callable[[KeyPath, Any], Any]]
+
+
+class Leaf(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        path: its path.
+        value: the parameter in ``init``, its gradient in ``reduce``.
+        layout: what the method's ``layout`` says of it.
+        t: int32 scalar, steps taken including this one; None in ``init``.
+    """
+
+    path: KeyPath
+    value: jax.Array
+    layout: Any
+    t: Any = None
+
+    @property
+    def squares(self) -> jax.Array:
+        """The squared gradient in float32."""
+        return jnp.square(self.value.astype(jnp.float32))
+
+    def zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        """Float32 zeros of the parameter's rank, sharded as it is where that is possible."""
+        return moment_zeros(self.value, shape, jnp.float32)
+
+
+def _nothing(leaf: Leaf) -> Arrays:
+    return ()
+
+
+def _no_inputs(leaf: Leaf) -> tuple[Arrays, Arrays]:
+    return (), ()
+
+
+def leafwise(
+    State: Any,
+    moments: Mapping[str, Storage | Unstored],
+    rule: Callable[..., tuple[jax.Array, ...]],
+    init: Callable[[Leaf], Arrays] = _nothing,
+    reduce: Callable[..., tuple[Arrays, Arrays]] = _no_inputs,
+    layout: Layout = lambda tree: lambda path, leaf: None,
+    *,
+    seed: ArrayLike = 0,
+    implementation: str | None = None,
+    shardings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a transformation from what a method does to one parameter.
+
+    Args:
+        State: a NamedTuple of ``count``, the moments, and the small arrays, in this order.
+        moments: for each moment how it is stored.
+        rule: from the steps taken, the gradient and the moments in float32, and the inputs that
+            ``reduce`` made, to the update and the new moments; it acts on each element alone.
+        init: from a parameter to its small arrays.
+        reduce: from a gradient and the small arrays to new small arrays and inputs of the rule,
+            which broadcast against the gradient.
+        layout: gives ``Leaf.layout``.
+        seed: of codecs that round stochastically.
+        implementation: of steps on stored moments; see :func:`quantize_state`.
+        shardings: of the parameters; see :func:`quantize_state`.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: in ``update``, if moments were stored otherwise.
+    """
+    storages = tuple(moments.values())
+    small = len(State._fields) - 1 - len(storages)
+    check_implementation(State.__name__.removesuffix("State"), implementation)
+    require_named(shardings)
+
+    def init_fn(params: optax.Params) -> Any:
+        layout_of = layout(params)
+        arrays = map_with_path(
+            lambda path, p: init(Leaf(path, p, layout_of(path, p))), small, params
+        )
+        kept = (storage.zeros(params) for storage in storages)
+        boxed = (boxed_moments(tree, params) for tree in arrays)
+        return State(jnp.zeros([], jnp.int32), *kept, *boxed)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        finish: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        count, kept, arrays = state[0], state[1 : 1 + len(storages)], state[1 + len(storages) :]
+        t = jnp.asarray(optax.safe_increment(count))
+        layout_of, placed = layout(updates), told(shardings, updates)
+        fields = [
+            StoredField.of(storage, updates, field, name, lambda: leaf_keys(seed, count, updates))
+            for storage, field, name in zip(storages, kept, moments, strict=True)
+        ]
+        columns = [column for field in fields for column in field.columns]
+        targets = updates if params is None else params
+        treedef, rows = rows_of(updates, targets, finishes(finish, updates), *arrays, *columns)
+        rules: dict[Hashable, Rule] = {}
+
+        def rule_for(finish: Callable[..., jax.Array], target: jax.Array, inputs: int) -> Rule:
+            """One function for all leaves on which it does the same."""
+
+            def run(moments: Arrays, read: Arrays) -> tuple[jax.Array, Arrays]:
+                g, others = read[0], read[1:]
+                u, *new = rule(t, g.astype(jnp.float32), *moments, *others[:inputs])
+                return finish(u.astype(dtype), *others[inputs:]), tuple(new)
+
+            dtype = jnp.dtype(target.dtype)
+            return rules.setdefault((kind_of(finish), dtype, inputs), run)
+
+        steps, reduced = [], []
+        for path, g, target, end, *stored in rows:
+            new, inputs = reduce(Leaf(path, g, layout_of(path, g), t), *stored[:small])
+            reduced.append(new)
+            run = rule_for(end, target, len(inputs))
+            read, slots = (g, *inputs, *read_by(end, target)), tuple(stored[small:])
+            steps.append(LeafStep(path, run, read, slots, replaced_by(end), placed.get(path)))
+        stepped = step_fields(fields, steps, implementation)
+        results = [(u, *new, *own) for (u, *own), new in zip(stepped, reduced, strict=True)]
+        scaled, *new = columns_of(treedef, results, 1 + small + len(columns))
+        own = zip(fields, split(new[small:], fields), strict=True)
+        boxed = map(boxed_like, new[:small], arrays)
+        return scaled, State(t, *(field.tree(trees) for field, trees in own), *boxed)
+
+    # The state's type is narrower than any state, which is all that Optax promises to pass.
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
