@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.boxes import axis_names, box_path, boxed_blocks
+from microadam_jax.boxes import box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
-from microadam_jax.layer_names import STACKED, layer_axis_of
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
+from microadam_jax.stacks import STACKED, layer_axes
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 
 FLOAT32 = Plain("float32")
@@ -108,14 +108,13 @@ class Storage:
         """A function from a leaf's path and the leaf to its codec.
 
         Args:
-            tree: the tree of the leaves: its Flax boxes may name the layer axis.
+            tree: the tree of the leaves, which tells stacks from single layers.
         """
-        names = dict(axis_names(tree))
+        axis_of = layer_axes(tree, self.stacked, self.layer_axis)
 
         def codec_of(path: KeyPath, leaf: Any) -> Codec:
-            boxed = box_path(path)
-            shape, name = tuple(leaf.shape), path_name(boxed)
-            axis = layer_axis_of(name, shape, names.get(boxed), self.stacked, self.layer_axis)
+            shape, name = tuple(leaf.shape), path_name(box_path(path))
+            axis = axis_of(path, leaf)
             size, row = math.prod(shape), shape[-1] if shape else 1
             size //= shape[axis] if axis is not None and size else 1
             if size < self.min_size or row < self.min_row or not size:

@@ -10,7 +10,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.partition import Partition, remark_assignment, require_shape
+from microadam_jax.partition import (
+    Assignment,
+    Partition,
+    remark_assignment,
+    require_shape,
+    warn_unnamed,
+)
 from microadam_jax.sharding import moment_zeros, require_named
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
@@ -65,7 +71,8 @@ def scale_by_adam_mini(
         b2: :math:`\beta_2`, in [0, 1).
         eps: :math:`\epsilon`, outside the root and after the bias correction.
         partition: what the blocks are; None stands for ``Partition()``, the names of
-            :func:`transformer_rules`. Look at them with :func:`explain_partition`.
+            :func:`transformer_rules`. Look at them with :func:`explain_partition`. A warning in
+            ``init`` names what follows no rule and takes a second moment for each element.
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32, because
             0.999 v rounds to v in bfloat16.
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`. Large
@@ -109,13 +116,16 @@ def scale_by_adam_mini(
 
     def init(params: optax.Params) -> ScaleByAdamMiniState:
         assign = partition.assign(params)
+        costs: list[tuple[Assignment, int]] = []
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array]:
             assignment = assign(path, parameter)
             remark_assignment(path, assignment)
+            costs.append((assignment, assignment.bytes))
             return (moment_zeros(parameter, assignment.sharing.moment_shape, jnp.float32),)
 
         (nu,) = map_with_path(zeros, 1, params)
+        warn_unnamed("scale_by_adam_mini", costs)
         count = jnp.zeros([], jnp.int32)
         return ScaleByAdamMiniState(count, storage.zeros(params), boxed_moments(nu, params))
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Codec, Storage, as_storage
-from microadam_jax.partition import Partition, require_shape
+from microadam_jax.partition import Assignment, Partition, require_shape, warn_unnamed
 from microadam_jax.sharding import moment_zeros, require_named
 from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
@@ -102,12 +102,16 @@ def scale_by_factored_adam(
 
     def init(params: optax.Params) -> ScaleByFactoredAdamState:
         assign = partition.assign(params)
+        costs: list[tuple[Assignment, int]] = []
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
-            shapes = factor_shapes(assign(path, parameter))
+            assignment = assign(path, parameter)
+            shapes = factor_shapes(assignment)
+            costs.append((assignment, assignment.bytes if sides(assignment) is None else 0))
             return tuple(moment_zeros(parameter, shape, jnp.float32) for shape in shapes)
 
-        nu = (boxed_moments(factor, params) for factor in map_with_path(zeros, 2, params))
+        nu = [boxed_moments(factor, params) for factor in map_with_path(zeros, 2, params)]
+        warn_unnamed("scale_by_factored_adam", costs)
         return ScaleByFactoredAdamState(jnp.zeros([], jnp.int32), storage.zeros(params), *nu)
 
     def update(
