@@ -101,6 +101,11 @@ class AxisBlocks:
         axes = (*self.axes[:axis], ((size, True),), *self.axes[axis:])
         return AxisBlocks(axes, _matrix_with_axis(self.matrix, axis))
 
+    def turned(self) -> "AxisBlocks":
+        """Returns the same for a parameter whose last two axes are swapped."""
+        *lead, first, last = self.axes
+        return AxisBlocks((*lead, last, first), _turned_matrix(self.matrix, len(self.axes)))
+
     @property
     def _parts(self) -> list[tuple[int, int, bool]]:
         return [(i, n, kept) for i, axis in enumerate(self.axes) for n, kept in axis]
@@ -171,6 +176,15 @@ class FusedBlocks:
             self.axis + (axis <= self.axis),
             tuple(part.with_axis(axis, size) for part in self.parts),
             _matrix_with_axis(self.matrix, axis),
+        )
+
+    def turned(self) -> "FusedBlocks":
+        """Returns the same for a parameter whose last two axes are swapped."""
+        rank = len(self.parts[0].axes)
+        return FusedBlocks(
+            _turned_axis(self.axis, rank),
+            tuple(part.turned() for part in self.parts),
+            _turned_matrix(self.matrix, rank),
         )
 
     @property
@@ -342,6 +356,34 @@ class Fused:
         return " + ".join(map(str, self.parts))
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Axes of a kernel from inputs to outputs, which some layers store the other way round.
+
+    Those of :func:`transformer_rules` are such. A rule of your own describes a parameter as it is.
+
+    Args:
+        axes: the axes where the outputs are last.
+    """
+
+    axes: Axes | Fused
+
+    def fit(self, shape: Shape, turned: bool = False) -> AxisBlocks | FusedBlocks | None:
+        """Returns the blocks of a parameter of ``shape``; None if these are not its axes.
+
+        Args:
+            shape: the parameter's shape.
+            turned: whether its last two axes are the outputs and the inputs.
+        """
+        if not turned:
+            return self.axes.fit(shape)
+        found = self.axes.fit((*shape[:-2], shape[-1], shape[-2]))
+        return None if found is None else found.turned()
+
+    def __str__(self) -> str:
+        return str(self.axes)
+
+
 def elementwise(shape: Shape) -> AxisBlocks:
     """Blocks of one element."""
     return AxisBlocks(tuple(((size, True),) for size in shape))
@@ -351,4 +393,15 @@ def _matrix_with_axis(matrix: Sides | None, axis: int) -> Sides | None:
     if matrix is None:
         return None
     inputs, outputs = (tuple(i + (axis <= i) for i in side) for side in matrix)
+    return inputs, outputs
+
+
+def _turned_axis(axis: int, rank: int) -> int:
+    return {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)
+
+
+def _turned_matrix(matrix: Sides | None, rank: int) -> Sides | None:
+    if matrix is None:
+        return None
+    inputs, outputs = (tuple(sorted(_turned_axis(i, rank) for i in side)) for side in matrix)
     return inputs, outputs

@@ -4,18 +4,12 @@ The names are those of Flax Linen and NNX, Hugging Face, MaxText, Gemma, timm an
 originals.
 """
 
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from microadam_jax.axes import ELEMENTWISE, Axes, Fused
+from microadam_jax.axes import ELEMENTWISE, Axes, Fused, Kernel
 
-Rule = tuple[str, Axes | Fused]
-
-# Containers of layers that nn.scan, nnx.vmap and MaxText stack: no number follows them.
-STACKED = r"(^|/)(\w*_)?(layers|blocks|stack|h|encoderblock)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
-
-LAYER_AXIS_NAMES = ("layers", "layer", "blocks", "stack", "scan")
+Rule = tuple[str, Axes | Fused | Kernel]
 
 QUERY = r"(query|query_proj|q_proj|wq|q|to_q|c_q)"
 KEY = r"(key|key_proj|k_proj|wk|k|to_k|c_k)"
@@ -35,29 +29,6 @@ EMBEDDINGS = (
 )
 POSITIONS = r"(pos(ition)?_?embed(ding)?s?|posemb\w*|wpe)"
 TOKENS = r"((cls|dist|mask|reg|register|class)(_tokens?)?)"
-
-
-def layer_axis_of(
-    path: str,
-    shape: tuple[int, ...],
-    names: tuple[Any, ...] | None,
-    stacked: str,
-    layer_axis: int,
-) -> int | None:
-    """The axis along which layers are stacked; None if none is.
-
-    Args:
-        path: the parameter's path.
-        shape: its shape.
-        names: the names of its axes, where they have some; they count first.
-        stacked: a regular expression for the paths of stacked parameters.
-        layer_axis: the layer axis of those.
-    """
-    if names is not None and len(names) == len(shape):
-        named = [i for i, name in enumerate(names) if name in LAYER_AXIS_NAMES]
-        if named:
-            return named[0]
-    return layer_axis if len(shape) > layer_axis and re.search(stacked, path) else None
 
 
 def transformer_rules(
@@ -105,11 +76,13 @@ def transformer_rules(
         *_gemma(),
         *(_linear_maps("weight", heads, kv_heads) if weight == "in out" else ()),
         *(_torch_linear_maps(heads, kv_heads) if weight == "out in" else ()),
-        *_linear_maps("(kernel|w)", heads, kv_heads),
+        *((name, Kernel(axes)) for name, axes in _linear_maps("(kernel|w)", heads, kv_heads)),
     )
 
 
-def _linear_maps(leaf: str, heads: int | None, kv_heads: int | None) -> Iterator[Rule]:
+def _linear_maps(
+    leaf: str, heads: int | None, kv_heads: int | None
+) -> Iterator[tuple[str, Axes | Fused]]:
     """Kernels from ``in`` to ``out``."""
     yield rf"[^/]*{LORA}(/{leaf})?", Axes("in | out -> out")
     for name, count in ((QUERY, heads), (KEY, kv_heads)):
@@ -149,7 +122,9 @@ def _linear_maps(leaf: str, heads: int | None, kv_heads: int | None) -> Iterator
     yield _unless(NORM, leaf), Axes("in | out -> out")
 
 
-def _torch_linear_maps(heads: int | None, kv_heads: int | None) -> Iterator[Rule]:
+def _torch_linear_maps(
+    heads: int | None, kv_heads: int | None
+) -> Iterator[tuple[str, Axes | Fused]]:
     """Weights from ``in`` to ``out`` that lie the other way, as in torch and Equinox."""
     yield rf"[^/]*{LORA}(/weight)?", Axes("out | in -> out")
     if heads is not None and kv_heads is not None:
@@ -172,7 +147,7 @@ def _torch_linear_maps(heads: int | None, kv_heads: int | None) -> Iterator[Rule
     yield _unless(NORM, "weight"), Axes("out | in -> out")
 
 
-def _gemma() -> Iterator[Rule]:
+def _gemma() -> Iterator[tuple[str, Axes | Fused]]:
     """The einsum kernels of Gemma, whose heads come first.
 
     Its gating kernel ``(2, in, out)`` is ``(2, out, in)`` in some versions, so no rule names it.

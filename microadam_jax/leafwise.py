@@ -24,7 +24,7 @@ from microadam_jax.transforms.stored_step import (
     split,
     step_fields,
 )
-from microadam_jax.trees import KeyPath, columns_of, leaf_keys, map_with_path, rows_of
+from microadam_jax.trees import KeyPath, columns_of, leaf_keys, rows_of
 from pallas_kernels.dispatch import check_implementation
 
 # From a tree of leaves to a function from a leaf's path and the leaf to what is known of its axes.
@@ -72,6 +72,7 @@ def leafwise(
     reduce: Callable[..., tuple[Arrays, Arrays]] = _no_inputs,
     layout: Layout = lambda tree: lambda path, leaf: None,
     *,
+    inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
     seed: ArrayLike = 0,
     implementation: str | None = None,
     shardings: Any = None,
@@ -87,6 +88,7 @@ def leafwise(
         reduce: from a gradient and the small arrays to new small arrays and inputs of the rule,
             which broadcast against the gradient.
         layout: gives ``Leaf.layout``.
+        inspect: called in ``init`` with all parameters, to warn of some or to refuse them.
         seed: of codecs that round stochastically.
         implementation: of steps on stored moments; see :func:`quantize_state`.
         shardings: of the parameters; see :func:`quantize_state`.
@@ -104,9 +106,10 @@ def leafwise(
 
     def init_fn(params: optax.Params) -> Any:
         layout_of = layout(params)
-        arrays = map_with_path(
-            lambda path, p: init(Leaf(path, p, layout_of(path, p))), small, params
-        )
+        treedef, rows = rows_of(params)
+        leaves = [Leaf(path, p, layout_of(path, p)) for path, p in rows]
+        arrays = columns_of(treedef, list(map(init, leaves)), small)
+        inspect(leaves)
         kept = (storage.zeros(params) for storage in storages)
         boxed = (boxed_moments(tree, params) for tree in arrays)
         return State(jnp.zeros([], jnp.int32), *kept, *boxed)

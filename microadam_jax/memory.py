@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -15,6 +16,9 @@ import optax
 from microadam_jax.trees import KeyPath, path_name
 
 GIB = 2**30
+ADAM_BYTES = 8  # of two float32 moments
+SMALL = 4096  # elements; what a smaller leaf takes does not matter
+ROUNDING = 16  # bytes: counts, and the single bytes of arrays that a leaf does not need
 
 _remarks: contextvars.ContextVar[dict[str, list[str]] | None] = contextvars.ContextVar(
     "remarks", default=None
@@ -26,6 +30,11 @@ def remark(path: KeyPath, text: str) -> None:
     remarks = _remarks.get()
     if remarks is not None:
         remarks[text].append(path_name(path))
+
+
+def is_reporting() -> bool:
+    """Returns True while a memory report is being made, which remarks are for and warnings not."""
+    return _remarks.get() is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +119,8 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
         # A fresh function each time: eval_shape would answer a known one from its cache,
         # without running it, and no remark would be heard.
         state = jax.eval_shape(lambda params: tx.init(params), params)
+        for path, _ in more_than_adam(state, params):
+            remark(path, "takes more bytes than AdamW in float32")
     fields: Counter[str] = Counter()
     for name, leaf in named_leaves(state, params):
         fields[name] += leaf.size * jnp.dtype(leaf.dtype).itemsize
@@ -117,6 +128,58 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         fields=dict(fields),
         remarks={text: tuple(paths) for text, paths in remarks.items()},
+    )
+
+
+def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]]:
+    """Returns the parameters whose state takes more bytes than AdamW's two float32 moments.
+
+    Args:
+        state: the state, or its shapes.
+        params: the parameters. Those of at most 4096 elements are left out.
+
+    Returns:
+        Their paths and the bytes of their states.
+    """
+    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    taken: Counter[KeyPath] = Counter()
+    for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
+        owner = next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in leaves), None)
+        if owner is not None:
+            taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
+    sizes = {path: math.prod(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+    return [
+        (path, taken[path])
+        for path, size in sizes.items()
+        if size > SMALL and taken[path] > ADAM_BYTES * size + ROUNDING
+    ]
+
+
+def warn_of_more_than_adam(transformation: str, state: Any, params: optax.Params) -> None:
+    """Warns of parameters for which ``state`` takes more bytes than AdamW; reports say it anyway.
+
+    Args:
+        transformation: its name.
+        state: what it keeps.
+        params: the parameters.
+    """
+    if is_reporting():
+        return
+    found = more_than_adam(state, params)
+    if not found:
+        return
+    path, most = max(found, key=lambda item: item[1])
+    (shape,) = (
+        leaf.shape for at, leaf in jax.tree_util.tree_flatten_with_path(params)[0] if at == path
+    )
+    warnings.warn(
+        f"{transformation} takes more bytes than AdamW's two float32 moments for {len(found)} of "
+        f"{len(jax.tree.leaves(params))} parameters; the most for {path_name(path)!r} of shape "
+        f"{shape}, {most:,} in place of {ADAM_BYTES * math.prod(shape):,}. They are too narrow, "
+        "or the rank or window is too large. Choose a smaller one, or give such parameters to "
+        "optax.adamw with optax.partition.",
+        UserWarning,
+        stacklevel=2,
     )
 
 

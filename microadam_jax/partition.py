@@ -3,18 +3,26 @@
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from microadam_jax.axes import Axes, Fused, Shape, Sharing, elementwise
-from microadam_jax.boxes import axis_names, box_path
-from microadam_jax.layer_names import STACKED, layer_axis_of, transformer_rules
-from microadam_jax.memory import format_table, remark
+from microadam_jax.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
+from microadam_jax.boxes import box_path
+from microadam_jax.layer_names import NORM, transformer_rules
+from microadam_jax.memory import format_table, is_reporting, remark
+from microadam_jax.orientation import Orientation, orientations
+from microadam_jax.stacks import STACKED, layer_axes
 from microadam_jax.trees import KeyPath, path_name
 
-Rules = Sequence[tuple[str, str | Axes | Fused]]
+Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
+
+UNKNOWN = ("elementwise", "output", "error")
+OUTPUT = Axes("in | out -> out")
+# A vector without a rule is worth a warning only where it is a whole model, flattened.
+LONG_VECTOR = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Assignment:
         rule: the rule it follows; None if there is none, and every element is on its own.
         sharing: its blocks.
         layer_axis: the axis of stacked layers, which is never averaged.
+        orientation: the order of a kernel's last two axes, as far as it is known.
     """
 
     path: str
@@ -34,11 +43,17 @@ class Assignment:
     rule: Axes | Fused | None
     sharing: Sharing
     layer_axis: int | None = None
+    orientation: Orientation = Orientation.IN_OUT
 
     @property
     def bytes(self) -> int:
         """Bytes of the float32 second moment."""
         return 4 * math.prod(self.sharing.moment_shape)
+
+    @property
+    def layer_shape(self) -> Shape:
+        """The shape of one layer."""
+        return self.shape if self.layer_axis is None else _without(self.shape, self.layer_axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +70,20 @@ class Partition:
         rules: pairs of a pattern and the axes, :class:`Axes` or its notation, or
             :class:`Fused`. Put your own before those of :func:`transformer_rules`.
         stacked: a regular expression for paths of parameters of layers that are stacked for a
-            scan. Each layer has blocks of its own. A parameter in a Linen box that names its layer
-            axis needs no pattern.
+            scan. Each layer has blocks of its own. Where the index of a layer follows the match,
+            as in ``"layers/layer_0/"``, the parameter belongs to a single one. The default also
+            asks the tree whether the layers have one size. A parameter in a Linen box that names
+            its layer axis needs no pattern.
         layer_axis: the layer axis of those, 0 or, as in MaxText, 1.
+        unknown: of a matrix of two axes that follows no rule: ``"elementwise"`` keeps a second
+            moment for each element, and optimizers warn of its bytes; ``"output"`` takes it for a
+            kernel ``(in, out)`` and keeps one for each output; ``"error"`` refuses it, and every
+            other parameter of two or more axes that follows no rule.
 
     Raises:
-        ValueError: if a pattern is no regular expression, or an axes notation cannot be read.
+        ValueError: if a pattern is no regular expression, an axes notation cannot be read, or
+            ``unknown`` is none of those; in ``assign``, if ``unknown`` is ``"error"`` and a
+            parameter follows no rule.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -79,8 +102,11 @@ class Partition:
     rules: Rules = dataclasses.field(default_factory=transformer_rules)
     stacked: str = STACKED
     layer_axis: int = 0
+    unknown: Literal["elementwise", "output", "error"] = "elementwise"
 
     def __post_init__(self) -> None:
+        if self.unknown not in UNKNOWN:
+            raise ValueError(f"Partition.unknown must be one of {UNKNOWN}; got {self.unknown!r}.")
         if self.layer_axis < 0:
             raise ValueError(f"layer_axis must not be negative; got {self.layer_axis}.")
         for pattern in (*(pattern for pattern, _ in self.rules), self.stacked):
@@ -95,40 +121,78 @@ class Partition:
         """A function from a leaf's path and the leaf to what this partition does to it.
 
         Args:
-            params: the tree of the leaves: its Flax boxes may name the axes.
+            params: the tree of the leaves, which tells stacks from single layers and kernels
+                ``(in, out)`` from ``(out, in)``.
+
+        Raises:
+            ValueError: from the function, if ``unknown`` is ``"error"`` and the leaf follows no
+                rule.
         """
-        names = dict(axis_names(params))
+        axis_of = layer_axes(params, self.stacked, self.layer_axis)
+        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        known = orientations(
+            {
+                path_name(box_path(path)): _one_layer(leaf.shape, axis_of(path, leaf))
+                for path, leaf in leaves
+                if hasattr(leaf, "shape")
+            }
+        )
 
         def assignment(path: KeyPath, leaf: Any) -> Assignment:
-            boxed = box_path(path)
-            return self._assignment(path_name(boxed), tuple(leaf.shape), names.get(boxed))
+            name = path_name(box_path(path))
+            orientation = known.get(name, Orientation.IN_OUT)
+            found = self._assignment(name, tuple(leaf.shape), axis_of(path, leaf), orientation)
+            if self.unknown == "error" and found.rule is None and len(found.layer_shape) > 1:
+                raise ValueError(
+                    f"{found.path!r} of shape {found.shape} follows no rule of the partition, "
+                    f"which has unknown='error'. Add a rule, {_rule_to_add(found)}, or choose "
+                    "unknown='elementwise' or, for matrices (in, out), 'output'."
+                )
+            return found
 
         return assignment
 
-    def _assignment(self, path: str, shape: Shape, names: tuple[Any, ...] | None) -> Assignment:
-        layer_axis = layer_axis_of(path, shape, names, self.stacked, self.layer_axis)
+    def _assignment(
+        self, path: str, shape: Shape, layer_axis: int | None, orientation: Orientation
+    ) -> Assignment:
         if layer_axis is not None:
-            found = self._rule(path, _without(shape, layer_axis))
+            found = self._rule(path, _without(shape, layer_axis), orientation)
             if found is not None:
-                rule, sharing = found
+                rule, sharing, orientation = found
                 stacked = sharing.with_axis(layer_axis, shape[layer_axis])
-                return Assignment(path, shape, rule, stacked, layer_axis)
-        found = self._rule(path, shape)
+                return Assignment(path, shape, rule, stacked, layer_axis, orientation)
+        found = self._rule(path, shape, orientation)
         if found is not None:
-            rule, sharing = found
+            rule, sharing, orientation = found
             # A rule for the whole shape tells that there is no stack, if it leaves the axis alone.
             if layer_axis is None or sharing.moment_shape[layer_axis] == shape[layer_axis]:
-                return Assignment(path, shape, rule, sharing)
+                return Assignment(path, shape, rule, sharing, None, orientation)
+        layer = _one_layer(shape, layer_axis)
+        if self.unknown == "output" and _is_unnamed_matrix(path, layer):
+            sharing = OUTPUT.fit(layer)
+            if sharing is not None and layer_axis is not None:
+                sharing = sharing.with_axis(layer_axis, shape[layer_axis])
+            if sharing is not None:
+                return Assignment(path, shape, OUTPUT, sharing, layer_axis, Orientation.ASSUMED)
         return Assignment(path, shape, None, elementwise(shape), layer_axis)
 
-    def _rule(self, path: str, shape: Shape) -> tuple[Axes | Fused, Sharing] | None:
+    def _rule(
+        self, path: str, shape: Shape, orientation: Orientation
+    ) -> tuple[Axes | Fused, Sharing, Orientation] | None:
         if 0 in shape:
             return None
         for pattern, axes in self.rules:
-            if not isinstance(axes, str) and re.search(rf"(?:^|/)(?:{pattern})$", path):
+            if isinstance(axes, str) or not re.search(rf"(?:^|/)(?:{pattern})$", path):
+                continue
+            order = Orientation.IN_OUT
+            if isinstance(axes, Kernel):  # other rules describe a parameter as it is stored
+                order = orientation
+                sharing = axes.fit(shape, turned=order is Orientation.OUT_IN)
+                axes = axes.axes
+            else:
                 sharing = axes.fit(shape)
-                if sharing is not None:
-                    return axes, sharing
+            if sharing is not None:
+                return axes, sharing, order
         return None
 
 
@@ -192,6 +256,38 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
     return PartitionReport(tuple(assign(path, leaf) for path, leaf in leaves))
 
 
+def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> None:
+    """Warns of second moments that parameters have for each element because no rule names them.
+
+    A memory report lists them instead. Vectors are worth a warning only if they are long.
+
+    Args:
+        optimizer: the name of the transformation.
+        costs: each parameter, with the bytes of its second moments that nobody asked for.
+    """
+    unnamed = [
+        (bytes_, assignment)
+        for assignment, bytes_ in costs
+        if assignment.rule is None
+        and bytes_ > 4
+        and (len(assignment.layer_shape) > 1 or bytes_ >= 4 * LONG_VECTOR)
+    ]
+    if not unnamed or is_reporting():
+        return
+    largest, assignment = max(unnamed, key=lambda cost: cost[0])
+    total = sum(bytes_ for bytes_, _ in unnamed)
+    warnings.warn(
+        f"{optimizer}: no rule of the partition names {len(unnamed)} of {len(costs)} parameters, "
+        f"so each of their elements keeps a second moment of its own: {total:,} bytes. The largest "
+        f"is {assignment.path!r} of shape {assignment.shape} with {largest:,} bytes. Give "
+        f"partition=Partition(({_rule_to_add(assignment)}, *transformer_rules())), or "
+        "Partition(unknown='output') if all unknown matrices are (in, out). If each element shall "
+        "have its own, use the axes '... -> ...'. See explain_partition.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
 def remark_assignment(path: KeyPath, assignment: Assignment) -> None:
     """Tells the memory report of a parameter that shares nothing because no rule names it."""
     if assignment.rule is None and assignment.sharing.blocks > 1:
@@ -215,8 +311,29 @@ def _without(shape: Shape, axis: int) -> Shape:
     return (*shape[:axis], *shape[axis + 1 :])
 
 
+def _one_layer(shape: Shape, layer_axis: int | None) -> Shape:
+    return tuple(shape) if layer_axis is None else _without(shape, layer_axis)
+
+
+def _is_unnamed_matrix(path: str, shape: Shape) -> bool:
+    return len(shape) == 2 and re.search(rf"(?:^|/){NORM}(/[^/]+)?$", path) is None
+
+
+def _rule_to_add(assignment: Assignment) -> str:
+    """Returns a rule for a parameter; its axes are a guess, to be looked at."""
+    pattern = "/".join(map(re.escape, assignment.path.split("/")[-2:]))
+    rank = len(assignment.layer_shape)
+    names = " ".join(["in", *(f"in{i}" for i in range(2, rank))])
+    axes = "feature ->" if rank < 2 else f"{names} | out -> out"
+    return f"({pattern!r}, {axes!r})"
+
+
 def _rule_text(assignment: Assignment) -> str:
     text = "no rule, elementwise" if assignment.rule is None else str(assignment.rule)
+    if assignment.orientation is Orientation.OUT_IN:
+        text += ", stored (out, in)"
+    elif assignment.orientation is Orientation.ASSUMED:
+        text += ", assumed (in, out)"
     if assignment.layer_axis is None:
         return text
     return f"{text}, for each of {assignment.shape[assignment.layer_axis]} layers"

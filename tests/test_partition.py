@@ -486,7 +486,6 @@ def test_another_pattern_may_say_what_is_stacked() -> None:
 @pytest.mark.parametrize(
     ("path", "shape"),
     [
-        ("layers/odd/kernel", (7, 16)),
         ("layers/odd/weight", (7, 16)),
         ("layers/wq_b/kernel", (7, 7, 4, 4)),
         ("layers/gating_einsum/w", (7, 7, 16, 24)),
@@ -504,8 +503,8 @@ def test_layers_of_which_no_rule_fits_one_are_not_averaged(path: str, shape: Sha
 
 
 def test_what_only_sounds_like_a_stack_is_none_if_its_rule_leaves_the_layers_alone() -> None:
-    assert is_elementwise(assign("layers/first/kernel", (16, 24), FLAX))
-    assert assign("layers/first/kernel", (16, 24), Partition(stacked="^$")).sharing.blocks == 24
+    Row("layers/first/kernel", (16, 24), (1, 24)).check(FLAX)
+    assert assign("layers/first/kernel", (16, 24), FLAX).layer_axis is None
     Row("layers/first/weight", (24, 16), (24, 1)).check(TORCH)
     assert assign("layers/first/weight", (24, 16), TORCH).layer_axis is None
     Row("layers/3/mlp/kernel", (16, 24), (1, 24)).check(FLAX)

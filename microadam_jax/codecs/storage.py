@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.boxes import axis_names, box_path, boxed_blocks
+from microadam_jax.boxes import box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
-from microadam_jax.layer_names import STACKED, layer_axis_of
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
+from microadam_jax.stacks import STACKED, layer_axes
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 
 FLOAT32 = Plain("float32")
@@ -108,12 +108,13 @@ class Storage:
         """A function from a leaf's path and the leaf to its codec.
 
         Args:
-            tree: the tree of the leaves: its Flax boxes may name the layer axis.
+            tree: the tree of the leaves, which tells stacks from single layers.
         """
-        layer_axis = self.layer_axes(tree)
+        axis_of = self.layer_axes(tree)
 
         def codec_of(path: KeyPath, leaf: Any) -> Codec:
-            shape, name, axis = tuple(leaf.shape), path_name(box_path(path)), layer_axis(path, leaf)
+            shape, name = tuple(leaf.shape), path_name(box_path(path))
+            axis = axis_of(path, leaf)
             size, row = math.prod(shape), shape[-1] if shape else 1
             size //= shape[axis] if axis is not None and size else 1
             if size < self.min_size or row < self.min_row or not size:
@@ -127,17 +128,9 @@ class Storage:
         """A function from a leaf's path and the leaf to the axis of stacked layers.
 
         Args:
-            tree: the tree of the leaves: its Flax boxes may name the layer axis.
+            tree: the tree of the leaves, which tells stacks from single layers.
         """
-        names = dict(axis_names(tree))
-
-        def layer_axis(path: KeyPath, leaf: Any) -> int | None:
-            boxed = box_path(path)
-            shape = tuple(leaf.shape)
-            named = names.get(boxed)
-            return layer_axis_of(path_name(boxed), shape, named, self.stacked, self.layer_axis)
-
-        return layer_axis
+        return layer_axes(tree, self.stacked, self.layer_axis)
 
     def zeros(self, tree: Any) -> Field:
         """The field for a tree of zeros, placed as the tree is."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from jax.typing import DTypeLike
 
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
 from microadam_jax.sharding import contract, moment_zeros, place_moment
-from microadam_jax.trees import KeyPath, leaf_key, path_name
+from microadam_jax.stacks import stacks_first_axis
+from microadam_jax.trees import KeyPath, leaf_key
 
 # What is left of a column after the projection, relative to its length, is rounding error below.
 ROUNDING = 1e-6
@@ -46,7 +46,8 @@ class PowerSGD:
             dense.
         stacked: a regular expression; leaves whose path matches it (``re.search`` on a path
             such as ``"layers/mlp/kernel"``) stack layers along their first axis, and each layer
-            is a matrix of its own.
+            is a matrix of its own. Where an index of a layer follows the match, as in
+            ``"layers/layer_0/"``, the leaf belongs to a single one.
         seed: of :math:`Q_0`, which is drawn from the seed and the leaf's path.
 
     Raises:
@@ -133,7 +134,7 @@ class PowerSGD:
 
     def _right_axes(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
         layers = 1
-        if self.stacked is not None and leaf.ndim > 2 and re.search(self.stacked, path_name(path)):
+        if leaf.ndim > 2 and stacks_first_axis(path, leaf, self.stacked):
             layers = leaf.shape[0]
         return (layers, *(1,) * (leaf.ndim - 2), leaf.shape[-1])
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,8 @@ from jax.typing import DTypeLike
 from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.sharding import state_zeros
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.stacks import stacks_first_axis
+from microadam_jax.trees import KeyPath
 from pallas_kernels.dispatch import check_implementation
 from pallas_kernels.topk_compress import select_top_k
 
@@ -42,7 +42,8 @@ class TopK:
             bookkeeping of a short block costs more than the moments it replaces.
         stacked: a regular expression; leaves whose path matches it (``re.search`` on a path
             such as ``"layers/norm/scale"``) stack layers along their first axis, and
-            ``min_size`` is compared with the size of one layer.
+            ``min_size`` is compared with the size of one layer. Where an index of a layer
+            follows the match, as in ``"layers/layer_0/"``, the leaf belongs to a single one.
         implementation: of compression with error feedback and a 4-bit residual in the same
             blocks: None picks by device and shape, ``"xla"``, ``"mosaic_tpu"`` and ``"triton"``
             force one.
@@ -86,7 +87,7 @@ class TopK:
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
         """Whether the leaf at ``path`` of the parameter tree is too small to compress."""
         size, row = math.prod(leaf.shape), leaf.shape[-1] if leaf.ndim else 1
-        if self.stacked is not None and leaf.ndim and re.search(self.stacked, path_name(path)):
+        if stacks_first_axis(path, leaf, self.stacked):
             size //= max(1, leaf.shape[0])
         return size < self.min_size or row < self.min_row
 

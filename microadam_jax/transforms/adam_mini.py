@@ -9,7 +9,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
-from microadam_jax.partition import Partition, remark_assignment, require_shape
+from microadam_jax.partition import (
+    Partition,
+    remark_assignment,
+    require_shape,
+    warn_unnamed,
+)
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 
 
@@ -58,7 +63,8 @@ def scale_by_adam_mini(
         b2: :math:`\beta_2`, in [0, 1).
         eps: :math:`\epsilon`, outside the root and after the bias correction.
         partition: what the blocks are; None stands for ``Partition()``, the names of
-            :func:`transformer_rules`. Look at them with :func:`explain_partition`.
+            :func:`transformer_rules`. Look at them with :func:`explain_partition`. A warning in
+            ``init`` names what follows no rule and takes a second moment for each element.
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32, because
             0.999 v rounds to v in bfloat16.
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`. Large
@@ -102,6 +108,9 @@ def scale_by_adam_mini(
         remark_assignment(leaf.path, leaf.layout)
         return (leaf.zeros(leaf.layout.sharing.moment_shape),)
 
+    def inspect(leaves: list[Leaf]) -> None:
+        warn_unnamed("scale_by_adam_mini", [(leaf.layout, leaf.layout.bytes) for leaf in leaves])
+
     def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
         blocks = leaf.layout.sharing
         require_shape(leaf.path, nu, blocks.moment_shape)
@@ -119,6 +128,7 @@ def scale_by_adam_mini(
         init,
         reduce,
         partition.assign,
+        inspect=inspect,
         seed=seed,
         implementation=implementation,
         shardings=shardings,

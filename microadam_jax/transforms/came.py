@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.axes import Shape
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.partition import Assignment, Partition, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.factors import (
@@ -126,7 +127,9 @@ def scale_by_came(
             )
 
         mu, *factors = map_with_path(zeros, 5, params)
-        return ScaleByCameState(mu, *(boxed_moments(factor, params) for factor in factors))
+        state = ScaleByCameState(mu, *(boxed_moments(factor, params) for factor in factors))
+        warn_of_more_than_adam("scale_by_came", state, params)
+        return state
 
     def update(
         updates: optax.Updates,

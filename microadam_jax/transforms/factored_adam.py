@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, as_storage
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
-from microadam_jax.partition import Partition, require_shape
+from microadam_jax.partition import Partition, require_shape, warn_unnamed
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 
@@ -93,6 +93,11 @@ def scale_by_factored_adam(
     def init(leaf: Leaf) -> Arrays:
         return tuple(map(leaf.zeros, factor_shapes(leaf.layout)))
 
+    def inspect(leaves: list[Leaf]) -> None:
+        unfactored = ((leaf.layout, sides(leaf.layout) is None) for leaf in leaves)
+        costs = [(assignment, assignment.bytes if alone else 0) for assignment, alone in unfactored]
+        warn_unnamed("scale_by_factored_adam", costs)
+
     def reduce(leaf: Leaf, nu_row: jax.Array, nu_col: jax.Array) -> tuple[Arrays, Arrays]:
         for moment, shape in zip((nu_row, nu_col), factor_shapes(leaf.layout), strict=True):
             require_shape(leaf.path, moment, shape)
@@ -120,6 +125,7 @@ def scale_by_factored_adam(
         init,
         reduce,
         partition.assign,
+        inspect=inspect,
         seed=seed,
         implementation=implementation,
         shardings=shardings,

@@ -9,6 +9,7 @@ import optax
 
 from microadam_jax.boxes import boxed_blocks, boxed_like
 from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed
+from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
 from microadam_jax.transforms.window import Window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
@@ -58,11 +59,14 @@ def gram_window(
             return compressor.window(path, parameter, window.length, window.dtype)
 
         trees = map_with_path(zeros, 2, params)
-        return GramWindowState(
+        state = GramWindowState(
             jnp.zeros([], jnp.int32),
             jnp.zeros((window.length, window.length), jnp.float32),
             *(boxed_blocks(tree, params) for tree in trees),
         )
+        if compressor is not None:  # dense windows are larger by their nature
+            warn_of_more_than_adam("scale_by_mfac or scale_by_ggt", state, params)
+        return state
 
     def update(
         updates: optax.Updates,

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.complement import Complement, Discard, Step
@@ -160,12 +161,14 @@ def project_gradients(
         with of_micro_batch(None):
             inner_state = inner.init(boxed_moments(projected, params))
         rules.moments(inner_state)  # refuses a state that lacks them
-        return ProjectGradientsState(
+        state = ProjectGradientsState(
             jnp.zeros([], jnp.int32),
             subspace.Kept(*(boxed_moments(tree, params) for tree in basis)),
             complement.Kept(*(boxed_moments(tree, params) for tree in kept)),
             inner_state,
         )
+        warn_of_more_than_adam("project_gradients", state, params)
+        return state
 
     def update(
         updates: optax.Updates,

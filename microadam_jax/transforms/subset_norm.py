@@ -9,7 +9,13 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
-from microadam_jax.partition import Partition, remark_assignment, require_shape
+from microadam_jax.partition import (
+    Assignment,
+    Partition,
+    remark_assignment,
+    require_shape,
+    warn_unnamed,
+)
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.subsets import Subsets
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
@@ -89,17 +95,20 @@ def scale_by_subset_norm(
 
     def init(params: optax.Params) -> ScaleBySubsetNormState:
         assign = partition.assign(params)
+        costs: list[tuple[Assignment, int]] = []
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
             assignment = assign(path, parameter)
             if subsets.rule == "larger":
                 remark_assignment(path, assignment)
+                costs.append((assignment, assignment.bytes))
             return (
                 state_zeros(parameter, parameter.shape, mu_dtype),
                 moment_zeros(parameter, subsets.of(assignment).moment_shape, jnp.float32),
             )
 
         mu, nu = map_with_path(zeros, 2, params)
+        warn_unnamed("scale_by_subset_norm", costs)
         return ScaleBySubsetNormState(jnp.zeros([], jnp.int32), mu, boxed_moments(nu, params))
 
     def update(

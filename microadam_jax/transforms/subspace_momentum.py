@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.partition import require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.subsets import Subsets
@@ -128,12 +129,14 @@ def subspace_momentum(
 
         basis = projection.zeros(params)
         mu, nu = map_with_path(zeros, 2, params)
-        return SubspaceMomentumState(
+        state = SubspaceMomentumState(
             jnp.zeros([], jnp.int32),
             subspace.Kept(*(boxed_moments(tree, params) for tree in basis)),
             boxed_moments(mu, params),
             boxed_moments(nu, params),
         )
+        warn_of_more_than_adam("subspace_momentum", state, params)
+        return state
 
     def update(
         updates: optax.Updates,

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
+from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.descent import applies, finishes, kind_of, read_by
@@ -103,7 +104,9 @@ def scale_by_window_adam(
                 return moments, unused_state(parameter)
             return compressor.window(path, parameter, window.length, window.dtype)
 
-        return ScaleByWindowAdamState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
+        state = ScaleByWindowAdamState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
+        warn_of_more_than_adam("scale_by_window_adam", state, params)
+        return state
 
     def update(
         updates: optax.Updates,

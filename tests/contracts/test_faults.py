@@ -16,7 +16,12 @@ from microadam_jax import accumulate_into_residual, aliases, with_diagnostics
 from microadam_jax.diagnostics import observing
 from microadam_jax.transforms.micro_batches import told_micro_batch
 
-pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+# The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.
+pytestmark = [
+    pytest.mark.usefixtures("fewer_optimizations"),
+    pytest.mark.filterwarnings("ignore:.*no rule of the partition names:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*takes more bytes than AdamW:UserWarning"),
+]
 NAMES = [name for name in aliases.__all__ if name.islower()]
 SAMPLE = ("microadam", "adam_mini4bit")
 # Where a gradient drops from huge to nothing, a second moment in 8 bits is rounded to zero before

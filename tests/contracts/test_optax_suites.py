@@ -19,7 +19,12 @@ from optax._src import alias
 import microadam_jax
 from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
 
-pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+# The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.
+pytestmark = [
+    pytest.mark.usefixtures("fewer_optimizations"),
+    pytest.mark.filterwarnings("ignore:.*no rule of the partition names:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*takes more bytes than AdamW:UserWarning"),
+]
 
 # Optax 0.2.8 compares versions as text and would skip its sharding tests from JAX 0.10 on.
 _VERSION = mock.patch.object(jax, "__version__", "9.9.9")

@@ -94,6 +94,12 @@ def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["muon", "prodigy", "lion"])
+def test_optimizers_of_optax_and_its_contrib_are_found(name: str) -> None:
+    state = optimizer(name).init({"w": jnp.zeros((4, 4))})
+    assert jax.tree.leaves(state)
+
+
 def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     main([*PLAN, "--optimizer", "adamw", "--mesh", "fsdp=3"])
     assert "not cut: embed_tokens/embedding, layers/mlp/" in capsys.readouterr().out
@@ -108,6 +114,8 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
         (["--model", "gpt2", "--mesh", "fsdp=2"], "take a Llama"),
         (["--mesh", "fsdp=2,fsdp=4"], "each once at most"),
         (["--optimizer", "constant_schedule"], "is no optimizer"),
+        (["--optimizer", "split_real_and_imaginary"], "is no optimizer"),
+        (["--optimizer", "moun"], "Those of optax and optax.contrib are known too"),
         (["--batch", "0"], "0 must be a positive whole number"),
         (["--memory-per-device", "-3"], "-3 must be a positive number"),
         (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "No such file or directory"),

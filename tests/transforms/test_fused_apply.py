@@ -24,6 +24,9 @@ from microadam_jax import (
 )
 from tests.contracts.test_sharding import collectives
 
+# The warnings have tests of their own: here parameters follow no rule on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no rule of the partition names:UserWarning")
+
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 4)
 SHAPES = {"kernel": (8, 1024), "stacked": (2, 16, 300), "bias": (32,), "scale": ()}
 

@@ -30,7 +30,11 @@ from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Indices
 from tests.oracles.subset_norm import SubsetNormOracle, larger_side, run_size, runs
 
-pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+pytestmark = [
+    pytest.mark.usefixtures("fewer_optimizations"),
+    # The warning has tests of its own: here some parameters follow no rule on purpose.
+    pytest.mark.filterwarnings("ignore:.*no rule of the partition names:UserWarning"),
+]
 
 STEPS = 32
 DECAY = 0.1

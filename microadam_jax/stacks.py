@@ -1,0 +1,181 @@
+"""Which axis of a parameter stacks layers: the one place that decides it."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from microadam_jax.boxes import axis_names, box_path
+from microadam_jax.layer_names import LORA, NORM
+from microadam_jax.trees import KeyPath, path_name
+
+Shape = tuple[int, ...]
+
+# Containers of layers that nn.scan, nnx.vmap and MaxText stack: no number follows them. As a
+# default it also asks the tree, see `layer_axes`. Part of the labels of stored states.
+STACKED = r"(^|/)(\w*_)?(layers|blocks|stack|h|encoderblock)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
+
+LAYER_AXIS_NAMES = ("layers", "layer", "blocks", "stack", "scan")
+
+_CONTAINER = re.compile(STACKED.replace(r"(?!\d+(/|$))", ""))
+# Names that single layers have as often: a recurrent cell's hidden projection, an MLP's list.
+_DOUBTFUL = re.compile(r"(^|/)(\w+_h|hidden_layers|\w+_stack)/$")
+# `layer_0`, `Block_3`, `h_11`, `layers_2`; but the parts of a layer, such as `MoeBlock_0` and
+# `Conv_0`, are numbered too.
+_INDEXED = re.compile(
+    r"(?!\w*(?:att|mlp|moe|ffn|expert))(?:\w*(?:layer|block|cell|stage|unit)s?|[lbh])_?(?P<index>\d+)",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"\d+")
+_VECTOR = re.compile(
+    rf"(?:^|/)(?:b|beta|gamma|scale|offset|[^/]*[Bb]ias|{NORM}/(weight|kernel|w))$"
+)
+_MATRIX = re.compile(rf"(?:^|/)(?:kernel|w|embeddings?|[^/]*{LORA})$")
+
+
+def layer_axes(
+    tree: Any, stacked: str = STACKED, layer_axis: int = 0
+) -> Callable[[KeyPath, Any], int | None]:
+    r"""Returns a function from a leaf's path and the leaf to the axis along which it stacks layers.
+
+    A box that names its axes counts first. Otherwise the path must match ``stacked``, and what
+    follows the match must be no index of its own: ``layers/0/``, ``layers/layer_0/`` and
+    ``blocks/block_3/`` hold single layers.
+
+    The default pattern knows names only, which single layers have too. So it also asks the
+    leaves below the container: a stack has one size along the layer axis in all of them, no
+    kernel of two axes and no bias of one. Of names such as ``hidden_layers`` and ``conv_stack``
+    it takes more to be a stack: a bias or norm scale that has a layer axis as well.
+
+    Args:
+        tree: all leaves: parameters, updates or their shapes.
+        stacked: a regular expression for the paths of stacked parameters.
+        layer_axis: their layer axis.
+
+    Returns:
+        The function. It gives None where no layers are stacked.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from microadam_jax.stacks import layer_axes
+        >>> params = {
+        ...     "blocks": {"block_0": {"kernel": jnp.zeros((4, 2, 2))}},
+        ...     "layers": {"kernel": jnp.zeros((3, 4, 8)), "bias": jnp.zeros((3, 8))},
+        ... }
+        >>> axis_of = layer_axes(params)
+        >>> [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+        [None, 0, 0]
+    """
+    names = dict(axis_names(tree))
+    asks_tree = stacked == STACKED
+    found = _stacks(tree, layer_axis) if asks_tree else frozenset()
+
+    def axis_of(path: KeyPath, leaf: Any) -> int | None:
+        boxed, rank = box_path(path), len(leaf.shape)
+        named = names.get(boxed, ())
+        if len(named) == rank:
+            axes = [i for i, name in enumerate(named) if name in LAYER_AXIS_NAMES]
+            if axes:
+                return axes[0]
+        name = path_name(boxed)
+        if asks_tree:
+            is_stacked = any(prefix in found for prefix in _prefixes(_CONTAINER, name))
+        else:
+            is_stacked = any(
+                not _is_indexed(name[len(prefix) :])
+                for prefix in _prefixes(re.compile(stacked), name)
+            )
+        return layer_axis if is_stacked and rank > layer_axis else None
+
+    return axis_of
+
+
+def stacks_first_axis(path: KeyPath, leaf: Any, stacked: str | None) -> bool:
+    """Returns True if the leaf at ``path`` stacks layers along its first axis.
+
+    It is :func:`layer_axes` for whoever sees one leaf at a time.
+
+    Args:
+        path: the leaf's path.
+        leaf: an array, or its shape.
+        stacked: a regular expression for the paths of stacked leaves; None if there are none.
+    """
+    if stacked is None:
+        return False
+    return _one_leaf(path_name(box_path(path)), tuple(leaf.shape), stacked)
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_leaf(name: str, shape: Shape, stacked: str) -> bool:
+    leaf = jax.ShapeDtypeStruct(shape, "float32")
+    tree: dict[str, Any] = {name: leaf}
+    return layer_axes(tree, stacked)((jax.tree_util.DictKey(name),), leaf) == 0
+
+
+@dataclasses.dataclass
+class _Group:
+    """The leaves below one container: their paths from there, and their shapes."""
+
+    container: str
+    leaves: list[tuple[str, Shape]] = dataclasses.field(default_factory=list)
+
+    def is_stack(self, layer_axis: int) -> bool:
+        """Returns True if nothing speaks against a stack, and something for it where needed."""
+        shapes = [shape for _, shape in self.leaves]
+        if any(len(shape) <= layer_axis for shape in shapes):
+            return False
+        if len({shape[layer_axis] for shape in shapes}) > 1:
+            return False
+        if any(_NUMBER.fullmatch(rest.split("/")[0]) for rest, _ in self.leaves):
+            return False
+        if any(len(shape) <= _least_rank(rest, self.container) for rest, shape in self.leaves):
+            return False
+        indices = [m["index"] for rest, _ in self.leaves if (m := _index(rest))]
+        if any(int(index) for index in indices):
+            return False
+        if indices or _DOUBTFUL.search(self.container):
+            # A body that consists of one module calls it `Block_0`.
+            return any(_VECTOR.search(self.container + rest) for rest, _ in self.leaves)
+        return True
+
+
+def _stacks(tree: Any, layer_axis: int) -> frozenset[str]:
+    """Returns the containers of ``tree`` that are stacks."""
+    groups: dict[str, _Group] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_name(box_path(path))
+        for prefix in _prefixes(_CONTAINER, name):
+            group = groups.setdefault(prefix, _Group(prefix))
+            group.leaves.append((name[len(prefix) :], tuple(getattr(leaf, "shape", ()))))
+    return frozenset(prefix for prefix, group in groups.items() if group.is_stack(layer_axis))
+
+
+def _prefixes(pattern: re.Pattern[str], name: str) -> Iterator[str]:
+    """Yields what ends with a match of ``pattern``; matches may share a slash."""
+    match = pattern.search(name)
+    while match:
+        yield name[: match.end()]
+        match = pattern.search(name, max(match.end() - 1, match.start() + 1))
+
+
+def _index(rest: str) -> re.Match[str] | None:
+    """Returns the match of a component such as ``layer_3`` at the start of a path that goes on."""
+    first, slash, _ = rest.partition("/")
+    return _INDEXED.fullmatch(first) if slash else None
+
+
+def _is_indexed(rest: str) -> bool:
+    """Returns True if a path goes on with the index of a layer after a container."""
+    rest = rest.removeprefix("/")
+    return bool(_NUMBER.fullmatch(rest.split("/")[0]) or _index(rest))
+
+
+def _least_rank(rest: str, container: str) -> int:
+    """Returns how many axes a leaf of this name has in a single layer, at least."""
+    name = container + rest
+    if _VECTOR.search(name):
+        return 1
+    return 2 if _MATRIX.search(name) else 0
