@@ -99,7 +99,7 @@ class Hadamard(KeepsVectors):
         signs = jax.random.rademacher(for_signs, (*batch, rows, 1), jnp.float32)
         numbers = jax.random.uniform(for_columns, (*batch, padded))
         columns = jax.lax.top_k(numbers, size)[1]
-        both = jnp.arange(rows)[:, None] & columns[..., None, :]
+        both = jnp.arange(rows).reshape(*(1 for _ in batch), rows, 1) & columns[..., None, :]
         odd = jax.lax.population_count(both) % 2
         vectors = signs * jnp.where(odd, -1.0, 1.0) / math.sqrt(padded)
         # Where rows were cut off, what is left of the columns is not orthogonal.
