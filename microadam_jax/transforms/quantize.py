@@ -208,6 +208,9 @@ class _Step(NamedTuple):
 
         stored = self.state.inner_state
         inner_state = _map_fields(decode, self.shapes, stored)
+        # Branches that keep a field, or take the parameters, match those that compute in float32.
+        if any(_is_narrow(leaf) for leaf in jax.tree.leaves(inner_state)):
+            inner_state, params = jax.tree.map(_at_least_float32, (inner_state, params))
         gradients = jax.tree.map(_at_least_float32, gradients)
         scaled, new = self.inner.update(gradients, inner_state, params, **self.extra_args)
 
@@ -381,8 +384,12 @@ def _stored(storage: Storage, tree: Any) -> Any:
     return storage.encode_tree(tree)
 
 
-def _at_least_float32(g: jax.Array) -> jax.Array:
-    return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if _is_narrow(x) else x
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
 def _cast(shapes: Any, stored: Any, new: Any) -> Any:
