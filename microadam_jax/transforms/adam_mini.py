@@ -16,6 +16,7 @@ from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 from pallas_kernels.dispatch import check_implementation
 
@@ -188,5 +189,4 @@ def scale_by_adam_mini(
         mu = storage.field([boxed_like(new, old) for new, old in zip(stored, columns, strict=True)])
         return scaled, ScaleByAdamMiniState(count, mu, boxed_like(nu, state.nu))
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)

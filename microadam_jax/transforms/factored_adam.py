@@ -18,6 +18,7 @@ from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 from pallas_kernels.dispatch import check_implementation
 
@@ -193,5 +194,4 @@ def scale_by_factored_adam(
         nu = boxed_like(nu_row, state.nu_row), boxed_like(nu_col, state.nu_col)
         return scaled, ScaleByFactoredAdamState(count, mu, *nu)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)

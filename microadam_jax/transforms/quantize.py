@@ -18,6 +18,7 @@ from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.transforms.descent import finishes, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise
 from microadam_jax.transforms.stored_step import Kernels, Moment, stored_step
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 from pallas_kernels.dispatch import check_implementation
 
@@ -146,8 +147,7 @@ def quantize_state(
         count = jnp.asarray(optax.safe_increment(state.count))
         return scaled, QuantizedState(count, inner_state)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update)
 
 
 class _Step(NamedTuple):

@@ -14,6 +14,7 @@ from microadam_jax.sharding import require_named, state_zeros, told, unused_stat
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.descent import applies, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 from pallas_kernels.window_update import window_adam, window_apply, window_update
@@ -209,8 +210,7 @@ def scale_by_window_adam(
         )
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)
 
 
 def _power(decay: ArrayLike, exponent: jax.Array) -> jax.Array:
