@@ -20,6 +20,7 @@ class _Selection:
     rank: int
     Kept: ClassVar[type] = Indices
     gathers: ClassVar[bool] = False
+    seeks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_rank(self.rank)
@@ -53,6 +54,7 @@ class UniformRows(_Selection):
     """See :func:`uniform_rows`."""
 
     seed: int
+    seeks: ClassVar[bool] = False
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """Any rows."""
