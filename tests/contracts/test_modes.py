@@ -124,3 +124,14 @@ def test_data_parallel_steps_are_those_of_one_device(name: str) -> None:
         updates, state = step(of_two_devices(grads), state, params)
     # The compiler may contract a product and a sum in one of the programs only.
     assert_close_but_for_levels((updates, state), (expected, alone))
+
+
+@few_compiled
+def test_debug_nans_finds_none(name: str) -> None:
+    """Gradients of zeros are among them, by which something might be divided."""
+    tx, params = EVERYTHING[name].make(), parameters()
+    with jax.debug_nans(True):
+        state, update = tx.init(params), jax.jit(tx.update)
+        for scale in (0.0, 1.0, 0.0):
+            grads = jax.tree.map(lambda g: scale * g, gradients(params))  # noqa: B023
+            _, state = update(grads, state, params)
