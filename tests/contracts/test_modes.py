@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
@@ -122,7 +123,12 @@ def test_data_parallel_steps_are_those_of_one_device(name: str) -> None:
         grads = gradients(params, number)
         expected, alone = one_step(grads, alone, params)
         updates, state = step(of_two_devices(grads), state, params)
-    # The compiler may contract a product and a sum in one of the programs only.
+    # The compiler may contract a product and a sum in one of the programs only, which iterations
+    # of a basis then repeat.
+    if EVERYTHING[name].projects:
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+        jax.tree.map(close, (updates, state), (expected, alone))
+        return
     assert_close_but_for_levels((updates, state), (expected, alone))
 
 
