@@ -24,6 +24,7 @@ from microadam_jax.transforms.stored_step import (
     split,
     step_fields,
 )
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, columns_of, leaf_keys, rows_of
 from pallas_kernels.dispatch import check_implementation
 
@@ -73,6 +74,7 @@ def leafwise(
     layout: Layout = lambda tree: lambda path, leaf: None,
     *,
     inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
+    hyperparams: Mapping[str, ArrayLike] | None = None,
     seed: ArrayLike = 0,
     implementation: str | None = None,
     shardings: Any = None,
@@ -89,6 +91,7 @@ def leafwise(
             which broadcast against the gradient.
         layout: gives ``Leaf.layout``.
         inspect: called in ``init`` with all parameters, to warn of some or to refuse them.
+        hyperparams: by name what the rule needs in float32.
         seed: of codecs that round stochastically.
         implementation: of steps on stored moments; see :func:`quantize_state`.
         shardings: of the parameters; see :func:`quantize_state`.
@@ -97,6 +100,7 @@ def leafwise(
         The transformation.
 
     Raises:
+        TypeError: if a hyperparameter is an array in fewer bits than float32.
         ValueError: in ``update``, if moments were stored otherwise.
     """
     storages = tuple(moments.values())
@@ -160,5 +164,4 @@ def leafwise(
         boxed = map(boxed_like, new[:small], arrays)
         return scaled, State(t, *(field.tree(trees) for field, trees in own), *boxed)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore
+    return transformation(init_fn, update_fn, **(hyperparams or {}))

@@ -256,10 +256,15 @@ def unused_factor(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
-    """Where ``parameter`` lies; None if that is up to the compiler."""
+    """Where ``parameter`` lies; None if that is up to the compiler, or to ``jax.shard_map``."""
     if isinstance(parameter, jax.core.Tracer):
-        return jax.typeof(parameter).sharding
-    sharding = getattr(parameter, "sharding", None)
-    if not getattr(parameter, "committed", True):
-        return None
-    return sharding if isinstance(sharding, NamedSharding | SingleDeviceSharding) else None
+        sharding = jax.typeof(parameter).sharding
+    else:
+        sharding = getattr(parameter, "sharding", None)
+        if not getattr(parameter, "committed", True):
+            return None
+    if isinstance(sharding, NamedSharding):
+        # Within jax.shard_map an array is one device's own, and so is its state.
+        own = sharding.mesh.manual_axes and not any(sharding.spec)
+        return None if own else sharding
+    return sharding if isinstance(sharding, SingleDeviceSharding) else None

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
 # Tried and left out; docs/performance.md has the details.
@@ -12,6 +13,10 @@ LEFT_OUT = {
     "mosaic_gpu": "its division is an approximation, and the oldest JAX that this library runs on "
     "can neither interpret such a kernel nor let it update a state in place"
 }
+CHECKED = (
+    "jax.shard_map checks along which axes results vary, which a kernel does not say; give it "
+    "check_vma=False"
+)
 
 
 def check_implementation(owner: str, implementation: str | None) -> None:
@@ -105,7 +110,7 @@ def _placement(
     mesh = jax.sharding.get_abstract_mesh()
     types = set(mesh.axis_types)
     if types == {AxisType.Manual}:
-        return None
+        return CHECKED if _varying_is_checked(mesh) else None
     explicit = types == {AxisType.Explicit}
     if explicit:
         sharding = jax.typeof(array).sharding
@@ -126,6 +131,12 @@ def _placement(
         "not partition itself; give shardings=, or use Explicit axes, which jax.make_mesh makes by "
         "default"
     )
+
+
+def _varying_is_checked(mesh: AbstractMesh) -> bool:
+    """Whether jax.shard_map was given ``check_vma``, as by default: then types say what varies."""
+    one = jnp.zeros(())
+    return jax.typeof(jax.lax.pcast(one, mesh.manual_axes, to="varying")) != jax.typeof(one)
 
 
 def _mapped(

@@ -11,6 +11,7 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 from microadam_jax.codecs import Codec
 from microadam_jax.compressors import PowerSGD, TopK, power_sgd, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_ggt, scale_by_mfac
+from microadam_jax.transforms.decay import add_decayed_weights
 
 # A leaf kept dense costs 2 m bytes per parameter here, not Adam's 8: none is too small to compress.
 EVERY_LEAF = top_k(min_size=0, min_row=0)
@@ -67,7 +68,7 @@ def sparse_mfac(
     return optax.chain(
         error_feedback(compressor, residual),
         scale_by_mfac(window, damping, compressor=compressor),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -123,7 +124,7 @@ def lowrank_mfac(
     Reference: Modoranu et al., EFCP (arXiv 2306.06098), Low-rank M-FAC.
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         error_feedback(compressor, residual),
         scale_by_mfac(window, damping, compressor=compressor),
         optax.scale_by_learning_rate(learning_rate),
@@ -176,7 +177,7 @@ def sparse_ggt(
     Reference: Modoranu et al., EFCP (arXiv 2306.06098), Sparse GGT.
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         error_feedback(compressor, residual),
         scale_by_ggt(window, eps, compressor=compressor),
         optax.scale_by_learning_rate(learning_rate),
@@ -227,7 +228,7 @@ def mfac(
     Reference: Frantar et al., M-FAC (arXiv 2107.03356).
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         scale_by_mfac(window, damping),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -13,6 +13,7 @@ from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
 from microadam_jax.partition import Partition
 from microadam_jax.transforms import quantize_state, scale_by_factored_adam
 from microadam_jax.transforms.descent import descend
+from microadam_jax.transforms.transformation import require_float32
 
 
 def adamw8bit(
@@ -433,6 +434,7 @@ def _adamw(
     shardings: Any,
 ) -> GradientTransformationExtraArgs:
     """AdamW with its moments stored through codecs."""
+    require_float32(b1=b1, b2=b2, eps=eps)
     adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
     link = quantize_state(
         adam,

@@ -17,6 +17,7 @@ from microadam_jax.transforms import (
     scale_by_came,
     scale_by_subset_norm,
 )
+from microadam_jax.transforms.decay import add_decayed_weights
 from microadam_jax.transforms.descent import descend
 
 
@@ -273,6 +274,6 @@ def came(
             partition=partition,
             mu_dtype=mu_dtype,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

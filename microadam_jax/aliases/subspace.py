@@ -21,6 +21,7 @@ from microadam_jax.subspace import (
     top_k_rows,
 )
 from microadam_jax.transforms import decay_updated_weights, project_gradients, subspace_momentum
+from microadam_jax.transforms.decay import add_decayed_weights
 
 
 def grass(
@@ -86,7 +87,7 @@ def grass(
             b1=b1,
             b2=b2,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -159,7 +160,7 @@ def ldadam(
             b1=b1,
             b2=b2,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -225,7 +226,7 @@ def dct_adamw(
             b1=b1,
             b2=b2,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -176,10 +176,10 @@ class Dynamic8:
             return self._encode_symmetric(negative, y, below, xi)
         low, high = self._decode_magnitude(below), self._decode_magnitude(below + 1)
         if not self.signed:
-            return below + (y > low + xi * (high - low))
+            return below + (y > low + xi * (high - low)).astype(jnp.int32)
         # Down from -low to -high, the upper neighbour is -low.
         up = _up(negative, y, low, high, xi)
-        magnitude = below + up
+        magnitude = below + up.astype(jnp.int32)
         return jnp.where(negative, 127 - jnp.minimum(magnitude, 127), 127 + magnitude)
 
     def decode(self, codes: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ class Dynamic8:
         high = self._decode_magnitude(below + 1)
         low = jnp.where(near, -high, self._decode_magnitude(below))
         up = _up(negative, y, low, high, xi)
-        magnitude = jnp.where(near, 1, jnp.minimum(below + up, 128))
+        magnitude = jnp.where(near, 1, jnp.minimum(below + up.astype(jnp.int32), 128))
         negative = jnp.where(near, negative == up, negative)
         return jnp.where(negative, 128 - magnitude, 127 + magnitude)
 
@@ -209,7 +209,7 @@ class Dynamic8:
         scale = jnp.full(y.shape, 1e6, jnp.float32)
         for power in range(6):
             above = y > 10.0 ** (power - 6)
-            decade = decade + above
+            decade = decade + above.astype(jnp.int32)
             scale = jnp.where(above, 10.0 ** (5 - power), scale)
         cells = power_of_two(decade + self._offset)
         cell = jnp.clip(jnp.floor((y * scale - 0.1) / 0.9 * cells - 0.5), -1, cells - 1)

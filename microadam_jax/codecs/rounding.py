@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blockwise_codec.reference import uniform
+from pallas_kernels.key_words import key_words
 
 
 class Rows(NamedTuple):
@@ -48,17 +49,18 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
     Each number is a hash of the key and of the element's position in the whole leaf, so it is
     the same on any number of devices and in chunks of any size, and the compiler computes it
     where it is used. ``jax.random`` would write a tensor of them first, which is eight times a
-    4-bit state.
+    4-bit state. The generators ``threefry2x32`` and ``rbg`` give the same numbers; see
+    :func:`~pallas_kernels.key_words.key_words`.
 
     Args:
-        draw: a typed random key, or the key and the rows of a chunk.
+        draw: a typed random key of any generator, or the key and the rows of a chunk.
         shape: the shape of the numbers.
 
     Returns:
         float32 multiples of 2^-24.
     """
     key, rows = draw if isinstance(draw, Draw) else Draw(draw)
-    low, high = jax.random.key_data(key).astype(jnp.int32)
+    low, high = key_words(key)
     whole = (*rows.sizes, *shape[len(rows.sizes) :])
     position = jnp.zeros(shape, jnp.uint32)
     stride = 1

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, merge
-from microadam_jax.compressors.rows import overwrite, row_of, row_shape
+from microadam_jax.compressors.rows import overwrite, per_row, row_of, row_shape
 from pallas_kernels.window_update import expand, values_at, written
 
 
@@ -80,7 +80,7 @@ class BlockSparse:
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
         """The dense sum of the rows, each times its coefficient."""
         values, indices = window
-        values = values.astype(jnp.float32) * coefficients[:, None]
+        values = values.astype(jnp.float32) * per_row(coefficients, values)
         blocks = expand(values, indices, self.layout.size)
         return merge(written(blocks), self.layout, self.shape)
 

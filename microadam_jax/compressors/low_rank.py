@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.compressors.rows import overwrite, row_of, row_shape
+from microadam_jax.compressors.rows import overwrite, per_row, row_of, row_shape
 from microadam_jax.sharding import contract
 
 
@@ -85,7 +85,7 @@ class LowRank:
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
         r"""The dense :math:`\sum_i y_i P_i Q_i^\top`, one matrix product."""
         left, right = (factor.astype(jnp.float32) for factor in window)
-        left = left * coefficients[:, None]
+        left = left * per_row(coefficients, left)
         rows, col, whole = axes_of(self.right.shape[:-1])
         return contract(f"{rows}mr,{col}mr->{whole}", only_rows(left, 2), only_columns(right, 2))
 

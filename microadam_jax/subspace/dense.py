@@ -55,7 +55,7 @@ class PowerVectors(KeepsVectors):
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """One block power iteration from the old basis; singular vectors at first."""
         del key
-        matrix, old = replicated(matrix), replicated(kept[0])
+        matrix, old, first = replicated(matrix), replicated(kept[0]), replicated(first)
         size = old.shape[-1]
 
         def iterate() -> jax.Array:
@@ -66,7 +66,10 @@ class PowerVectors(KeepsVectors):
             nothing = jnp.all(image == 0, axis=(-2, -1), keepdims=True)
             return jnp.where(nothing, old, _orthonormal(image))
 
-        return (jax.lax.cond(first, lambda: _leading(matrix, size), iterate),)
+        def begin() -> jax.Array:
+            return jnp.where(first[..., None, None], _leading(matrix, size), iterate())
+
+        return (jax.lax.cond(jnp.any(first), begin, iterate),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ class OrthogonalGaussian(KeepsVectors):
 
     seed: int
     gathers: ClassVar[bool] = False
+    seeks: ClassVar[bool] = False
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """The orthogonal factor of normal numbers."""
@@ -89,6 +93,7 @@ class Hadamard(KeepsVectors):
 
     seed: int
     gathers: ClassVar[bool] = False
+    seeks: ClassVar[bool] = False
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """Columns of a Hadamard matrix with random signs for its rows."""
@@ -99,7 +104,7 @@ class Hadamard(KeepsVectors):
         signs = jax.random.rademacher(for_signs, (*batch, rows, 1), jnp.float32)
         numbers = jax.random.uniform(for_columns, (*batch, padded))
         columns = jax.lax.top_k(numbers, size)[1]
-        both = jnp.arange(rows)[:, None] & columns[..., None, :]
+        both = jnp.arange(rows).reshape(*(1 for _ in batch), rows, 1) & columns[..., None, :]
         odd = jax.lax.population_count(both) % 2
         vectors = signs * jnp.where(odd, -1.0, 1.0) / math.sqrt(padded)
         # Where rows were cut off, what is left of the columns is not orthogonal.
@@ -114,6 +119,7 @@ class Gaussian:
     seed: int
     Kept: ClassVar[type] = Seeded
     gathers: ClassVar[bool] = False
+    seeks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the rank."""
@@ -195,7 +201,7 @@ def randomized_svd(
 def power_iteration(rank: int) -> PowerVectors:
     r"""One block power iteration from the basis before: :math:`P = \mathrm{QR}(b (b^T P_{old}))`.
 
-    The first basis is :func:`svd`'s. A matrix of zeros keeps the basis that there is.
+    The first basis is :func:`svd`'s.
 
     Args:
         rank: how many dimensions; no more than the smaller side of a matrix is used.

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from microadam_jax.memory import remark
-from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros
+from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros, replicated
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.matrices import Assigned, Matrices
 from microadam_jax.subspace.refresh import Refresh
-from microadam_jax.subspace.subspace import Arrays, Slots, Subspace
+from microadam_jax.subspace.subspace import Arrays, Slots, Subspace, none_found, unfound
 from microadam_jax.subspace.view import MatrixView
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
@@ -94,7 +94,11 @@ class Projected(NamedTuple):
         return subspace.basis(kept, shape, self._key(count))
 
     def renew(self, matrix: Callable[[], jax.Array], kept: Arrays, count: jax.Array) -> Arrays:
-        """A new basis if it is due; else the one that there is.
+        """A new basis if it is due or there is none; else the one that there is.
+
+        A matrix of zeros has no best basis. It keeps what it has, and where that is nothing, the
+        state says so: vectors of zeros, or the index -1. Which basis projects zeros does not
+        matter.
 
         Args:
             matrix: computes what the new basis is to approximate.
@@ -104,11 +108,27 @@ class Projected(NamedTuple):
         if not kept:
             return kept
 
-        def find() -> Arrays:
-            new = self.projection.subspace.find(matrix(), kept, count == 0, self._key(count))
-            return tuple(_placed_as(x, old) for x, old in zip(new, kept, strict=True))
+        subspace, due, key = self.projection.subspace, self.due(count), self._key(count)
+        first = jnp.broadcast_to(count == 0, kept[0].shape[:-2])
+        if subspace.seeks:
+            first = first | replicated(unfound(kept))
+            due = due if isinstance(due, bool) else due | jnp.any(first)
 
-        return when(self.due(count), find, lambda: kept)
+        def find() -> Arrays:
+            target = matrix()
+
+            def new() -> Arrays:
+                found = subspace.find(target, kept, first, key)
+                return tuple(_placed_as(x, old) for x, old in zip(found, kept, strict=True))
+
+            if not subspace.seeks:
+                return new()
+            seen = replicated(jnp.any(target != 0, axis=(-2, -1)))
+            found = when(due if isinstance(due, bool) else jnp.any(seen), new, lambda: kept)
+            columns = zip(found, kept, none_found(kept), strict=True)
+            return tuple(_where(seen, new, _where(first, none, old)) for new, old, none in columns)
+
+        return when(due, find, lambda: kept)
 
     def remark(self, parameter: Any) -> None:
         """Tells the memory report what is not as one might expect."""
@@ -153,6 +173,12 @@ def _placed_as(x: jax.Array, old: jax.Array) -> jax.Array:
     if sharding is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, jax.typeof(old).sharding.spec))
+
+
+def _where(chosen: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The matrices of ``x`` where ``chosen``, else those of ``y``, placed as they are."""
+    chosen = jnp.broadcast_to(chosen[..., None, None], x.shape)
+    return jnp.where(_placed_as(chosen, x), x, y)
 
 
 def float32(x: jax.Array) -> jax.Array:

@@ -15,6 +15,9 @@ MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 class Refresh:
     r"""When a subspace is found anew, and what becomes of the moments in it.
 
+    A gradient of zeros finds no basis in its place: the old one stays, and without one the first
+    gradient that is not zero finds it, whenever it comes.
+
     Args:
         every: :math:`T`, the number of steps between two bases; 1 for a new one in every step.
         first: the published ways to count. 0: with the 0-based step, 0, T, 2T and so on. 1: with

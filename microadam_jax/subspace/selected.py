@@ -20,6 +20,7 @@ class _Selection:
     rank: int
     Kept: ClassVar[type] = Indices
     gathers: ClassVar[bool] = False
+    seeks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_rank(self.rank)
@@ -53,6 +54,7 @@ class UniformRows(_Selection):
     """See :func:`uniform_rows`."""
 
     seed: int
+    seeks: ClassVar[bool] = False
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
         """Any rows."""
@@ -220,8 +222,8 @@ def _logits(norms: jax.Array) -> jax.Array:
 def _cosines(rows: int, columns: jax.Array) -> jax.Array:
     """The columns of the transform, of shape ``(*batch, rows, columns)``."""
     # The angle repeats, and whole numbers are reduced without loss.
-    steps = jnp.arange(rows, dtype=jnp.uint32)[:, None]
     odd = (2 * columns + 1).astype(jnp.uint32)[..., None, :]
+    steps = jnp.arange(rows, dtype=jnp.uint32).reshape(*(1,) * (odd.ndim - 2), rows, 1)
     turns = (steps * odd % (4 * rows)).astype(jnp.float32)
     cosines = jnp.cos(turns * jnp.float32(math.pi / (2 * rows))) * math.sqrt(2 / rows)
     return jnp.where(steps == 0, 1 / math.sqrt(rows), cosines)

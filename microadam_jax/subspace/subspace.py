@@ -1,6 +1,7 @@
 """What a subspace is to the transformations: a way to find a basis, and what is kept of it."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -56,10 +57,13 @@ class Subspace(Protocol):
     Attributes:
         Kept: the NamedTuple of what is kept of a basis.
         gathers: whether a new basis needs the whole gradient on one device.
+        seeks: whether a basis is found from the gradient. One of zeros then finds none: the old
+            basis stays, and without one the first gradient that is not zero finds it.
     """
 
     Kept: ClassVar[type]
     gathers: ClassVar[bool]
+    seeks: ClassVar[bool]
 
     @property
     def rank(self) -> int:
@@ -80,7 +84,7 @@ class Subspace(Protocol):
         Args:
             matrix: float32, the folded matrices to approximate.
             kept: what is kept of the old basis, folded; zeros at first.
-            first: whether there is no old basis.
+            first: for each matrix, of shape ``(*batch,)``, whether there is no old basis.
             key: a random key, another one for each basis.
 
         Returns:
@@ -106,6 +110,7 @@ class KeepsVectors:
     rank: int
     Kept: ClassVar[type] = Vectors
     gathers: ClassVar[bool] = True
+    seeks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the rank."""
@@ -123,6 +128,21 @@ class KeepsVectors:
         """The vectors."""
         del shape, key
         return DenseBasis(kept[0])
+
+
+def unfound(kept: Arrays) -> jax.Array:
+    """Which matrices have no basis yet, as :func:`none_found` marks them: ``(*batch,)``."""
+    marks = [jnp.all(x == _mark(x), axis=(-2, -1)) for x in kept]
+    return functools.reduce(jnp.logical_and, marks)
+
+
+def none_found(kept: Arrays) -> Arrays:
+    """What is kept where no basis was found: vectors or weights of zeros, and no index."""
+    return tuple(jnp.full_like(x, _mark(x)) for x in kept)
+
+
+def _mark(x: jax.Array) -> int:
+    return -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
 
 
 def require_rank(rank: int) -> None:

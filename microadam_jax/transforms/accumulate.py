@@ -10,6 +10,7 @@ from microadam_jax.transforms.descent import Fusable
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState
 from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch
 from microadam_jax.transforms.project_gradients import ProjectGradientsState
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import path_name
 
 
@@ -135,8 +136,7 @@ def accumulate_into_residual(
 
     # Only where inner can apply its update itself can this.
     kind = Fusable if isinstance(inner, Fusable) else optax.GradientTransformationExtraArgs
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return kind(init, update)  # pyrefly: ignore
+    return transformation(init, update, kind=kind)
 
 
 def _holds_residual(node: Any) -> bool:

@@ -20,6 +20,7 @@ from microadam_jax.transforms.factors import (
     sides,
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -182,8 +183,9 @@ def scale_by_came(
         scaled, *moments = map_with_path(scale, 6, updates, targets, *state)
         return scaled, ScaleByCameState(*map(boxed_like, moments, state))
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(
+        init, update, b1=b1, b2=b2, b3=b3, eps=eps, instability_eps=instability_eps
+    )
 
 
 def _state_shapes(assignment: Assignment) -> tuple[Shape, ...]:

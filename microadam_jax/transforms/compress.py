@@ -9,6 +9,7 @@ import optax
 from microadam_jax.boxes import boxed_blocks, boxed_like
 from microadam_jax.compressors import Compressor, is_compressed, top_k
 from microadam_jax.sharding import unused_factor
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -65,8 +66,7 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
         boxed = map(boxed_like, carried, state.carried)
         return sent, CompressState(compressor.Carried(*boxed))
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update)
 
 
 def first_carried(compressor: Compressor, params: optax.Params) -> Any:

@@ -8,6 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.transforms.transformation import transformation
+
+NEEDS_PARAMS = (
+    "Weight decay needs the parameters: call tx.update(updates, state, params). With "
+    "weight_decay=0, a Python number and not an array, they may be left out."
+)
+
 
 class DecayUpdatedWeightsState(NamedTuple):
     """Where a learning rate schedule is.
@@ -17,6 +24,31 @@ class DecayUpdatedWeightsState(NamedTuple):
     """
 
     count: jax.Array
+
+
+def is_zero(weight_decay: Any) -> bool:
+    """True if nothing decays, in any step."""
+    return isinstance(weight_decay, int | float) and weight_decay == 0
+
+
+def add_decayed_weights(
+    weight_decay: Any, mask: Any | Callable[[optax.Params], Any] | None = None
+) -> optax.GradientTransformation:
+    """Returns ``optax.add_decayed_weights``, which needs no parameters if nothing decays.
+
+    Args:
+        weight_decay: a number or a schedule.
+        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+
+    Returns:
+        The transformation, with the state that Optax gives it.
+    """
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    if not is_zero(weight_decay):
+        return decay
+    return optax.GradientTransformation(
+        decay.init, lambda updates, state, params=None: (updates, state)
+    )
 
 
 def decay_updated_weights(
@@ -45,7 +77,7 @@ def decay_updated_weights(
         The transformation.
 
     Raises:
-        ValueError: in ``update``, without ``params``.
+        ValueError: in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -68,10 +100,10 @@ def decay_updated_weights(
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecayUpdatedWeightsState]:
         del extra_args
+        if params is None and is_zero(weight_decay):
+            return updates, DecayUpdatedWeightsState(jnp.asarray(optax.safe_increment(state.count)))
         if params is None:
-            raise ValueError(
-                "Weight decay needs the parameters: call tx.update(updates, state, params)."
-            )
+            raise ValueError(NEEDS_PARAMS)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         share = jnp.float32(rate) * weight_decay
 
@@ -82,6 +114,5 @@ def decay_updated_weights(
         count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.map(decay, updates, params), DecayUpdatedWeightsState(count)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    tx = optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    tx = transformation(init, update)
     return tx if mask is None else optax.masked(tx, mask)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
+from microadam_jax.transforms.decay import NEEDS_PARAMS, add_decayed_weights, is_zero
+from microadam_jax.transforms.transformation import transformation
 from pallas_kernels.window_update import descent
 
 
@@ -100,6 +102,7 @@ def descend(
 
     Raises:
         TypeError: if ``weight_decay`` is a schedule.
+        ValueError: in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
     """
     if callable(weight_decay):
         raise TypeError(
@@ -108,8 +111,8 @@ def descend(
             "optax.inject_hyperparams."
         )
     chained, scale = optax.chain(*links), optax.scale_by_learning_rate(learning_rate)
-    chain = optax.chain(*links, optax.add_decayed_weights(weight_decay, mask), scale)
-    decays_at_all = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    chain = optax.chain(*links, add_decayed_weights(weight_decay, mask), scale)
+    decays_at_all = not is_zero(weight_decay)
 
     def update(
         updates: optax.Updates,
@@ -119,8 +122,9 @@ def descend(
         apply: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError("Weight decay needs the parameters: update(grads, state, params).")
+        if params is None and (decays_at_all or apply):
+            raise ValueError(NEEDS_PARAMS)
+        targets = updates if params is None else params
         *link_states, decay_state, scale_state = state
 
         def finish(decays: bool, p: jax.Array) -> Descent:
@@ -130,9 +134,9 @@ def descend(
             one = one if decay is None else jnp.ones((), decay.dtype)
             return Descent(jnp.asarray(scale.update(one, scale_state)[0]), decay, apply)
 
-        decays = True if mask is None else mask(updates) if callable(mask) else mask
+        decays = True if mask is None else mask(updates) if _is_function(mask) else mask
         each = jax.tree.map(
-            lambda decays, part: jax.tree.map(lambda p: finish(decays, p), part), decays, params
+            lambda decays, part: jax.tree.map(lambda p: finish(decays, p), part), decays, targets
         )
         results: Any = chained.update(
             updates, tuple(link_states), params, finish=each, **extra_args
@@ -141,4 +145,10 @@ def descend(
         _, scale_state = scale.update(jnp.zeros(0), scale_state)
         return updates, (*link_states, decay_state, scale_state)
 
-    return Fusable(chain.init, update)
+    return transformation(chain.init, update, kind=Fusable)
+
+
+def _is_function(mask: Any) -> bool:
+    """Whether ``mask`` is to be called: an Equinox module can be, and may be a tree of booleans."""
+    leaves = jax.tree.leaves(mask)
+    return callable(mask) and all(map(callable, leaves))

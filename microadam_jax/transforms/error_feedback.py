@@ -24,6 +24,7 @@ from microadam_jax.transforms.top_k_feedback import (
     goes_by_rows,
     require_unnamed,
 )
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, columns_of, leaf_key, map_with_path, rows_of
 
 
@@ -207,5 +208,4 @@ def error_feedback(
             count = jnp.asarray(optax.safe_increment(count))
         return sent, ErrorFeedbackState(count, residual, carried)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, alpha=alpha)

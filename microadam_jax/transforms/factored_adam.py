@@ -126,6 +126,7 @@ def scale_by_factored_adam(
         reduce,
         partition.assign,
         inspect=inspect,
+        hyperparams={"b1": b1, "b2": b2, "eps": eps},
         seed=seed,
         implementation=implementation,
         shardings=shardings,

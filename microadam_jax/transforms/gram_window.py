@@ -11,6 +11,7 @@ from microadam_jax.boxes import boxed_blocks, boxed_like
 from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 
@@ -121,8 +122,7 @@ def gram_window(
         right = boxed_like(right, state.window_right)
         return combined, GramWindowState(count, gram, left, right)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update)
 
 
 def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

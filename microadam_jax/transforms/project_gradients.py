@@ -27,6 +27,7 @@ from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch, told_micro_batch
 from microadam_jax.transforms.moments import one_minus_power
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 FIRST_MOMENTS = ("mu", "trace")
@@ -235,8 +236,7 @@ def project_gradients(
             inner_state,
         )
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2)
 
 
 def _with_residual(

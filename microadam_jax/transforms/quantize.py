@@ -22,6 +22,7 @@ from microadam_jax.transforms.stored_step import (
     split,
     step_fields,
 )
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, columns_of, leaf_key, leaf_keys, map_with_path, rows_of
 from pallas_kernels.dispatch import check_implementation
 
@@ -153,8 +154,7 @@ def quantize_state(
         count = jnp.asarray(optax.safe_increment(state.count))
         return scaled, QuantizedState(count, inner_state)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update)
 
 
 class _Step(NamedTuple):
@@ -215,6 +215,9 @@ class _Step(NamedTuple):
 
         stored = self.state.inner_state
         inner_state = _map_fields(decode, self.shapes, stored)
+        # Branches that keep a field, or take the parameters, match those that compute in float32.
+        if any(_is_narrow(leaf) for leaf in jax.tree.leaves(inner_state)):
+            inner_state, params = jax.tree.map(_at_least_float32, (inner_state, params))
         gradients = jax.tree.map(_at_least_float32, gradients)
         scaled, new = self.inner.update(gradients, inner_state, params, **self.extra_args)
 
@@ -350,8 +353,12 @@ def _field_names(node: Any) -> Iterator[str]:
             yield from _field_names(child)
 
 
-def _at_least_float32(g: jax.Array) -> jax.Array:
-    return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if _is_narrow(x) else x
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
 def _cast(shapes: Any, stored: Any, new: Any) -> Any:

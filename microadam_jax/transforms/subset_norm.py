@@ -19,6 +19,7 @@ from microadam_jax.partition import (
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.subsets import Subsets
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -142,5 +143,4 @@ def scale_by_subset_norm(
         scaled, mu, nu = map_with_path(scale, 3, updates, targets, state.mu, state.nu)
         return scaled, ScaleBySubsetNormState(count, mu, boxed_like(nu, state.nu))
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)

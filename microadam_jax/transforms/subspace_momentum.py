@@ -27,6 +27,7 @@ from microadam_jax.subspace.refresh import Refresh, rotate_first
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -204,5 +205,4 @@ def subspace_momentum(
         mu, nu, *basis = map(boxed_like, new, columns)
         return scaled, SubspaceMomentumState(count, subspace.Kept(*basis), mu, nu)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)

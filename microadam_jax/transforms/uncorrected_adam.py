@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import transformation
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
@@ -85,8 +86,7 @@ def scale_by_uncorrected_adam(
         )
         return scaled, ScaleByUncorrectedAdamState(mu, nu)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)
 
 
 def correct_bias(
@@ -118,8 +118,7 @@ def correct_bias(
         corrected = jax.tree.map(lambda u: (correction * _float32(u)).astype(u.dtype), updates)
         return corrected, CorrectBiasState(count)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2)
 
 
 def _float32(x: jax.Array) -> jax.Array:

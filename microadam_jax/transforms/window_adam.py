@@ -15,6 +15,7 @@ from microadam_jax.sharding import require_named, state_zeros, told, unused_stat
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.descent import applies, finishes, kind_of, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.transforms.window_step import Move, WindowStep, move_all
 from microadam_jax.trees import KeyPath, columns_of, map_with_path, path_name, rows_of
@@ -227,8 +228,7 @@ def scale_by_window_adam(
         scaled, values, indices = columns_of(treedef, results, 3)
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
-    # The state's type is narrower than any state, which is all that Optax promises to pass.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+    return transformation(init, update, b1=b1, b2=b2, eps=eps)
 
 
 def _power(decay: ArrayLike, exponent: jax.Array) -> jax.Array:

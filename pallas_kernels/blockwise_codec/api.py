@@ -11,6 +11,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.blockwise_codec import mosaic_tpu, reference, triton
 from pallas_kernels.blockwise_codec.reference import Step
 from pallas_kernels.blockwise_codec.rule import Rule
+from pallas_kernels.key_words import key_words
 
 KERNELS = {"mosaic_tpu": mosaic_tpu, "triton": triton}
 
@@ -93,7 +94,7 @@ def blockwise_step(
         )
         reason = made.unsupported
         drawn = [key for codec, key in zip(codecs, keys, strict=True) if codec.needs_key]
-        words = tuple(jax.random.key_data(key).astype(jnp.int32) for key in drawn)
+        words = tuple(map(key_words, drawn))
         places = _places(leaf) if drawn else ()
 
     def run_xla(*operands: jax.Array) -> Any:

@@ -135,7 +135,9 @@ def window_adam(
     """
     rows, k = values.shape[-2:]
     values = values.astype(jnp.float32)
-    terms = values * mu_weights[:, None], jnp.square(values) * nu_weights[:, None]
+    of_row = [axis for axis in range(values.ndim) if axis != values.ndim - 2]
+    mu_weights, nu_weights = (jnp.expand_dims(x, of_row) for x in (mu_weights, nu_weights))
+    terms = values * mu_weights, jnp.square(values) * nu_weights
     of_blocks = functools.partial(adam_of_blocks, size=size)
     if rows * k > MAX_COMPARES:
         return of_blocks(*terms, indices, eps)

@@ -294,6 +294,20 @@ def test_dither_is_uniform_and_depends_on_key_and_place() -> None:
     assert abs(np.corrcoef(one[:-1].ravel(), one[1:].ravel())[0, 1]) < 0.02
 
 
+def test_dither_takes_keys_of_every_generator() -> None:
+    """Those of rbg have four words, which are two equal keys of the default generator."""
+    from microadam_jax.codecs.rounding import dither
+
+    def drawn(generator: str) -> np.ndarray:
+        key = jax.random.fold_in(jax.random.key(3, impl=generator), 5)
+        return np.asarray(dither(key, (64, 100)))
+
+    default, rbg, unsafe = map(drawn, ("threefry2x32", "rbg", "unsafe_rbg"))
+    np.testing.assert_array_equal(rbg, default)
+    assert abs(unsafe.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(unsafe.ravel(), default.ravel())[0, 1]) < 0.05
+
+
 @pytest.mark.parametrize("make", [rank1_linear4, rank1_dynamic4])
 def test_rank_one_against_the_oracle(make) -> None:
     codec = make()

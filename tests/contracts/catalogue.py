@@ -113,7 +113,7 @@ class Entry:
 
     factory: Callable[..., optax.GradientTransformation]
     arguments: dict[str, Any]
-    decays: bool = True
+    decays: bool = False
     shares: bool = False
     coarse: bool = False
     couples: bool = False
@@ -149,16 +149,22 @@ def projected_momentum(decay: float) -> optax.GradientTransformation:
 ENTRIES = {
     "microadam": Entry(microadam, {"learning_rate": 1e-2}),
     "microadam, all compressed": Entry(
-        microadam, {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL}
+        microadam,
+        {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL},
+        decays=True,
     ),
-    "error_feedback": Entry(
-        feedback, {"alpha": None, "seed": 0, "residual": "bfloat16"}, decays=False
-    ),
+    "error_feedback": Entry(feedback, {"alpha": None, "seed": 0, "residual": "bfloat16"}),
     "adam_mini": Entry(
-        adam_mini, {"learning_rate": 1e-2, "weight_decay": 0.1, "partition": PARTITION}, shares=True
+        adam_mini,
+        {"learning_rate": 1e-2, "weight_decay": 0.1, "partition": PARTITION},
+        decays=True,
+        shares=True,
     ),
     "adam_sn": Entry(
-        adam_sn, {"learning_rate": 1e-1, "weight_decay": 0.1, "partition": PARTITION}, shares=True
+        adam_sn,
+        {"learning_rate": 1e-1, "weight_decay": 0.1, "partition": PARTITION},
+        decays=True,
+        shares=True,
     ),
     "adagrad_sn": Entry(
         adagrad_sn,
@@ -166,7 +172,10 @@ ENTRIES = {
         shares=True,
     ),
     "came": Entry(
-        came, {"learning_rate": 1e-3, "weight_decay": 0.1, "partition": PARTITION}, shares=True
+        came,
+        {"learning_rate": 1e-3, "weight_decay": 0.1, "partition": PARTITION},
+        decays=True,
+        shares=True,
     ),
     "adamw8bit": Entry(
         adamw8bit,
@@ -176,6 +185,7 @@ ENTRIES = {
     "adamw4bit": Entry(
         adamw4bit,
         {"learning_rate": 1e-2, "mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
+        decays=True,
         shares=True,
         coarse=True,
     ),
@@ -185,7 +195,7 @@ ENTRIES = {
         shares=True,
         coarse=True,
     ),
-    "quantize_state": Entry(quantized_adamw, {"learning_rate": 1e-2}, coarse=True),
+    "quantize_state": Entry(quantized_adamw, {"learning_rate": 1e-2}, decays=True, coarse=True),
     "sparse_mfac": Entry(
         sparse_mfac,
         {
@@ -231,7 +241,7 @@ ENTRIES = {
         shares=True,
         projects=True,
     ),
-    "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}, decays=False),
+    "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}),
 }
 
 # Settings whose numbers need a look of their own, and whose composition does not.
@@ -252,6 +262,7 @@ VARIANTS = {
     "adamw4bit_factored": Entry(
         adamw4bit_factored,
         {"learning_rate": 1e-2, "partition": PARTITION, "mu_codec": MU4},
+        decays=True,
         shares=True,
     ),
     "adamw_fp8": Entry(
@@ -289,9 +300,7 @@ VARIANTS = {
         {"learning_rate": 1e-2, "subspace": dct_columns(4), "matrices": MATRICES},
         projects=True,
     ),
-    "project_gradients, sampled rows": Entry(
-        projected_momentum, {"decay": 0.9}, decays=False, projects=True
-    ),
+    "project_gradients, sampled rows": Entry(projected_momentum, {"decay": 0.9}, projects=True),
 }
 
 # One of each way of keeping a state; the others differ in what they compute.

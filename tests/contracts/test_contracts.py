@@ -298,7 +298,7 @@ def test_parameters_may_be_left_out_unless_they_decay(entry: Entry) -> None:
     tx, params = entry.make(), parameters()
     state = tx.init(params)
     if entry.decays:
-        with pytest.raises(ValueError, match="params"):
+        with pytest.raises(ValueError, match="param"):
             jax.eval_shape(tx.update, gradients(params), state)
     else:
         assert avals(jax.eval_shape(tx.update, gradients(params), state)[0]) == avals(params)

@@ -346,3 +346,28 @@ def test_linear4_is_a_codec_of_adam_mini() -> None:
     tx = adam_mini4bit(1e-3, mu_codec=linear4(signed=True, rounding="stochastic"))
     updates, _ = run(tx, tree())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+BRANCHING = {
+    "galore": (lambda: optax.contrib.galore(1e-2, rank=4), "mu"),
+    "novograd": (lambda: optax.novograd(1e-2), "mu"),
+    "mechanize": (lambda: optax.contrib.mechanize(optax.adamw(1e-2, weight_decay=0.1)), "mu"),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHING)
+def test_bfloat16_around_a_transformation_that_branches(name) -> None:
+    """The branch that keeps the state and the one that computes it have one dtype."""
+    make, field = BRANCHING[name]
+    tx = quantize_state(make(), {field: "float32"})
+    whole = tree({"kernel": (16, 512)}, seed=0)
+    gradient = tree({"kernel": (16, 512)}, seed=1)
+    params, grads = optax.tree_utils.tree_cast((whole, gradient), jnp.bfloat16)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(grads, state, params)
+    types = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert types((updates, after)) == types((params, state))
+    whole, gradient = optax.tree_utils.tree_cast((params, grads), jnp.float32)
+    expected, _ = jax.jit(make().update)(gradient, make().init(whole), whole)
+    one, other = (np.asarray(x["kernel"], np.float32) for x in (updates, expected))
+    np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-2 * np.abs(other).max())

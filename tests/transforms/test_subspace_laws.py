@@ -262,6 +262,41 @@ def test_gradients_of_zeros_and_of_low_rank_are_no_nan(name: str) -> None:
             assert np.isfinite(leaf.astype(jnp.float32)).all()
 
 
+SEEKING = {
+    "svd": svd(2),
+    "randomized_svd": randomized_svd(2),
+    "power_iteration": power_iteration(2),
+    "top_k_rows": top_k_rows(2),
+    "sampled_rows": sampled_rows(2),
+    "distinct rows": sampled_rows(2, replacement=False),
+    "dct_columns": dct_columns(2),
+}
+
+
+@pytest.mark.parametrize("name", SEEKING)
+@pytest.mark.parametrize("every", [1, 200])
+def test_the_first_gradient_that_is_not_zero_finds_the_basis(name: str, every: int) -> None:
+    """The steps before it leave no trace, and a later gradient of zeros leaves the basis."""
+    tx = project_gradients(
+        optax.trace(0.9), SEEKING[name], Refresh(every), matrices=Matrices(side="in")
+    )
+    g = jnp.asarray(next(gradients((2, 6, 8))), jnp.float32)
+    update, zeros = jax.jit(tx.update), {"layers": {"kernel": jnp.zeros_like(g)}}
+    grads = {"layers": {"kernel": g}}
+    half = {"layers": {"kernel": g.at[1].set(0)}}  # the second of two layers starts later
+    state = tx.init(zeros)
+    for quiet in (zeros, zeros, half):
+        _, state = update(quiet, state)
+    updates, after = update(grads, state)
+    begins = tx.init(zeros)._replace(count=jnp.int32(3 if every == 1 else 0))
+    expected, _ = update(grads, begins)
+    found, right = (tree["layers"]["kernel"][1] for tree in (updates, expected))
+    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+    assert jnp.linalg.norm(found) > 0
+    _, later = update(zeros, after)
+    jax.tree.map(np.testing.assert_array_equal, later.basis, after.basis)
+
+
 def test_a_limiter_that_saw_zeros_opens_again() -> None:
     """The released code would shorten everything to 1.01 times zero from then on."""
     zeros, g = jnp.zeros((6, 8)), jnp.asarray(next(gradients((6, 8))), jnp.float32)

@@ -1,0 +1,154 @@
+"""Checks of leaves, states and hyperparameters, for all transformations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import KeyPath
+
+from microadam_jax.compressors import is_compressed
+from microadam_jax.trees import path_name
+
+
+def transformation(
+    init: Callable[..., Any],
+    update: Callable[..., Any],
+    *,
+    kind: Callable[..., Any] = optax.GradientTransformationExtraArgs,
+    **hyperparameters: Any,
+) -> Any:
+    """Makes a transformation of functions that need not look at what they are given.
+
+    Parameters are floating-point arrays, or Python floats, which become arrays. Parameters that
+    have no gradient (``None``) may be anything in ``update``, such as the functions of an Equinox
+    model. States may hold NumPy arrays, as after a restore.
+
+    Args:
+        init: from parameters to a state.
+        update: from updates, state and parameters, or None, to new updates and state.
+        kind: what is returned.
+        **hyperparameters: numbers of the rule that float32 is needed for; None for those left out.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        TypeError: if a hyperparameter is an array in fewer bits than float32; in ``init`` and
+            ``update``, for leaves that are no floating-point arrays.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax.transforms.transformation import transformation
+        >>> tx = transformation(lambda params: (), lambda updates, state, params: (updates, state))
+        >>> tx.init({"steps": jnp.arange(3)})
+        Traceback (most recent call last):
+        TypeError: The parameter 'steps' has dtype int32, ... Leave it out: optax.masked, ...
+    """
+    require_float32(**hyperparameters)
+
+    def checked_init(params: optax.Params) -> Any:
+        return init(_arrays(params))
+
+    def checked_update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> Any:
+        if params is not None:
+            params = _arrays(_where_updated(updates, params))
+        return update(_arrays(updates), _on_device(state), params, **extra_args)
+
+    return kind(checked_init, checked_update)
+
+
+def require_float32(**hyperparameters: Any) -> None:
+    """Refuses hyperparameters in fewer bits than float32.
+
+    Args:
+        **hyperparameters: Python numbers, arrays, or None, by their names.
+
+    Raises:
+        TypeError: if one is an array of a floating dtype that is narrower.
+    """
+    for name, value in hyperparameters.items():
+        dtype = getattr(value, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            raise TypeError(
+                f"{name} is given in {dtype}, which rounds 0.999 to 1 or 1e-8 to 0. Give it in "
+                "float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32), which "
+                "otherwise takes the dtype of the parameters."
+            )
+
+
+def _arrays(tree: Any) -> Any:
+    """``tree`` with arrays for Python floats and NumPy arrays.
+
+    Raises:
+        TypeError: for leaves of other kinds.
+    """
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_compressed)
+    unlike = False
+    for path, leaf in leaves:
+        if not is_compressed(leaf):
+            _require_real(path, leaf)
+            unlike |= isinstance(leaf, float | np.ndarray | np.generic)
+    return jax.tree.map(_as_array, tree, is_leaf=is_compressed) if unlike else tree
+
+
+def _as_array(leaf: Any) -> Any:
+    if type(leaf) is float:
+        return jnp.asarray(leaf, jnp.result_type(float))  # of a dtype that is not weak
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
+
+
+def _require_real(path: KeyPath, leaf: Any) -> None:
+    """Refuses a leaf that is no floating-point array and no Python float."""
+    dtype = getattr(leaf, "dtype", None)
+    if type(leaf) is float or (dtype is not None and jnp.issubdtype(dtype, jnp.floating)):
+        return
+    name = f"The parameter {path_name(path)!r}"
+    if dtype is None and not isinstance(leaf, bool | int | complex):
+        raise TypeError(
+            f"{name} is no array but {type(leaf).__name__}. Give init and update floating-point "
+            "arrays alone, with None for all else: equinox.filter(model, "
+            "equinox.is_inexact_array)."
+        )
+    dtype = jnp.result_type(leaf) if dtype is None else dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} has dtype {dtype}, and its two parts would need moments of their own. Wrap "
+            "the optimizer in optax.contrib.split_real_and_imaginary."
+        )
+    raise TypeError(
+        f"{name} has dtype {dtype}, or its gradient has, and an optimizer moves floating-point "
+        "parameters only. Leave it out: optax.masked, or optax.partition with set_to_zero."
+    )
+
+
+def _where_updated(updates: Any, params: Any) -> Any:
+    """``params``, without what is no parameter and has no update."""
+    if all(_is_real(leaf) for leaf in jax.tree.leaves(params)):
+        return params
+
+    def either(update: Any, parameter: Any) -> Any:
+        no_parameter = update is None and jax.tree_util.all_leaves([parameter])
+        return None if no_parameter and not _is_real(parameter) else parameter
+
+    return jax.tree.map(
+        either, updates, params, is_leaf=lambda node: node is None or is_compressed(node)
+    )
+
+
+def _is_real(leaf: Any) -> bool:
+    return type(leaf) is float or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)
+
+
+def _on_device(state: Any) -> Any:
+    """``state`` with JAX's arrays for NumPy's, which have no ``at``."""
+    if not any(isinstance(x, np.ndarray | np.generic) for x in jax.tree.leaves(state)):
+        return state
+    return jax.tree.map(_as_array, state)
