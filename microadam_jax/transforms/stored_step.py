@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding
 from microadam_jax.codecs import Codec, Plain, Storage, Unstored
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.sharding import told
-from microadam_jax.transforms.chunks import CHUNK, Arrays, Turns
+from microadam_jax.transforms.chunks import Arrays, Turns
 from microadam_jax.trees import KeyPath
-from pallas_kernels.blockwise_codec import blockwise_step, step, takes
+from pallas_kernels.blockwise_codec import blockwise_step, step
 
 Slots = tuple[jax.Array, ...]
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
@@ -53,22 +53,15 @@ class Kernels(NamedTuple):
         updates: Any,
         codecs_of: Callable[[KeyPath, Any], Sequence[Codec]],
     ) -> "Kernels":
-        """What was asked for; None is XLA's loops for all, if a large leaf needs one anyway.
-
-        The compiler gives fast memory to the operands of kernels first. Of loops beside them more
-        would lie in the main memory, which would be temporaries.
+        """What was asked for. None decides for each leaf by itself, see :func:`stored_step`.
 
         Args:
             implementation: None, or the name that was asked for.
             shardings: where the parameters lie, or None.
             updates: the tree.
-            codecs_of: the codecs of a leaf's moments.
+            codecs_of: the codecs of a leaf's moments; not used.
         """
-        leaves = jax.tree.leaves_with_path(updates)
-        each = ((codecs_of(path, leaf), leaf) for path, leaf in leaves if leaf.size > CHUNK)
-        looped = (not (_plain(codecs) or takes(codecs, leaf)) for codecs, leaf in each)
-        if implementation is None and any(looped):
-            implementation = "xla"
+        del codecs_of
         return cls(implementation, told(shardings, updates))
 
 
