@@ -359,7 +359,8 @@ def _turned(numbers: Sequence[jax.Array]) -> jax.Array:
     """Arrays ``(m, 128)``, one below the other, as columns of 128 rows."""
     numbers = [float32(x.astype(jnp.int32) if x.dtype == jnp.uint8 else x) for x in numbers]
     filled = sum(x.shape[0] for x in numbers)
-    return jnp.concatenate([*numbers, jnp.zeros((LANES - filled, ROWS))], axis=0).T
+    padding = [jnp.zeros((LANES - filled, ROWS))] if filled < LANES else []
+    return jnp.concatenate([*numbers, *padding], axis=0).T
 
 
 def _as_before(scalar: jax.Array, dtype: Any, piece: tuple[int, int]) -> jax.Array:
