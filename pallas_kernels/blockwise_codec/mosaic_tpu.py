@@ -123,6 +123,7 @@ def step(
         kinds.append(kind)
         if kind == "all":
             taken = index == replaces and x.dtype == result.dtype
+            x = x if interpret else _in_main_memory(x)
             calls.add(x, elements(width), 0 if taken else None)
         elif kind == "row":
             calls.add(x, pl.BlockSpec((None, 1, width), lambda o, r, b, p, e=each: (o * e, 0, b)))
@@ -134,6 +135,7 @@ def step(
         blocks.append(min(statistics[0].shape[-1], width // size))
         spec = pl.BlockSpec((None, blocks[-1], ROWS), lambda o, r, b, p: (o, b, r))
         codes = codes.reshape(outer, rows, codes.shape[-1])
+        codes = codes if interpret else _in_main_memory(codes)
         calls.in_place(codes, elements(width * codec.bits // 8))
         for x in statistics:
             calls.in_place(x.reshape(outer, rows, x.shape[-1]).swapaxes(1, 2), spec)
@@ -164,6 +166,17 @@ def step(
         statistics = [next(news).swapaxes(1, 2).reshape(x.shape) for x in statistics]
         stored.append(type(before)(codes, *statistics))
     return output.reshape(shape), tuple(stored)
+
+
+def _in_main_memory(x: jax.Array) -> jax.Array:
+    """``x``, not to be fetched ahead of time by the compiler: the kernel fetches it by itself.
+
+    Where the compiler fetches operands of many leaves, and writes results back, it has temporaries.
+    """
+    *_, rows, width = x.shape
+    if width % LANES and rows % LANES == 0:
+        return x  # The compiler has rows on lanes, and had better turn them on the chip.
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 class _Operands:

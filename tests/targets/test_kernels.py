@@ -192,7 +192,7 @@ def test_blockwise_codec_of_eight_bit_floats_on_every_tpu(tpu: Mesh) -> None:
     blockwise_codec_on(tpu, (2048, 1024), "bfloat16", "bfloat16", FLOATS)
 
 
-# Blocks of 172, and of 86, 128 of them in a tile; of 128, with more of them in a row than a tile of bytes has.
+# Blocks of 172; of 86, 128 of them in a tile; of 128, more in a row than a tile of bytes has.
 @pytest.mark.parametrize("tpu", ["v5e", "v6e"], indirect=True)
 @pytest.mark.parametrize(
     ("n", "codecs"),
