@@ -72,10 +72,10 @@ def quantize_state(
             updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy
             of the state exists during the step. Otherwise it can exist.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
-        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU, if it
-            supports all large leaves that are stored through a codec, and ``"xla"`` elsewhere;
-            ``"mosaic_tpu"`` insists on the kernel for all leaves that are stored through one, and
-            ``"triton"`` on the GPU's, which has not run on one yet.
+        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU for each
+            leaf that it supports, and ``"xla"`` elsewhere; ``"mosaic_tpu"`` insists on the kernel
+            for all leaves that are stored through a codec, and ``"triton"`` on the GPU's, which
+            has not run on one yet.
         shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
             for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
             else tells.

@@ -1,13 +1,14 @@
 """Decode, step and encode in one pass on TPUs.
 
-A tile has 128 rows of the tensor on sublanes and up to 2048 elements of each on lanes, and is
-worked on in pieces that fit in registers. What there is per block or per row lies with the rows
-on lanes, as the compiler itself lays it out, and is turned once for a tile.
+A tile has up to 128 rows of the tensor on sublanes and whole blocks of each on lanes, and is
+worked on in pieces that fit in registers: two registers' lanes where blocks fill them, and
+otherwise one block. What there is per block or per row lies with the rows on lanes, as the
+compiler itself lays it out, and is turned once for 128 rows.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +17,16 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blockwise_codec.piece import LANES, PIECE, Piece, Plan, iota
+from pallas_kernels.blockwise_codec.piece import Piece, Plan, iota
 from pallas_kernels.blockwise_codec.reference import uniform
 from pallas_kernels.blockwise_codec.rule import Rule
+from pallas_kernels.blockwise_codec.span import Block
+from pallas_kernels.blockwise_codec.tiling import LANES, PIECE, Tiling, tiling
 from pallas_kernels.tpu_tiles import ROWS, cost, float32
 
-WIDTH = 2048  # elements of a row in a tile
 OPERATIONS = 200  # for each element, about
+ENOUGH = 16 * 2**20  # bytes that a kernel may take of the chip's memory unless it asks for more
+SPARE = 3 * 2**20  # of those for what is not fetched
 
 
 def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | None:
@@ -35,12 +39,11 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
     for codec in codecs:
         if not hasattr(codec, "codes_of"):
             return f"{codec.name} is not stored in blocks of codes"
-        size = codec.blocks.layout_of(inputs[0]).size
-        if size not in (LANES, 2 * LANES):
-            return f"blocks must have {LANES} or {2 * LANES} elements; {codec.name} has {size} here"
-    columns = sum(WIDTH // LANES * codec.statistics for codec in codecs) + len(inputs)
-    if columns > LANES:
-        return f"there is room for {LANES} numbers for each row of a tile, not for {columns}"
+    tiles = _tiling(codecs, shape[-1], shape[-1])
+    if isinstance(tiles, str):
+        return tiles
+    if len(inputs) > LANES:
+        return f"there is room for {LANES} numbers for each row of a tile, not for {len(inputs)}"
     for index, x in enumerate(inputs):
         half = index == 0 and x.dtype == jnp.float16
         if x.dtype not in (jnp.float32, jnp.bfloat16) and not half:
@@ -51,7 +54,8 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
 def tiles(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
     """The arguments of the rule in the kernel: moments and gradient in float32, then others."""
     dtypes = [jnp.dtype(jnp.float32)] * (len(codecs) + 1) + [x.dtype for x in inputs[1:]]
-    return [jax.ShapeDtypeStruct(PIECE, dtype) for dtype in dtypes]
+    piece = _tiles(codecs, inputs[0].shape[-1], inputs[0].shape[-1]).piece
+    return [jax.ShapeDtypeStruct(piece, dtype) for dtype in dtypes]
 
 
 def wrapped(number: int) -> np.int32:
@@ -89,7 +93,9 @@ def step(
     shape = inputs[0].shape
     outer, rows = _folded(shape, whole)
     n = shape[-1]
-    width = min(WIDTH, -(-n // PIECE[1]) * PIECE[1])
+    tiles = _tiles(codecs, whole[-1], n)
+    width, parts = tiles.width, min(ROWS // tiles.rows, -(-rows // tiles.rows))
+    last = pl.cdiv(rows, tiles.rows) - 1
     sizes = tuple(codec.blocks.layout(whole[-1]).size for codec in codecs)
     calls = _Operands()
     if places:
@@ -100,7 +106,11 @@ def step(
         calls.scalars(_in_memory(scalar).reshape(1))
 
     def elements(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, ROWS, width), lambda o, r, b: (o, r, b))
+        # A part behind the last row is the last one again, which moves nothing.
+        def place(o: Any, r: Any, b: Any, part: Any) -> tuple[Any, ...]:
+            return o, jnp.minimum(r * parts + part, last), b
+
+        return pl.BlockSpec((None, tiles.rows, width), place)
 
     result = jax.ShapeDtypeStruct((outer, rows, n), rule.results[0].dtype)
     calls.result(result, elements(width))
@@ -113,31 +123,37 @@ def step(
         kinds.append(kind)
         if kind == "all":
             taken = index == replaces and x.dtype == result.dtype
+            x = x if interpret else _in_main_memory(x)
             calls.add(x, elements(width), 0 if taken else None)
         elif kind == "row":
-            calls.add(x, pl.BlockSpec((None, 1, width), lambda o, r, b, e=each: (o * e, 0, b)))
+            calls.add(x, pl.BlockSpec((None, 1, width), lambda o, r, b, p, e=each: (o * e, 0, b)))
         else:
-            spec = pl.BlockSpec((None, 1, ROWS), lambda o, r, b, e=each: (o * e, 0, r))
+            spec = pl.BlockSpec((None, 1, ROWS), lambda o, r, b, p, e=each: (o * e, 0, r))
             calls.add(x.swapaxes(1, 2), spec)
     blocks = []
     for codec, size, (codes, *statistics) in zip(codecs, sizes, encoded, strict=True):
         blocks.append(min(statistics[0].shape[-1], width // size))
-        spec = pl.BlockSpec((None, blocks[-1], ROWS), lambda o, r, b: (o, b, r))
+        spec = pl.BlockSpec((None, blocks[-1], ROWS), lambda o, r, b, p: (o, b, r))
         codes = codes.reshape(outer, rows, codes.shape[-1])
+        codes = codes if interpret else _in_main_memory(codes)
         calls.in_place(codes, elements(width * codec.bits // 8))
         for x in statistics:
             calls.in_place(x.reshape(outer, rows, x.shape[-1]).swapaxes(1, 2), spec)
 
-    plan = Plan(rule, codecs, sizes, tuple(blocks), tuple(kinds), n, width, wrapped(whole[-1]))
+    plan = Plan(rule, codecs, sizes, tuple(blocks), tuple(kinds), n, tiles, wrapped(whole[-1]))
     output, *new = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, draws=bool(places), groups=_groups(rows)),
-        grid=(outer, pl.cdiv(rows, ROWS), pl.cdiv(n, width)),
+        functools.partial(_kernel, plan=plan, draws=bool(places), rows=rows),
+        grid=(outer, pl.cdiv(rows, ROWS), pl.cdiv(n, width), parts),
         in_specs=calls.specs,
         out_specs=calls.result_specs,
         out_shape=calls.results,
         input_output_aliases=calls.aliases,
-        scratch_shapes=[pltpu.VMEM((ROWS, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        scratch_shapes=[pltpu.VMEM((plan.per_row + 1, ROWS, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            # Parts of 128 rows share what there is per block.
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=calls.memory,
+        ),
         cost_estimate=cost(OPERATIONS * outer * rows * n, (*calls.arrays, *calls.results)),
         interpret=interpret,
         name="blockwise_codec",
@@ -150,6 +166,17 @@ def step(
         statistics = [next(news).swapaxes(1, 2).reshape(x.shape) for x in statistics]
         stored.append(type(before)(codes, *statistics))
     return output.reshape(shape), tuple(stored)
+
+
+def _in_main_memory(x: jax.Array) -> jax.Array:
+    """``x``, not to be fetched ahead of time by the compiler: the kernel fetches it by itself.
+
+    Where the compiler fetches operands of many leaves, and writes results back, it has temporaries.
+    """
+    *_, rows, width = x.shape
+    if width % LANES and rows % LANES == 0:
+        return x  # The compiler has rows on lanes, and had better turn them on the chip.
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 class _Operands:
@@ -174,6 +201,19 @@ class _Operands:
             self.aliases[len(self.arrays)] = result
         self.arrays.append(x)
         self.specs.append(spec)
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes on the chip to ask for, or None if what the compiler gives by itself will do."""
+        arrays = zip((*self.arrays, *self.results), (*self.specs, *self.result_specs), strict=True)
+        tiles = (
+            math.prod(n for n in spec.block_shape if isinstance(n, int)) * x.dtype.itemsize
+            for x, spec in arrays
+            if spec.block_shape is not None
+        )
+        # Each tile twice, as the next one is fetched meanwhile.
+        bytes_needed = 2 * sum(tiles)
+        return bytes_needed + SPARE if bytes_needed + SPARE > ENOUGH else None
 
     def result(self, result: jax.ShapeDtypeStruct, spec: pl.BlockSpec) -> None:
         """Adds a result."""
@@ -216,11 +256,20 @@ def _in_memory(scalar: jax.Array) -> jax.Array:
     return scalar if scalar.dtype == jnp.int32 else scalar.astype(jnp.float32)
 
 
-def _groups(rows: int) -> int:
-    return -(-min(rows, ROWS) // PIECE[0])
+def _tiling(codecs: Sequence[Any], whole: int, n: int) -> Tiling | str:
+    """The tiles for ``n`` elements of rows of ``whole``, or why there are none."""
+    sizes = [codec.blocks.layout(whole).size for codec in codecs]
+    bits, statistics = [c.bits for c in codecs], [c.statistics for c in codecs]
+    return tiling(sizes, bits, statistics, n)
 
 
-def _kernel(*refs, plan: Plan, draws: bool, groups: int) -> None:
+def _tiles(codecs: Sequence[Any], whole: int, n: int) -> Tiling:
+    tiles = _tiling(codecs, whole, n)
+    assert isinstance(tiles, Tiling)
+    return tiles
+
+
+def _kernel(*refs, plan: Plan, draws: bool, rows: int) -> None:
     remaining = iter(refs)
 
     def take(count: int) -> list[Any]:
@@ -229,57 +278,86 @@ def _kernel(*refs, plan: Plan, draws: bool, groups: int) -> None:
     def take_moments() -> list[list[Any]]:
         return [take(1 + codec.statistics) for codec in plan.codecs]
 
+    tiles = plan.tiling
     draw_refs = take(2) if draws else []
     scalar_refs, input_refs = take(len(plan.rule.scalars)), take(len(plan.kinds))
     stored = take_moments()
     (output_ref,) = take(1)
     new = take_moments()
     (columns_ref,) = take(1)
-    per_block = [ref[...] for refs in stored for ref in refs[1:]]
-    per_row = [
-        ref[...] for ref, kind in zip(input_refs, plan.kinds, strict=True) if kind == "column"
-    ]
-    columns_ref[...] = _turned([*per_block, *per_row])
+    leading, part = pl.program_id(0), pl.program_id(3)
+    part_row = part * tiles.rows
+    first_row, first_column = pl.program_id(1) * ROWS + part_row, pl.program_id(2) * tiles.width
 
-    leading, first_row, first_column = (
-        pl.program_id(0),
-        pl.program_id(1) * ROWS,
-        pl.program_id(2) * plan.width,
-    )
+    @pl.when(part == 0)
+    def _() -> None:
+        statistics = [ref for refs in stored for ref in refs[1:]]
+        for index, ref in enumerate(statistics):
+            columns_ref[index] = _turned([ref[...]])
+        kinds = zip(input_refs, plan.kinds, strict=True)
+        per_row = [ref[...] for ref, kind in kinds if kind == "column"]
+        if per_row:
+            columns_ref[plan.per_row] = _turned(per_row)
+
+    def stored_from(
+        number: Any, row: jax.Array, moments: Sequence[jax.Array]
+    ) -> Iterator[tuple[int, jax.Array, jax.Array | None, Any]]:
+        """New moments, zero behind the end of the row, the random numbers, and the codes."""
+        column = number * tiles.unit + iota(tiles.piece, 1)
+        place, drawn = first_column + column, 0
+        for which, (codec, x, refs) in enumerate(zip(plan.codecs, moments, new, strict=True)):
+            xi = None
+            if codec.needs_key:
+                xi = _random(row * plan.stride + place, leading, drawn, *draw_refs)
+                drawn += 1
+            if plan.n % plan.sizes[which]:
+                x = jnp.where(place < plan.n, x, 0.0)
+            if tiles.piece[1] != tiles.unit:
+                x = jnp.where(iota(tiles.piece, 1) < tiles.unit, x, 0.0)
+            yield which, x, xi, refs[0]
 
     def group(i: jax.Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(i * PIECE[0], PIECE[0]), PIECE[0])
-        columns = updated = columns_ref[rows, :]
+        here = pl.ds(pl.multiple_of(i * PIECE[0], PIECE[0]), PIECE[0])
+        numbers = pl.ds(pl.multiple_of(part_row + i * PIECE[0], PIECE[0]), PIECE[0])
+        row = first_row + i * PIECE[0] + iota(tiles.piece, 0)
         scalars = [
-            _as_before(ref[0], x.dtype)
+            _as_before(ref[0], x.dtype, tiles.piece)
             for ref, x in zip(scalar_refs, plan.rule.scalars, strict=True)
         ]
-        for number in range(plan.width // PIECE[1]):
-            piece = Piece(plan, rows, number)
+
+        def step(piece: Piece | Block, number: Any, columns: Any) -> None:
             moments = [piece.decode(which, refs[0], columns) for which, refs in enumerate(stored)]
             output, *moments = plan.rule(scalars, [*moments, *piece.inputs(input_refs, columns)])
-            output_ref[rows, piece.lanes] = output
-            column = first_column + number * PIECE[1] + iota(PIECE, 1)
-            row = first_row + i * PIECE[0] + iota(PIECE, 0)
-            drawn = 0
-            for which, (codec, x, refs) in enumerate(zip(plan.codecs, moments, new, strict=True)):
-                xi = None
-                if codec.needs_key:
-                    place = row * plan.stride + column
-                    xi = _random(place, leading, drawn, *draw_refs)
-                    drawn += 1
-                if plan.n % plan.sizes[which]:
-                    x = jnp.where(column < plan.n, x, 0.0)
-                updated = piece.encode(which, x, xi, refs[0], updated)
-        columns_ref[rows, :] = updated
+            piece.write(output_ref, output)
+            for which, x, xi, codes_ref in stored_from(number, row, moments):
+                piece.encode(which, x, xi, codes_ref, columns)
 
-    jax.lax.fori_loop(0, groups, group, None)
-    after, first = columns_ref[...].T, 0
-    for refs, blocks in zip(new, plan.blocks, strict=True):
-        for ref in refs[1:]:
-            x = after[first : first + blocks]
-            ref[...] = x.astype(jnp.int32).astype(ref.dtype) if ref.dtype == jnp.uint8 else x
-            first += blocks
+        if tiles.by_block:
+
+            def block(number: jax.Array, _: None) -> None:
+                step(Block(plan, here, numbers, number), number, columns_ref)
+
+            jax.lax.fori_loop(0, plan.blocks[0], block, None)
+            return
+        columns = [columns_ref[index, numbers, :] for index in range(plan.per_row + 1)]
+        # What one piece stores no other reads.
+        for number in range(tiles.width // PIECE[1]):
+            step(Piece(plan, here, number), number, columns)
+        for index in range(plan.per_row):
+            columns_ref[index, numbers, :] = columns[index]
+
+    @pl.when(first_row < rows)
+    def _() -> None:
+        jax.lax.fori_loop(0, -(-min(rows, tiles.rows) // PIECE[0]), group, None)
+
+    @pl.when(part == pl.num_programs(3) - 1)
+    def _() -> None:
+        index = 0
+        for refs, blocks in zip(new, plan.blocks, strict=True):
+            for ref in refs[1:]:
+                x = columns_ref[index].T[:blocks]
+                ref[...] = x.astype(jnp.int32).astype(ref.dtype) if ref.dtype == jnp.uint8 else x
+                index += 1
 
 
 def _random(
@@ -294,9 +372,10 @@ def _turned(numbers: Sequence[jax.Array]) -> jax.Array:
     """Arrays ``(m, 128)``, one below the other, as columns of 128 rows."""
     numbers = [float32(x.astype(jnp.int32) if x.dtype == jnp.uint8 else x) for x in numbers]
     filled = sum(x.shape[0] for x in numbers)
-    return jnp.concatenate([*numbers, jnp.zeros((LANES - filled, ROWS))], axis=0).T
+    padding = [jnp.zeros((LANES - filled, ROWS))] if filled < LANES else []
+    return jnp.concatenate([*numbers, *padding], axis=0).T
 
 
-def _as_before(scalar: jax.Array, dtype: Any) -> jax.Array:
+def _as_before(scalar: jax.Array, dtype: Any, piece: tuple[int, int]) -> jax.Array:
     """A scalar, or all of a piece where the processor has no scalars of its dtype."""
-    return scalar if scalar.dtype == dtype else jnp.full(PIECE, scalar).astype(dtype)
+    return scalar if scalar.dtype == dtype else jnp.full(piece, scalar).astype(dtype)

@@ -1,6 +1,6 @@
 """A piece of a tile: moments from their codes, and codes from moments, in registers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +9,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise_codec.rule import Rule
+from pallas_kernels.blockwise_codec.tiling import LANES, PIECE, Tiling
 from pallas_kernels.tpu_tiles import float32
-
-LANES = 128
-PIECE = (32, 256)  # rows, of a register of bytes, and elements of them, two of which share a byte
 
 
 class Plan(NamedTuple):
@@ -26,7 +24,7 @@ class Plan(NamedTuple):
         kinds: of each input, whether it has ``"all"`` elements, or one for each ``"row"`` or each
             ``"column"``.
         n: elements in a row.
-        width: elements of a row in a tile.
+        tiling: the tiles.
         stride: from row to row, as an int32.
     """
 
@@ -36,8 +34,17 @@ class Plan(NamedTuple):
     blocks: tuple[int, ...]
     kinds: tuple[str, ...]
     n: int
-    width: int
+    tiling: Tiling
     stride: np.int32
+
+    def first_column(self, which: int) -> int:
+        """How many arrays of numbers per block stand before those of a codec."""
+        return sum(codec.statistics for codec in self.codecs[:which])
+
+    @property
+    def per_row(self) -> int:
+        """The place behind those, of numbers for each row."""
+        return self.first_column(len(self.codecs))
 
 
 class Piece(NamedTuple):
@@ -63,61 +70,58 @@ class Piece(NamedTuple):
         """Where their codes of four bits are."""
         return slice(self.number * LANES, (self.number + 1) * LANES)
 
-    def inputs(self, refs: Sequence[Any], columns: jax.Array) -> Iterator[jax.Array]:
+    def inputs(self, refs: Sequence[Any], columns: Sequence[jax.Array]) -> Iterator[jax.Array]:
         """The inputs, the gradient in float32."""
-        at = sum(
-            c.statistics * blocks
-            for c, blocks in zip(self.plan.codecs, self.plan.blocks, strict=True)
-        )
-        for index, (ref, kind) in enumerate(zip(refs, self.plan.kinds, strict=True)):
-            if kind == "all":
-                x = ref[self.rows, self.lanes]
-                yield x if index else float32(x)
-            elif kind == "row":
-                yield jnp.broadcast_to(ref[:, self.lanes], PIECE)
-            else:
-                yield jnp.broadcast_to(columns[:, at : at + 1], PIECE).astype(ref.dtype)
-                at += 1
 
-    def decode(self, which: int, ref: Any, columns: jax.Array) -> jax.Array:
+        def elements(ref: Any, rows: Any) -> jax.Array:
+            return ref[rows, self.lanes]
+
+        return inputs_of(self.plan, refs, self.rows, elements, columns[self.plan.per_row])
+
+    def decode(self, which: int, ref: Any, columns: Sequence[jax.Array]) -> jax.Array:
         """A stored moment."""
         codec, size = self.plan.codecs[which], self.plan.sizes[which]
         codes = self._codes(codec, size, ref)
         values = []
-        for block, places in enumerate(self._statistics(which)):
+        places = self._places(which)
+        for block, place in enumerate(places):
             # Behind the last block of the row there may be half a piece, which is not stored.
-            statistics = [columns[:, at : at + 1] for at in places or self._statistics(which)[0]]
+            at = (places[0] or 0) if place is None else place
+            statistics = [x[:, at : at + 1] for x in self._columns(which, columns)]
             part = codes[:, block * size : (block + 1) * size]
             values.append(codec.values_of(part, statistics))
         return jnp.concatenate(values, axis=1)
 
     def encode(
-        self, which: int, x: jax.Array, xi: jax.Array | None, ref: Any, columns: jax.Array
-    ) -> jax.Array:
-        """Stores a moment, and returns ``columns`` with what there is per block."""
+        self, which: int, x: jax.Array, xi: jax.Array | None, ref: Any, columns: list[jax.Array]
+    ) -> None:
+        """Stores a moment, and what there is per block in ``columns``."""
         codec, size = self.plan.codecs[which], self.plan.sizes[which]
-        lane, codes = iota(columns.shape, 1), []
-        for block, places in enumerate(self._statistics(which)):
+        lane, codes = iota(columns[0].shape, 1), []
+        for block, place in enumerate(self._places(which)):
             part = slice(block * size, (block + 1) * size)
             statistics = codec.measure(x[:, part])
             codes.append(
                 codec.codes_of(x[:, part], statistics, None if xi is None else xi[:, part])
             )
-            for at, number in zip(places, statistics, strict=False):
-                columns = jnp.where(lane == at, number, columns)
+            if place is None:
+                continue
+            for index, number in enumerate(statistics, self.plan.first_column(which)):
+                columns[index] = jnp.where(lane == place, number, columns[index])
         self._store(codec, codes, ref)
-        return columns
 
-    def _statistics(self, which: int) -> list[list[int]]:
-        """For each block, which columns are its; none for a block that there is not."""
-        plan = self.plan
-        counts = [c.statistics * blocks for c, blocks in zip(plan.codecs, plan.blocks, strict=True)]
-        first, blocks = sum(counts[:which]), plan.blocks[which]
-        each = PIECE[1] // plan.sizes[which]
+    def write(self, ref: Any, x: jax.Array) -> None:
+        """Stores the output."""
+        ref[self.rows, self.lanes] = x
+
+    def _columns(self, which: int, columns: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        return columns[self.plan.first_column(which) : self.plan.first_column(which + 1)]
+
+    def _places(self, which: int) -> list[int | None]:
+        """For each block, which column is its; None for a block that there is not."""
+        each = PIECE[1] // self.plan.sizes[which]
         return [
-            [first + k * blocks + block for k in range(plan.codecs[which].statistics)]
-            if block < blocks
-            else []
+            block if block < self.plan.blocks[which] else None
             for block in range(self.number * each, (self.number + 1) * each)
         ]
 
@@ -134,6 +138,36 @@ class Piece(NamedTuple):
             return
         low, high = _halves(both[:, :LANES], both[:, LANES:], PIECE[1] // len(codes))
         ref[self.rows, self.bytes_of_nibbles] = (low | (high << 4)).astype(jnp.uint8)
+
+
+def inputs_of(
+    plan: Plan,
+    refs: Sequence[Any],
+    rows: Any,
+    elements: Callable[[Any, Any], jax.Array],
+    per_row: jax.Array,
+) -> Iterator[jax.Array]:
+    """The inputs of some rows of a tile, the gradient in float32.
+
+    Args:
+        plan: of the call.
+        refs: the inputs' tiles.
+        rows: which rows.
+        elements: reads some elements of a tile, given its rows.
+        per_row: what there is for each row, in the order of the inputs.
+    """
+    at = 0
+    for index, (ref, kind) in enumerate(zip(refs, plan.kinds, strict=True)):
+        if kind == "all":
+            x = elements(ref, rows)
+            yield x.astype(ref.dtype) if index else float32(x)
+        elif kind == "row":
+            x = elements(ref, slice(None))
+            yield jnp.broadcast_to(x, plan.tiling.piece).astype(ref.dtype)
+        else:
+            x = per_row[:, at : at + 1]
+            yield jnp.broadcast_to(x, plan.tiling.piece).astype(ref.dtype)
+            at += 1
 
 
 def _halves(one: jax.Array, other: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

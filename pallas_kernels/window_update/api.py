@@ -86,7 +86,7 @@ def window_update(
         functools.partial(reference.window_update, size=size, n=n, dtype=dtype),
         {
             "mosaic_tpu": (
-                local(mosaic_tpu.window_update),
+                local(functools.partial(mosaic_tpu.window_update, size=size)),
                 mosaic_tpu.unsupported(shape, size, entries),
             ),
             "triton": (

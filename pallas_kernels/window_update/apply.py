@@ -83,7 +83,7 @@ def window_apply(
         functools.partial(reference.window_apply, size=size),
         {
             "mosaic_tpu": (
-                functools.partial(mosaic_tpu.window_apply, interpret=interpret),
+                functools.partial(mosaic_tpu.window_apply, size=size, interpret=interpret),
                 mosaic_tpu.unsupported(params.shape, size, entries)
                 or _untaken(params.dtype, "float32", "bfloat16"),
             ),

@@ -15,6 +15,14 @@ SHAPES = {
     "32 blocks": (3, 32 * 256),
     "leading axes": (2, 3, 9, 512),
 }
+# Blocks that the rule makes of rows of models, as the compiler lays out their codes in each way.
+OTHER_SIZES = {
+    "172, halves apart": ((2, 9, 5504), 172),
+    "192": ((130, 768), 192),
+    "228, all of a row": ((3, 2736), 228),
+    "one padded block": ((9, 77), 78),
+    "500, padded": ((9, 2470), 500),
+}
 
 
 def blocks_of(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -39,10 +47,10 @@ def blocks_of(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 KINDS = ("normal", "zero", "constant", "tied", "huge range", "not finite")
 
 
-def residual_of(shape: tuple[int, ...], seed: int = 1) -> tuple[Any, Any, Any]:
+def residual_of(shape: tuple[int, ...], seed: int = 1, size: int = SIZE) -> tuple[Any, Any, Any]:
     random = np.random.default_rng(seed)
-    blocks = (*shape[:-1], -(-shape[-1] // SIZE))
-    codes = random.integers(0, 256, (*blocks, SIZE // 2), dtype=np.uint8)
+    blocks = (*shape[:-1], -(-shape[-1] // size))
+    codes = random.integers(0, 256, (*blocks, size // 2), dtype=np.uint8)
     low = random.standard_normal(blocks).astype(np.float32) - 1
     high = low + np.abs(random.standard_normal(blocks).astype(np.float32))
     return jnp.asarray(codes), jnp.asarray(low), jnp.asarray(high)

@@ -84,6 +84,32 @@ def test_on_a_gpu_blocks_of_every_size(shape: tuple[int, ...]) -> None:
     agree(*moments_of(shape), kernels=("triton",))
 
 
+# What the block rule makes of rows of models; 500 is more than two registers.
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((130, 5504), 256),
+        ((5, 77), 128),
+        ((33, 1500), 512),
+        ((40, 22016), 128),
+    ],
+    ids=["172", "one padded block", "500", "two tiles of 86"],
+)
+def test_blocks_between_registers(shape: tuple[int, ...], size: int) -> None:
+    blocks = Blocks(size, shards=1 if size == 512 else 8)
+    codecs = (
+        dynamic8(blocks, keep_sign=True),
+        linear4(blocks),
+        dynamic4(blocks, rounding="stochastic"),
+    )
+    agree(*moments_of(shape), codecs, ("mosaic_tpu",))
+
+
+def test_eight_bit_floats_between_registers() -> None:
+    codecs = float8("e4m3"), float8("e5m2", expansion=False, rounding="stochastic")
+    agree(*moments_of((37, 344)), codecs, ("mosaic_tpu",))
+
+
 def test_several_tiles() -> None:
     agree(*moments_of((130, 2179)), CODECS[2:3], ("mosaic_tpu",))
 
@@ -154,7 +180,6 @@ def test_a_sharded_leaf_draws_the_same_numbers() -> None:
 
 
 REFUSED = {
-    "blocks": ((64, 96), "blocks must have 128 or 256 elements; dynamic8_b256 has 96 here"),
     "vector": ((8192,), "needs two axes or more"),
     "few rows": ((64, 4, 256), "the last axis but one needs 32 elements"),
 }
@@ -165,6 +190,21 @@ def test_a_named_kernel_says_why_it_cannot_run(shape: tuple[int, ...], reason: s
     tx, params = adamw8bit(1e-3, implementation="mosaic_tpu"), jnp.zeros(shape)
     with pytest.raises(NotImplementedError, match=reason):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((600,), r"an even size up to 512, .*; these have \[600\]"),
+        ((120, 60), r"the same for all moments, .*; these have \[120, 60\]"),
+    ],
+    ids=["long", "of two sizes"],
+)
+def test_blocks_that_no_tile_is_made_for(sizes: tuple[int, ...], reason: str) -> None:
+    codecs, leaf = [dynamic8(Blocks(size, shards=1)) for size in sizes], jnp.zeros((64, 600))
+    encoded, keys = [codec.zeros(leaf) for codec in codecs], [None] * len(codecs)
+    with pytest.raises(NotImplementedError, match=reason):
+        blockwise_step(keep, codecs, encoded, [leaf, leaf], keys, implementation="mosaic_tpu")
 
 
 @pytest.mark.parametrize(

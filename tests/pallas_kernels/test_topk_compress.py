@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.topk_compress import topk_compress
-from tests.pallas_kernels.blocks_of_every_kind import KINDS, SHAPES, blocks_of, residual_of
+from tests.pallas_kernels.blocks_of_every_kind import (
+    KINDS,
+    OTHER_SIZES,
+    SHAPES,
+    blocks_of,
+    residual_of,
+)
 
 KERNELS = ["mosaic_tpu", "triton"]
 
@@ -25,6 +31,13 @@ def agree(implementation: str, gradient: Any, residual: Any, k: int = 3) -> None
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_shape(implementation: str, shape: tuple[int, ...]) -> None:
     agree(implementation, jnp.asarray(blocks_of("normal", shape)), residual_of(shape))
+
+
+@pytest.mark.parametrize(("shape", "size"), OTHER_SIZES.values(), ids=OTHER_SIZES)
+def test_on_a_tpu_blocks_of_every_size(shape: tuple[int, ...], size: int) -> None:
+    residual = residual_of((2, *shape), size=size)
+    gradients = np.stack([blocks_of(kind, shape) for kind in ("not finite", "tied")])
+    agree("mosaic_tpu", jnp.asarray(gradients), residual)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -55,9 +68,9 @@ def test_float16_subnormals_are_numbers(implementation: str) -> None:
 
 
 def test_what_a_kernel_cannot_do_is_refused_with_the_reason() -> None:
-    gradient = jnp.zeros((4, 128))
-    residual = jnp.zeros((4, 2, 32), jnp.uint8), jnp.zeros((4, 2)), jnp.zeros((4, 2))
-    with pytest.raises(NotImplementedError, match="blocks must have 256 elements; these have 64"):
+    gradient = jnp.zeros((4, 1200))
+    residual = jnp.zeros((4, 2, 300), jnp.uint8), jnp.zeros((4, 2)), jnp.zeros((4, 2))
+    with pytest.raises(NotImplementedError, match="an even size up to 512; these have 600"):
         topk_compress(gradient, *residual, k=1, implementation="mosaic_tpu")
     topk_compress(gradient, *residual, k=1)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.window_update import reference, window_apply, window_update
-from tests.pallas_kernels.blocks_of_every_kind import SIZE
+from tests.pallas_kernels.blocks_of_every_kind import OTHER_SIZES, SIZE
 
 KERNELS = ["mosaic_tpu", "triton"]
 SHAPES = {"one tile": (128, 512), "odd rows": (37, 256), "padded": (5, 700), "lead": (2, 9, 2560)}
@@ -17,15 +17,15 @@ def slow(case: Any) -> Any:
     return pytest.param(case, marks=pytest.mark.slow)
 
 
-def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0) -> Any:
+def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0, size: int = SIZE) -> Any:
     random = np.random.default_rng(seed)
-    blocks = (*shape[:-1], -(-shape[-1] // SIZE), length)
+    blocks = (*shape[:-1], -(-shape[-1] // size), length)
     # Few of the elements, so that most entries of a window share theirs with another.
-    few = np.sort(random.choice(SIZE, 8, replace=False))
-    few[-1] = 100
+    few = np.sort(random.choice(size, 8, replace=False))
+    few[-1] = min(100, size - 1)
     indices = random.permuted(np.broadcast_to(few, (*blocks, 8)), axis=-1)[..., :k]
     values = jnp.asarray(random.standard_normal((*blocks, k)), jnp.bfloat16)
-    return values, jnp.asarray(indices, jnp.uint8)
+    return values, jnp.asarray(indices, jnp.uint8 if size <= SIZE else jnp.int16)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -33,6 +33,16 @@ def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0) -> Any
 @pytest.mark.parametrize("dtype", ["float32", *map(slow, ["bfloat16", "float16"])])
 def test_agrees_with_the_reference(implementation: str, shape: tuple[int, ...], dtype: str) -> None:
     agree(implementation, window_of(shape, 10, 3), shape, dtype)
+
+
+# One to six entries of a block, of which two bfloat16 fill a sublane.
+@pytest.mark.parametrize(
+    ("shape", "size", "k"),
+    [(*case, k) for case, k in zip(OTHER_SIZES.values(), (2, 2, 3, 1, 6), strict=True)],
+    ids=OTHER_SIZES,
+)
+def test_on_a_tpu_blocks_of_every_size(shape: tuple[int, ...], size: int, k: int) -> None:
+    agree("mosaic_tpu", window_of(shape, 10, k, size=size), shape, "float32", size)
 
 
 def test_agrees_where_bytes_lie_in_tiles_of_32_blocks() -> None:
@@ -90,9 +100,9 @@ def test_what_does_not_fit_is_refused() -> None:
     weights = jnp.ones(2)
     with pytest.raises(ValueError, match="A row of 300 elements has 5 blocks of 64"):
         window_update(values, indices, weights, weights, 0.0, size=64, n=300)
-    with pytest.raises(NotImplementedError, match="blocks must have 256 elements; these have 500"):
+    with pytest.raises(NotImplementedError, match="an even size up to 512; these have 600"):
         window_update(
-            values, indices, weights, weights, 0.0, size=500, n=999, implementation="mosaic_tpu"
+            values, indices, weights, weights, 0.0, size=600, n=999, implementation="mosaic_tpu"
         )
 
 

@@ -1,0 +1,105 @@
+"""How much of real models TPU kernels take when nothing is named, from shapes alone."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import microadam_jax
+from microadam_jax import dynamic4, linear4, model_shapes, top_k
+from microadam_jax.codecs import as_storage
+from microadam_jax.models import MODELS
+from pallas_kernels import topk_compress, window_update
+from pallas_kernels.blockwise_codec import takes
+from pallas_kernels.topk_compress.mosaic_tpu import unsupported as no_top_k
+from pallas_kernels.window_update.mosaic_tpu import unsupported as no_window
+
+WINDOW = 10  # rows, as microadam has by default
+BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4()}  # its default for nu has scales by rows
+LOW_BIT = {
+    "adamw8bit": {},
+    "adamw_fp8": {},
+    "adam_mini8bit": {},
+    "adam_mini4bit": {},
+    "adamw4bit_factored": {},
+    "adamw4bit": BLOCKS,
+}
+
+
+def low_bit(name: str, shapes: Any) -> Callable[..., bool]:
+    parameters = inspect.signature(getattr(microadam_jax, name)).parameters
+    defaults = {
+        key: LOW_BIT[name].get(key, parameters[key].default)
+        for key in ("mu_codec", "nu_codec")
+        if key in parameters
+    }
+    codecs_of = [as_storage(codec).assign(shapes) for codec in defaults.values()]
+
+    def taken(path: Any, leaf: Any) -> bool:
+        return takes([codec_of(path, leaf) for codec_of in codecs_of], leaf)
+
+    return taken
+
+
+def micro_adam(path: Any, leaf: Any) -> bool:
+    compressor = top_k()
+    size = compressor.blocks.layout_of(leaf).size
+    k = compressor.survivors(size)
+    reasons = no_top_k(leaf.shape, size, k), no_window(leaf.shape, size, WINDOW * k)
+    return not compressor.keeps_dense(path, leaf) and reasons == (None, None)
+
+
+def stacked(shapes: Any) -> Any:
+    """A leaf for all layers of one kind."""
+    for name in ("layers", "h", "encoder"):
+        if name in shapes:
+            layers = list(shapes[name].values())
+            stack = functools.partial(_stack, len(layers))
+            shapes = {**shapes, name: jax.tree.map(stack, layers[0])}
+    return shapes
+
+
+def _stack(count: int, leaf: Any) -> Any:
+    return leaf.update(shape=(count, *leaf.shape))
+
+
+@functools.cache
+def models() -> dict[str, list[Any]]:
+    trees = {name: model_shapes(name) for name in MODELS}
+    return {name: [tree, stacked(tree)] for name, tree in trees.items()}
+
+
+@pytest.mark.parametrize("name", ["microadam", *LOW_BIT])
+def test_kernels_take_nearly_all_of_every_model(name: str) -> None:
+    for model, trees in models().items():
+        for shapes in trees:
+            taken = micro_adam if name == "microadam" else low_bit(name, shapes)
+            leaves = jax.tree.leaves_with_path(shapes)
+            sizes = [(math.prod(leaf.shape), taken(path, leaf)) for path, leaf in leaves]
+            share = sum(size for size, here in sizes if here) / sum(size for size, _ in sizes)
+            print(f"{name} {model} {100 * share:.2f} %")
+            assert share >= 0.95, model
+
+
+@pytest.mark.parametrize("name", ["topk_compress", "window_update"])
+def test_what_the_operation_does_with_none_is_what_is_counted(name: str) -> None:
+    """A row of 11008 elements, in what is traced for all platforms."""
+    rows, blocks = 8, (8, 64)
+    if name == "topk_compress":
+        run = functools.partial(topk_compress.topk_compress, k=2)
+        arrays = [((rows, 11008), "float32"), ((*blocks, 86), "uint8"), *[(blocks, "float32")] * 2]
+    else:
+        run = functools.partial(window_update.window_update, size=172, n=11008)
+        window = (*blocks, WINDOW, 2)
+        weights = [((WINDOW,), "float32")] * 2
+        arrays = [(window, "bfloat16"), (window, "uint8"), *weights, ((), "float32")]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in arrays]
+    one = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        program = str(jax.make_jaxpr(run)(*shapes))
+    assert "pallas_call" in program
