@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain test test-targets pytest-targets lint format types pytest slow matrix docs docs-serve clean
+.PHONY: help pretrain test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -49,6 +49,9 @@ slow: $(call installed,tests) ## The tests that are too many or too long for `ma
 
 matrix: $(call installed,tests) ## Every method in every trainer and on every mesh (minutes)
 	@$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
+
+scale: $(call installed,tests) ## Every optimizer on the trees of real models (hours; ARGS="--help")
+	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 # An environment of its own: with these plugins, JAX would look for their devices in every test.
 test-targets: ## Compile the kernels for TPUs and a GPU, neither of which need be there

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from microadam_jax.codecs.rounding import Rows
 
 CACHED = 2**17  # elements of a chunk, about, whose temporaries stay in a CPU's cache
-PIECE = 2**22  # elements, about, that take an accelerator far longer than to launch an operation
 TILES = (32, 8)  # rows of bytes, and of float32, that an accelerator moves together
 
 
@@ -50,16 +49,6 @@ class Chunks(NamedTuple):
             cuts.append(max(next(filter(None, choices))))
             budget //= cuts[-1]
         return cls(leaf.shape, shards, tuple(cuts))
-
-    @classmethod
-    def of_layers(cls, leaf: jax.Array, axis: int) -> "Chunks":
-        """A chunk for each of the layers that are stacked along ``axis``, or for each device's."""
-        shards = tuple(_shards(leaf, i) if i == axis else 1 for i in range(leaf.ndim - 1))
-        cuts = tuple(
-            n // among if i == axis else 1
-            for i, (n, among) in enumerate(zip(leaf.shape, shards, strict=False))
-        )
-        return cls(leaf.shape, shards, cuts)
 
     @property
     def total(self) -> int:

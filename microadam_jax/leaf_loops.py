@@ -1,8 +1,8 @@
 """How a step on one leaf runs on many: which share a loop, and each in which chunks.
 
 On a CPU, leaves of one kind share a loop, whose body is compiled once for all of them; a round
-takes one chunk of one leaf, small enough for the cache. On an accelerator one leaf follows another;
-stacked layers are taken in a loop over the layers, and what exceeds a piece in a loop over pieces.
+takes one chunk of one leaf, small enough for the cache. On an accelerator one leaf follows another,
+and of those that are larger than a hundredth of the tree one piece: of stacked layers a few.
 """
 
 import functools
@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.chunks import CACHED, PIECE, Chunks
+from microadam_jax.chunks import CACHED, Chunks
 from microadam_jax.codecs.rounding import Rows
 
+PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
+PIECES = 128  # of a large tree, about
 TOGETHER = 64  # leaves in a loop, each of which is asked in every round whether it is its turn
 ALONE = 4096  # elements from which leaves share a loop
 
@@ -37,7 +39,6 @@ class Work(NamedTuple):
         output: the output's dtype; None if there is none.
         replaces: the input whose place the output takes, if it has its dtype; None for a place
             of its own.
-        layer_axis: the axis of stacked layers.
     """
 
     step: Step
@@ -45,13 +46,12 @@ class Work(NamedTuple):
     inputs: Arrays
     output: DTypeLike | None = None
     replaces: int | None = None
-    layer_axis: int | None = None
 
     @property
     def kind(self) -> Hashable:
         """Equal for leaves that are compiled together."""
         types = tuple(map(jax.typeof, self.carried)), tuple(map(jax.typeof, self.inputs))
-        return self.step, self.output, self.replaces, self.layer_axis, types
+        return self.step, self.output, self.replaces, types
 
     def whole(self) -> Arrays:
         """The step on all rows at once."""
@@ -108,26 +108,32 @@ def on_cpu(works: Sequence[Work]) -> list[Arrays]:
     return [results[i] for i in range(len(works))]
 
 
-def on_accelerator(work: Work) -> Arrays:
-    """Runs a step on a leaf.
+def on_accelerator(work: Work, piece: int) -> Arrays:
+    """Runs a step on a leaf, in a loop over pieces of it if it is larger than one.
 
     When a step is compiled for more devices than this process has, ``jax.set_mesh`` tells how
     arrays may be sharded.
 
     Args:
         work: the step.
+        piece: elements that a piece has about.
 
     Returns:
         The new ``carried``, and before it the output if there is one.
     """
-    leaf = work.inputs[0]
-    if work.layer_axis is not None and leaf.size and leaf.ndim > work.layer_axis + 1:
-        chunks = Chunks.of_layers(leaf, work.layer_axis)
-    else:
-        chunks = Chunks.of_about(leaf, PIECE)
+    chunks = Chunks.of_about(work.inputs[0], piece)
     if chunks.total == 1:
         return work.whole()
-    return _Loop(chunks, [work.in_place()]).run()[0]
+    return _Loop(chunks, [work.in_place()], fuses=True).run()[0]
+
+
+def piece_of(elements: int) -> int:
+    """The elements of a piece, in a tree of so many.
+
+    A piece has temporaries, of which a hundredth of the tree is no burden, and launches all
+    operations anew, which more than a few hundred times would be.
+    """
+    return max(PIECE, elements // PIECES)
 
 
 def each_kind(
@@ -177,10 +183,13 @@ class _Loop:
     Args:
         chunks: of each leaf.
         works: without outputs.
+        fuses: False to keep the compiler from fusing what reads a chunk with what writes it, as
+            CPUs' compiler would, to copy the whole state in every round.
     """
 
-    def __init__(self, chunks: Chunks, works: Sequence[Work]) -> None:
+    def __init__(self, chunks: Chunks, works: Sequence[Work], fuses: bool = False) -> None:
         """Cuts the arrays."""
+        self.fuses = fuses
         like = works[0]
         alone = len(works) == 1
         self.chunks, self.step = chunks, like.step
@@ -249,7 +258,9 @@ class _Loop:
         def put_all(which: int, before: Arrays) -> Arrays:
             return tuple(map(put, before, wholes[which], new[which]))
 
-        # Always true, which the compiler cannot know: it must not fuse what reads with what writes.
+        if self.fuses:
+            return [put_all(0, larges[0])], own
+        # Always true, which the compiler cannot know.
         own = _once(chunk >= 0, functools.partial(put_all, 1), own)
         turns = [chunk >= 0] if len(larges) == 1 else [turn == i for i in range(len(larges))]
         return [

@@ -74,7 +74,7 @@ def leafwise(
     layout: Layout = lambda tree: lambda path, leaf: None,
     *,
     inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
-    hyperparams: Mapping[str, ArrayLike] | None = None,
+    hyperparams: Mapping[str, Any] | None = None,
     seed: ArrayLike = 0,
     implementation: str | None = None,
     shardings: Any = None,

@@ -110,7 +110,7 @@ class Storage:
         Args:
             tree: the tree of the leaves, which tells stacks from single layers.
         """
-        axis_of = self.layer_axes(tree)
+        axis_of = layer_axes(tree, self.stacked, self.layer_axis)
 
         def codec_of(path: KeyPath, leaf: Any) -> Codec:
             shape, name = tuple(leaf.shape), path_name(box_path(path))
@@ -123,14 +123,6 @@ class Storage:
             return as_codec(next(matches, self.codec)).for_layers(axis)
 
         return codec_of
-
-    def layer_axes(self, tree: Any) -> Callable[[KeyPath, Any], int | None]:
-        """A function from a leaf's path and the leaf to the axis of stacked layers.
-
-        Args:
-            tree: the tree of the leaves, which tells stacks from single layers.
-        """
-        return layer_axes(tree, self.stacked, self.layer_axis)
 
     def zeros(self, tree: Any) -> Field:
         """The field for a tree of zeros, placed as the tree is."""
@@ -239,11 +231,6 @@ class Unstored:
         """The codec of every leaf, which is asked for its properties only."""
         del tree
         return lambda path, leaf: FLOAT32
-
-    def layer_axes(self, tree: Any) -> Callable[[KeyPath, Any], int | None]:
-        """No layers: an array that is kept as it is needs no loop over them."""
-        del tree
-        return lambda path, leaf: None
 
     def zeros(self, tree: Any) -> Any:
         """Zeros placed as the tree is."""

@@ -12,7 +12,7 @@ from microadam_jax.boxes import boxed_like
 from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, Storage, Unstored
 from microadam_jax.codecs.rounding import Draw, Rows
-from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu
+from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath
 from pallas_kernels.blockwise_codec import blockwise_step, step
@@ -27,7 +27,6 @@ class StoredField(NamedTuple):
         name: of the field.
         storage: how it is stored.
         codec_of: from a leaf's path and the leaf to its codec.
-        layer_axis: likewise to the axis of stacked layers.
         columns: the trees of its arrays.
         keys: by path the random keys, if its codecs draw.
     """
@@ -35,7 +34,6 @@ class StoredField(NamedTuple):
     name: str
     storage: Storage | Unstored
     codec_of: Callable[[KeyPath, Any], Codec]
-    layer_axis: Callable[[KeyPath, Any], int | None]
     columns: tuple[Any, ...]
     keys: Mapping[KeyPath, jax.Array]
 
@@ -59,7 +57,6 @@ class StoredField(NamedTuple):
             name,
             storage,
             storage.assign(tree),
-            storage.layer_axes(tree),
             columns,
             keys() if draws else {},
         )
@@ -132,9 +129,7 @@ def step_fields(
         parts.append(split(slots, fields))
         ready = [f.of_leaf(path, leaf, own) for f, own in zip(fields, parts[-1], strict=True)]
         codecs, encoded, keys = (tuple(column) for column in zip(*ready, strict=True))
-        axis = fields[0].layer_axis(path, leaf)
-        step = StoredStep(rule, codecs, encoded, inputs, keys, replaces, axis, sharding)
-        steps.append(step)
+        steps.append(StoredStep(rule, codecs, encoded, inputs, keys, replaces, sharding))
     results: list[Arrays] = []
     for slots, (output, encoded) in zip(parts, stored_steps(steps, implementation), strict=True):
         new = (f.storage.replaced(*own) for f, *own in zip(fields, slots, encoded, strict=True))
@@ -160,7 +155,6 @@ class StoredStep(NamedTuple):
         inputs: the gradient, and arrays that broadcast against it.
         keys: for each codec a typed random key, or None if it draws no random numbers.
         replaces: the input whose place the output takes.
-        layer_axis: the axis of stacked layers.
         sharding: how the leaf is sharded, on a mesh with Auto axes, where nothing else says so.
     """
 
@@ -170,7 +164,6 @@ class StoredStep(NamedTuple):
     inputs: Arrays
     keys: tuple[jax.Array | None, ...]
     replaces: int = 0
-    layer_axis: int | None = None
     sharding: NamedSharding | None = None
 
     @property
@@ -187,7 +180,7 @@ class StoredStep(NamedTuple):
     def kind(self) -> Hashable:
         """Equal for steps that are compiled together."""
         leaves, structure = jax.tree.flatten(self.arrays)
-        settings = self.rule, self.codecs, self.replaces, self.layer_axis, self.sharding
+        settings = self.rule, self.codecs, self.replaces, self.sharding
         return settings, structure, tuple(map(jax.typeof, leaves))
 
     @property
@@ -225,8 +218,10 @@ def stored_steps(
         return _in_loops(given(arrays), on_cpu)
 
     def one_by_one(*arrays: jax.Array) -> list[Any]:
+        piece = piece_of(sum(one.inputs[0].size for one in steps))
+
         def run(one: StoredStep, arrays: Any) -> Any:
-            return _alone(one.given(arrays), implementation)
+            return _alone(one.given(arrays), implementation, piece)
 
         given = zip(steps, structure.unflatten(arrays), strict=True)
         return each_kind(run, [one.kind for one in steps], list(given))
@@ -236,12 +231,12 @@ def stored_steps(
     return one_by_one(*flat)
 
 
-def _alone(one: StoredStep, implementation: str | None) -> Any:
+def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
     """One leaf: a kernel, or XLA's program for an accelerator."""
 
     def xla(encoded: Any, inputs: Arrays) -> Any:
         step = one._replace(encoded=encoded, inputs=inputs)
-        return _in_loops([step], lambda works: [on_accelerator(work) for work in works])[0]
+        return _in_loops([step], lambda works: [on_accelerator(work, piece) for work in works])[0]
 
     return blockwise_step(
         one.rule,
@@ -276,7 +271,7 @@ def _in_loops(steps: Sequence[StoredStep], run: Run) -> list[Any]:
         part = _OfRows(one.rule, one.codecs, structure, reading)
         output = outputs.get(one.kind) or outputs.setdefault(one.kind, one.dtype)
         replaces = one.replaces % len(one.inputs)
-        works.append(Work(part, tuple(own), tuple(read), output, replaces, one.layer_axis))
+        works.append(Work(part, tuple(own), tuple(read), output, replaces))
         structures.append(structure)
     results = []
     for one, after, structure, (output, *new) in zip(
@@ -338,7 +333,7 @@ def _shared_arrays(steps: Sequence[StoredStep], run: Run) -> list[tuple[jax.Arra
         measure = _Measure(one.rule, one.codecs, reading, Chunks.of_about(leaf, leaf.size).shards)
         shapes = jax.eval_shape(measure.measured, tuple(read))
         zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
-        works.append(Work(measure, zeros, tuple(read), layer_axis=one.layer_axis))
+        works.append(Work(measure, zeros, tuple(read)))
     found = dict(zip(sharing, run(works), strict=True))
     results = []
     for i, one in enumerate(steps):

@@ -1,0 +1,237 @@
+"""Every optimizer at the size of real models: traces, compile times, and steps of GPT-2.
+
+python -m benchmarks.scale                      # all; about two hours on two cores
+python -m benchmarks.scale --parts budget --models llama2-7b --only microadam adamw8bit
+python -m benchmarks.scale --parts steps --stacked --write
+
+Each optimizer runs in a process of its own with ``optax.adamw`` beside it, so that one failure
+stops none. Compile times are processor seconds, which other work on the machine hardly changes.
+``--write`` puts the tables into docs/performance.md.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import pathlib
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import microadam_jax
+from microadam_jax import MODELS, model_shapes
+
+BASE = "optax.adamw"
+NAMES = (
+    *("microadam", "adam_mini", "adam_sn", "adagrad_sn", "came", "adamw8bit", "adamw4bit"),
+    *("adamw_fp8", "adamw4bit_factored", "adam_mini8bit", "adam_mini4bit", "sparse_mfac"),
+    *("lowrank_mfac", "sparse_ggt", "mfac", "galore", "fira", "apollo", "apollo_mini", "grass"),
+    *("ldadam", "dct_adamw", "snsm"),
+)
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--stacked", action="store_true", help="stack the layers of a model")
+    parser.add_argument("--timeout", type=int, default=900, help="seconds for an optimizer")
+    parser.add_argument("--write", action="store_true", help="put the tables into the page")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        (part,) = args.parts
+        for row in PARTS[part](args.one, args.models, args.stacked):
+            print("ROW", json.dumps(row), flush=True)
+        return 0
+    failed = False
+    for part in args.parts:
+        rows: list[dict[str, Any]] = []
+        for name in args.only:
+            found = in_own_process(part, name, args)
+            failed |= any("failure" in row for row in found)
+            rows += found
+            print(part, name, *found, sep="\n  ", flush=True)
+        lines = table(rows)
+        print("\n".join(["", *lines, ""]), flush=True)
+        if args.write:
+            write(f"scale {part}{' stacked' if args.stacked else ''}", lines)
+    return int(failed)
+
+
+def in_own_process(part: str, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one optimizer, or what became of it."""
+    models = ["--models", *args.models] if args.models else []
+    stacked = ["--stacked"] if args.stacked else []
+    command = [sys.executable, "-m", "benchmarks.scale", "--one", name, "--parts", part]
+    try:
+        result = subprocess.run(
+            [*command, *models, *stacked], capture_output=True, text=True, timeout=args.timeout
+        )
+        output, error = result.stdout, result.stderr.strip().splitlines()
+        failure = error[-1] if result.returncode else None
+    except subprocess.TimeoutExpired as expired:
+        output = (expired.stdout or b"").decode()
+        failure = f"not done after {args.timeout} s"
+    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    return rows if failure is None else [*rows, {"optimizer": name, "failure": failure}]
+
+
+def build(name: str) -> optax.GradientTransformation:
+    """An optimizer with a learning rate that suits the quadratic."""
+    if name == BASE:
+        return optax.adamw(1e-3)
+    return getattr(microadam_jax, name)(1e-3)
+
+
+def stacked_layers(tree: Any) -> Any:
+    """``tree`` with numbered layers stacked along a first axis."""
+    if not isinstance(tree, dict):
+        return tree
+    tree = {key: stacked_layers(value) for key, value in tree.items()}
+    if tree and all(key.isdigit() for key in tree):
+        layers = list(tree.values())
+        return jax.tree.map(lambda leaf: leaf.update(shape=(len(layers), *leaf.shape)), layers[0])
+    return tree
+
+
+def shapes_of(model: str, stacked: bool, dtype: str = "float32") -> Any:
+    """The parameters of a model, as shapes."""
+    shapes = model_shapes(model, dtype)
+    return stacked_layers(shapes) if stacked else shapes
+
+
+def trace(name: str, models: list[str] | None, stacked: bool) -> Iterator[dict[str, Any]]:
+    """Traces init and update, and compares the types of the states."""
+    for model in models or MODELS:
+        for dtype in ("float32", "bfloat16"):
+            tx, shapes = build(name), shapes_of(model, stacked, dtype)
+            start = time.process_time()
+            state = jax.eval_shape(tx.init, shapes)
+            updates, new = jax.eval_shape(tx.update, shapes, state, shapes)
+            seconds = time.process_time() - start
+            same = avals(new) == avals(state) and avals(updates) == avals(shapes)
+            row = {"optimizer": name, "model": model, "dtype": dtype, "seconds": round(seconds, 1)}
+            yield row if same else {**row, "failure": "the types of the state change"}
+
+
+def avals(tree: Any) -> Any:
+    """Shapes and dtypes."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def step_of(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """The step as a training loop writes it."""
+
+    def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def compiled(name: str, shapes: Any) -> tuple[Any, float, float]:
+    """The jitted, donated step, and processor seconds to make it and ``init``."""
+    tx = build(name)
+    start = time.process_time()
+    jax.jit(tx.init).lower(shapes).compile()
+    between = time.process_time()
+    state = jax.eval_shape(tx.init, shapes)
+    step = jax.jit(step_of(tx), donate_argnums=(1, 2)).lower(shapes, state, shapes).compile()
+    return step, between - start, time.process_time() - between
+
+
+def budget(name: str, models: list[str] | None, stacked: bool) -> Iterator[dict[str, Any]]:
+    """Sets the time to trace and compile beside AdamW's."""
+    for model in models or ("gpt2", "llama2-7b"):
+        shapes = shapes_of(model, stacked)
+        compiled(BASE, {"warm": jax.ShapeDtypeStruct((8, 8), jnp.float32)})
+        _, base_init, base = compiled(BASE, shapes)
+        _, init, own = compiled(name, shapes)
+        yield {
+            "optimizer": name,
+            "model": model,
+            "step, s": round(own, 1),
+            "of AdamW's": round(own / base, 1),
+            "init, of AdamW's": round(init / base_init, 1),
+        }
+
+
+def steps(name: str, models: list[str] | None, stacked: bool) -> Iterator[dict[str, Any]]:
+    """Takes steps on a quadratic, beside AdamW's."""
+    for model in models or ("gpt2",):
+        shapes = shapes_of(model, stacked)
+        target = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+        loss = jax.jit(
+            lambda params, target=target: sum(
+                jnp.sum(jnp.square(p - t))
+                for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True)
+            )
+        )
+        seconds: dict[str, list[float]] = {}
+        losses: list[float] = []
+        for which in (BASE, name):
+            tx = build(which)
+            step = jax.jit(step_of(tx), donate_argnums=(1, 2))
+            params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            state, seconds[which] = jax.jit(tx.init)(params), []
+            for _ in range(6):
+                gradients = jax.tree.map(lambda p, t: p - t, params, target)
+                start = time.perf_counter()
+                params, state = jax.block_until_ready(step(gradients, state, params))
+                seconds[which].append(time.perf_counter() - start)
+                if which == name:
+                    losses.append(float(loss(params)))
+            del params, state
+        falls = all(after < before for before, after in itertools.pairwise(losses))
+        medians = {which: statistics.median(times[1:]) for which, times in seconds.items()}
+        row = {
+            "optimizer": name,
+            "model": model,
+            "step, ms": round(1e3 * medians[name]),
+            "of AdamW's": round(medians[name] / medians[BASE], 1),
+            "peak of the process, GiB": round(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1
+            ),
+        }
+        yield row if falls else {**row, "failure": f"losses {losses}"}
+
+
+PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "trace": trace,
+    "budget": budget,
+    "steps": steps,
+}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table; failures in a column of their own."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *cells]]
+
+
+def write(mark: str, lines: list[str]) -> None:
+    """Replaces what stands between the marks of a table on the page."""
+    first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    pattern = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+    text = PAGE.read_text()
+    if not pattern.search(text):
+        raise SystemExit(f"{PAGE} has no place for this table: {first} ... {last}.")
+    body = "\n".join([first, "", *lines, "", last])
+    PAGE.write_text(pattern.sub(functools.partial(lambda body, _: body, body), text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
