@@ -1,5 +1,8 @@
 """Which implementation of an operation runs."""
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +93,7 @@ def run(
         for platform, name in (("tpu", "mosaic_tpu"),)
         if name in kernels and kernels[name][1] is None
     }
-    if isinstance(place, str) or not able:
+    if isinstance(place, str) or not able or not compiles_for_tpus():
         return xla(*arrays, *scalars)
 
     def bind(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +104,17 @@ def run(
 
     branches = {platform: bind(kernel) for platform, kernel in able.items()}
     return jax.lax.platform_dependent(*arrays, *scalars, **branches, default=xla)
+
+
+@functools.cache
+def compiles_for_tpus() -> bool:
+    """True if programs that this process traces may be compiled for TPUs.
+
+    Their compiler is there, or a backend of another name that may have them. Elsewhere kernels that
+    nobody could compile would take longer to trace than all else.
+    """
+    compiler = importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ
+    return compiler or jax.default_backend() not in ("cpu", "gpu")
 
 
 def _placement(
