@@ -86,6 +86,7 @@ KEEPS_ZERO = frozenset(
         "convert_element_type",
         "copy",
         "reshape",
+        "reshard",
         "sharding_constraint",
         "squeeze",
     ]
