@@ -15,11 +15,15 @@ from jax.typing import DTypeLike
 
 from microadam_jax.chunks import CACHED, Chunks
 from microadam_jax.codecs.rounding import Rows
+from microadam_jax.sharding import explicit_sharding
 
 PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 128  # of a large tree, about
 TOGETHER = 64  # leaves in a loop, each of which is asked in every round whether it is its turn
 ALONE = 4096  # elements from which leaves share a loop
+SHARE = (
+    32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
+)
 
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Rows, Arrays, Arrays], Arrays]
@@ -101,9 +105,11 @@ def on_cpu(works: Sequence[Work]) -> list[Arrays]:
     for i, work in enumerate(works):
         kinds.setdefault(work.kind, []).append(i)
     results: dict[int, Arrays] = {}
+    elements = sum(work.inputs[0].size for work in works)
     for members in kinds.values():
-        for start in range(0, len(members), TOGETHER):
-            batch = members[start : start + TOGETHER]
+        together = TOGETHER if works[members[0]].inputs[0].size <= elements / SHARE else 1
+        for start in range(0, len(members), together):
+            batch = members[start : start + together]
             results |= zip(batch, _together([works[i] for i in batch]), strict=True)
     return [results[i] for i in range(len(works))]
 
@@ -172,6 +178,37 @@ def _whole(like: Work, arrays: tuple[Arrays, Arrays]) -> Arrays:
     return like._replace(carried=carried, inputs=inputs).whole()
 
 
+def apart(function: Callable[[jax.Array], jax.Array], x: jax.Array, t: jax.Array) -> jax.Array:
+    """Computes ``function(x)``, and on CPUs not in one pass with what else reads ``x``.
+
+    There the compiler would write what the passes have in common, to read it in each.
+
+    Args:
+        function: of an array.
+        x: the array.
+        t: int32 scalar, not negative, which the compiler cannot know.
+    """
+    if explicit_sharding(x) is not None:
+        return function(x)
+
+    def on_cpu(x: jax.Array, t: jax.Array) -> jax.Array:
+        zeros = jnp.zeros_like(jax.eval_shape(function, x))
+        return once(t >= 0, lambda _: (function(x),), (zeros,))[0]
+
+    return jax.lax.platform_dependent(x, t, cpu=on_cpu, default=lambda x, t: function(x))
+
+
+def once(condition: jax.Array, update: Callable[[Arrays], Arrays], before: Arrays) -> Arrays:
+    """``update(before)`` in place if a condition holds, else ``before``."""
+    if not before:
+        return before
+
+    def body(state: tuple[jax.Array, Arrays]) -> tuple[jax.Array, Arrays]:
+        return jnp.zeros_like(state[0]), update(state[1])
+
+    return jax.lax.while_loop(lambda state: state[0], body, (condition, before))[1]
+
+
 class _Loop:
     """A loop over leaves of one kind, and in it one over the chunks of a leaf.
 
@@ -225,7 +262,7 @@ class _Loop:
         own, inputs = jax.lax.switch(turn, branches)
         rounds = functools.partial(self._round, turn, inputs)
         larges, own = jax.lax.fori_loop(0, self.chunks.total, rounds, (larges, own))
-        return larges, [_once(turn == i, lambda _: own, before) for i, before in enumerate(smalls)]
+        return larges, [once(turn == i, lambda _: own, before) for i, before in enumerate(smalls)]
 
     def _round(
         self,
@@ -261,10 +298,10 @@ class _Loop:
         if self.fuses:
             return [put_all(0, larges[0])], own
         # Always true, which the compiler cannot know.
-        own = _once(chunk >= 0, functools.partial(put_all, 1), own)
+        own = once(chunk >= 0, functools.partial(put_all, 1), own)
         turns = [chunk >= 0] if len(larges) == 1 else [turn == i for i in range(len(larges))]
         return [
-            _once(its, functools.partial(put_all, 0), before)
+            once(its, functools.partial(put_all, 0), before)
             for its, before in zip(turns, larges, strict=True)
         ], own
 
@@ -272,17 +309,6 @@ class _Loop:
 def _is_large(x: jax.Array, chunks: Chunks) -> bool:
     """True of arrays of the leaf's shape, unless they hold bytes."""
     return x.shape == chunks.shape and x.dtype.itemsize > 1
-
-
-def _once(condition: jax.Array, update: Callable[[Arrays], Arrays], before: Arrays) -> Arrays:
-    """``update(before)`` in place if a condition holds, else ``before``."""
-    if not before:
-        return before
-
-    def body(state: tuple[jax.Array, Arrays]) -> tuple[jax.Array, Arrays]:
-        return jnp.zeros_like(state[0]), update(state[1])
-
-    return jax.lax.while_loop(lambda state: state[0], body, (condition, before))[1]
 
 
 def _both(one: Arrays, other: Arrays) -> tuple[Arrays, Arrays]:

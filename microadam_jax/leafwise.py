@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Storage, Unstored
+from microadam_jax.leaf_loops import apart
 from microadam_jax.sharding import moment_zeros, require_named, told
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.stored_step import (
@@ -51,6 +52,10 @@ class Leaf(NamedTuple):
     def squares(self) -> jax.Array:
         """The squared gradient in float32."""
         return jnp.square(self.value.astype(jnp.float32))
+
+    def mean_square(self, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """A mean of the squared gradient, one of several."""
+        return apart(lambda g: mean(jnp.square(g.astype(jnp.float32))), self.value, self.t)
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
         """Float32 zeros of the parameter's rank, sharded as it is where that is possible."""

@@ -1,5 +1,6 @@
 """Adam with a second moment that is a product of rows and columns."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -103,11 +104,11 @@ def scale_by_factored_adam(
             require_shape(leaf.path, moment, shape)
         matrix = sides(leaf.layout)
         rows, cols = matrix or ((), ())
-        nu_row = moving_average(b2, nu_row, mean(leaf.squares, cols))
+        nu_row = moving_average(b2, nu_row, leaf.mean_square(functools.partial(mean, axes=cols)))
         row_root = jnp.sqrt(nu_row / one_minus_power(b2, leaf.t))
         if matrix is None:
             return (nu_row, nu_col), (row_root, jnp.ones_like(nu_col))
-        nu_col = moving_average(b2, nu_col, mean(leaf.squares, rows))
+        nu_col = moving_average(b2, nu_col, leaf.mean_square(functools.partial(mean, axes=rows)))
         # Rows without any gradient have no mean to be divided by.
         whole = mean(nu_row, rows)
         return (nu_row, nu_col), (row_root, jnp.sqrt(nu_col / jnp.where(whole > 0, whole, 1)))
