@@ -4,6 +4,7 @@ The suites read their lists of optimizers when their classes are made, so the li
 while the modules are imported. Nothing of Optax is copied or changed.
 """
 
+import contextlib
 import os
 import warnings
 from typing import Any
@@ -78,9 +79,7 @@ CASES = tuple(
     for name, rate in RATES.items()
 )
 UNWRAPPED = {"wrapper_name": None, "wrapper_kwargs": None}
-for module in (optax.contrib, alias):
-    for name in RATES:
-        setattr(module, name, getattr(microadam_jax, name, microadam_compressed))
+FACTORIES = {name: getattr(microadam_jax, name, microadam_compressed) for name in RATES}
 
 _product, _named_parameters = parameterized.product, parameterized.named_parameters
 
@@ -101,10 +100,9 @@ def _our_product(*sequences: Any, **grid: Any) -> Any:
 def _our_instances(*named: Any) -> Any:
     if len(named) > 1:  # not the list of optimizers
         return _named_parameters(*named)
-    factories = {case["opt_name"]: getattr(alias, case["opt_name"]) for case in CASES}
     if isinstance(named[0], list):  # of float64_test: name, factory, arguments
-        return _named_parameters([(n, f, {"learning_rate": 1e-3}) for n, f in factories.items()])
-    return _named_parameters((name, factory(1e-3)) for name, factory in factories.items())
+        return _named_parameters([(n, f, {"learning_rate": 1e-3}) for n, f in FACTORIES.items()])
+    return _named_parameters((name, factory(1e-3)) for name, factory in FACTORIES.items())
 
 
 # The sharding suite asks for its devices through the environment; ours has them already.
@@ -124,6 +122,9 @@ __all__ = ["AliasTest", "ContribTest", "Float64Test", "ShardingTest"]
 
 
 @pytest.fixture(autouse=True)
-def _version() -> Any:
-    with _VERSION:
+def _ours_where_the_suites_look() -> Any:
+    """Only while a suite runs: Optax has a `galore` of its own, which other tests call."""
+    with _VERSION, contextlib.ExitStack() as stack:
+        for module in (optax.contrib, alias):
+            stack.enter_context(mock.patch.multiple(module, create=True, **FACTORIES))
         yield
