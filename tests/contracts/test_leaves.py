@@ -159,7 +159,7 @@ RESTORED = ("microadam", "adam_mini", "adamw8bit", "sparse_mfac", "galore", "sns
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in RESTORED else pytest.mark.slow) for n in NAMES]
+    "name", [pytest.param(n, marks=() if n in RESTORED else pytest.mark.matrix) for n in NAMES]
 )
 def test_states_of_numpy_arrays(name: str) -> None:
     """As Flax restores them, in a step that is not compiled."""
