@@ -86,7 +86,7 @@ class Chunks(NamedTuple):
 
     def cut(self, x: jax.Array) -> jax.Array:
         """``x``, which has the leaf's axes or size 1 instead, with its cut axes in three."""
-        return x.reshape([n for n, _ in self._axes(x.shape)])
+        return x.reshape([n for n, _, _ in self._axes(x.shape)])
 
     def take(self, x: jax.Array, whole: tuple[int, ...], numbers: Numbers) -> jax.Array:
         """A chunk of what was cut from an array of shape ``whole``."""
@@ -119,18 +119,21 @@ class Chunks(NamedTuple):
             for axis, n in enumerate(whole)
         ]
 
-    def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int | None]]:
+    def _axes(self, whole: tuple[int, ...]) -> list[tuple[int, int | None, int]]:
         """The sizes of the cut array's axes, each with the leaf's axis whose cuts it numbers."""
-        axes: list[tuple[int, int | None]] = []
+        axes: list[tuple[int, int | None, int]] = []
         for axis, (n, cut) in enumerate(zip(whole, self._cuts_of(whole), strict=True)):
             if cut == 1:
-                axes.append((n, None))
+                axes.append((n, None, n))
+                continue
+            shards, length = self.shards[axis], self.lengths[axis]
+            if shards == 1:
+                axes.append((n, axis, length))
                 continue
             # Axes of size 1 are left out: CPUs would order them otherwise, and copy the array.
-            shards, length = self.shards[axis], self.lengths[axis]
-            axes += [(shards, None)] * (shards > 1)
-            axes.append((cut, axis))
-            axes += [(length, None)] * (length > 1)
+            axes.append((shards, None, shards))
+            axes.append((cut, axis, 1))
+            axes += [(length, None, length)] * (length > 1)
         return axes
 
     def _place(
@@ -138,8 +141,8 @@ class Chunks(NamedTuple):
     ) -> tuple[list[jax.Array | int], list[int]]:
         """Where in the cut array a chunk begins, and its size there."""
         axes = self._axes(whole)
-        starts = [0 if axis is None else numbers[axis] for _, axis in axes]
-        return starts, [n if axis is None else 1 for n, axis in axes]
+        starts = [0 if axis is None else numbers[axis] * length for _, axis, length in axes]
+        return starts, [length for _, _, length in axes]
 
 
 def _shards(leaf: jax.Array, axis: int) -> int:

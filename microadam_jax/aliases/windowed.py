@@ -13,6 +13,7 @@ from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.compressors import TopK, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
+from microadam_jax.transforms.deferred import compressed_where_read
 from microadam_jax.transforms.descent import descend
 
 
@@ -126,4 +127,5 @@ def microadam(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,
+        together=compressed_where_read,
     )

@@ -1,7 +1,7 @@
 """What of a gradient reaches the state."""
 
 from microadam_jax.compressors.block_sparse import BlockSparse, is_block_sparse
-from microadam_jax.compressors.compressor import Compressor, Sent
+from microadam_jax.compressors.compressor import Compressor, Deferred, Sent
 from microadam_jax.compressors.dense import Dense
 from microadam_jax.compressors.low_rank import LowRank
 from microadam_jax.compressors.power_sgd import PowerSGD, power_sgd
@@ -10,6 +10,7 @@ from microadam_jax.compressors.top_k import TopK, top_k
 __all__ = [
     "BlockSparse",
     "Compressor",
+    "Deferred",
     "Dense",
     "LowRank",
     "PowerSGD",
@@ -24,4 +25,4 @@ __all__ = [
 
 def is_compressed(node: object) -> bool:
     """Whether ``node`` is an update as a compressor sends it; for ``is_leaf`` of tree functions."""
-    return isinstance(node, BlockSparse | LowRank)
+    return isinstance(node, BlockSparse | LowRank | Deferred)

@@ -58,6 +58,11 @@ class BlockSparse:
         """``update`` plus what bypasses the preconditioner."""
         return update if self.bypass is None else update + self.bypass
 
+    @property
+    def survivors(self) -> int:
+        """How many elements of a block are kept."""
+        return self.values.shape[-1]
+
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
         """Whether ``window`` holds as many elements of as many blocks."""
         return all(row_shape(kept) == self.values.shape for kept in window)

@@ -46,6 +46,10 @@ class Sent(Protocol):
         ...
 
 
+class Deferred:
+    """An update that is compressed only where the link reads it that gets it: no pytree node."""
+
+
 class Compressor(Protocol):
     """Chooses what of an update goes on; frozen and hashable.
 

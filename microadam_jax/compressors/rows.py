@@ -5,8 +5,12 @@ import jax.numpy as jnp
 
 
 def overwrite(rows: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
-    """``rows`` of shape ``(..., m, k)`` with ``row`` of shape ``(..., k)`` at ``position``."""
-    return jax.lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), position, axis=-2)
+    """``rows`` of shape ``(..., m, k)`` with ``row`` of shape ``(..., k)`` at ``position`` >= 0."""
+    row = row.astype(rows.dtype)[..., None, :]
+    zero = jnp.zeros_like(position)
+    start = *[zero] * (rows.ndim - 2), position, zero
+    # Said aloud, or each row of each leaf takes seven operations to get it right.
+    return jax.lax.dynamic_update_slice(rows, row, start, allow_negative_indices=False)
 
 
 def row_of(rows: jax.Array, position: jax.Array) -> jax.Array:

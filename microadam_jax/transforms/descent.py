@@ -59,6 +59,11 @@ def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax
     return () if finish is as_it_is else (parameter,)
 
 
+def reads_parameter(finish: Callable[..., jax.Array]) -> bool:
+    """Whether the result depends on more of the parameter than its shape."""
+    return isinstance(finish, Descent) and (finish.applies or finish.decay is not None)
+
+
 def kind_of(finish: Callable[..., jax.Array]) -> Hashable:
     """Equal for functions of one step that compute the same."""
     if isinstance(finish, Descent):
@@ -81,6 +86,7 @@ def descend(
     learning_rate: ScalarOrSchedule,
     weight_decay: float | jax.Array,
     mask: Any | Callable[[optax.Params], Any] | None,
+    together: Callable[..., GradientTransformationExtraArgs] = optax.chain,
 ) -> Fusable:
     r"""Decays weights and applies the learning rate where the last of ``links`` updates.
 
@@ -96,6 +102,7 @@ def descend(
         learning_rate: :math:`\eta_t`, a number or a schedule.
         weight_decay: :math:`\lambda`.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        together: runs the links one after another, as ``optax.chain`` does.
 
     Returns:
         The transformation.
@@ -110,7 +117,7 @@ def descend(
             "learning rate, which may be a schedule; to change it by itself use "
             "optax.inject_hyperparams."
         )
-    chained, scale = optax.chain(*links), optax.scale_by_learning_rate(learning_rate)
+    chained, scale = together(*links), optax.scale_by_learning_rate(learning_rate)
     chain = optax.chain(*links, add_decayed_weights(weight_decay, mask), scale)
     decays_at_all = not is_zero(weight_decay)
 

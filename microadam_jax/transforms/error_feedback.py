@@ -135,6 +135,8 @@ def error_feedback(
         updates: optax.Updates,
         state: ErrorFeedbackState,
         params: optax.Params | None = None,
+        *,
+        defers: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         del extra_args
@@ -198,7 +200,11 @@ def error_feedback(
         targets = updates if params is None else params
         treedef, rows = rows_of(updates, targets, *state.residual, *state.carried)
         results = [take_share(*row) for row in rows]
-        together = iter(compress_all([one for one in results if isinstance(one, Uncompressed)]))
+        waiting = [one for one in results if isinstance(one, Uncompressed)]
+        if defers and all(one.sends_few for one in waiting):
+            together = iter([(one, *one.stored) for one in waiting])
+        else:
+            together = iter(compress_all(waiting))
         results = [next(together) if isinstance(one, Uncompressed) else one for one in results]
         sent, *kept = columns_of(treedef, results, 1 + arrays + carried_arrays)
         residual = codec.Encoded(*kept[:arrays])

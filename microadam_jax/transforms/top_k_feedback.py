@@ -1,5 +1,6 @@
 """Error feedback around Top-K, which each row has by itself."""
 
+import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from microadam_jax.blocks import BlockLayout, blocked_shape
 from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.compressors import BlockSparse, Compressor, TopK
+from microadam_jax.compressors import BlockSparse, Compressor, Deferred, TopK
+from microadam_jax.compressors.rows import row_shape
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath, path_name
@@ -72,7 +74,8 @@ class TopKFeedback(NamedTuple):
         return self.of_rows(gradient, carried[2:], draw, "xla")
 
 
-class Uncompressed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Uncompressed(Deferred):
     """A gradient that waits to be compressed with those of other leaves.
 
     Attributes:
@@ -102,6 +105,31 @@ class Uncompressed(NamedTuple):
         """Equal for gradients that are compressed by one program."""
         leaves, structure = jax.tree.flatten(self.arrays)
         return self.feedback, structure, tuple(map(jax.typeof, leaves))
+
+    @property
+    def layout(self) -> BlockLayout:
+        """How a row of the leaf is cut into blocks."""
+        return self.feedback.layout
+
+    @property
+    def survivors(self) -> int:
+        """How many elements of a block are sent."""
+        return self.feedback.survivors
+
+    @property
+    def sends_few(self) -> bool:
+        """Whether what is sent is found without sorting, which leaves must do side by side."""
+        return self.survivors <= MAX_UNROLLED
+
+    @property
+    def names_kernel(self) -> bool:
+        """Whether one implementation is asked for."""
+        return self.feedback.compressor.implementation not in (None, "xla")
+
+    def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
+        """Whether ``window`` holds as many elements of as many blocks."""
+        sent = blocked_shape(self.gradient.shape, self.layout, self.survivors)
+        return all(row_shape(kept) == sent for kept in window)
 
     def compressed(self, results: Arrays) -> tuple[Any, ...]:
         """The sparse update and the new residual."""
@@ -145,10 +173,8 @@ def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
             works.append(Work(feedback, (*sent, *stored), read))
         return on_cpu(works)
 
-    named = any(f.compressor.implementation not in (None, "xla") for f in feedbacks)
-    # XLA's partial sort, which selects many, takes one core: leaves must run side by side.
-    sorts = any(feedback.survivors > MAX_UNROLLED for feedback in feedbacks)
-    if named or sorts:
+    # XLA's partial sort, which selects many, takes one core.
+    if any(one.names_kernel or not one.sends_few for one in waiting):
         results = one_by_one(*flat)
     else:
         # Accelerators fuse what CPUs write to memory, new pages of it in every step.

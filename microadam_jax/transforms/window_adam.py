@@ -1,5 +1,6 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -9,12 +10,21 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
-from microadam_jax.compressors import BlockSparse, TopK, is_block_sparse, is_compressed, top_k
+from microadam_jax.compressors import BlockSparse, TopK, is_compressed, top_k
+from microadam_jax.compressors.rows import overwrite
+from microadam_jax.leaf_loops import Arrays
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
 from microadam_jax.state_format import setting
-from microadam_jax.transforms.descent import applies, finishes, kind_of, read_by
+from microadam_jax.transforms.descent import (
+    applies,
+    finishes,
+    kind_of,
+    read_by,
+    reads_parameter,
+)
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.top_k_feedback import Uncompressed
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.transforms.window_step import Move, WindowStep, move_all
@@ -128,9 +138,15 @@ def scale_by_window_adam(
         nu_weights = jnp.float32(1 - b2) * _power(b2, age) / one_minus_power(b2, horizon)
 
         weights = mu_weights, nu_weights, eps
+
+        def write(window: Arrays, sent: Arrays) -> Arrays:
+            return tuple(overwrite(*pair, newest) for pair in zip(window, sent, strict=True))
+
         moves: dict[Hashable, Move] = {}
 
-        def move_of(sent: BlockSparse, finish: Callable[..., jax.Array], fused: bool) -> Move:
+        def move_of(
+            sent: BlockSparse | Uncompressed, finish: Callable[..., jax.Array], fused: bool
+        ) -> Move:
             """One function for all leaves on which it does the same."""
 
             def move(p: jax.Array, values: jax.Array, indices: jax.Array, **how: Any) -> jax.Array:
@@ -146,24 +162,28 @@ def scale_by_window_adam(
 
         def sparse(
             path: KeyPath,
-            sent: BlockSparse,
+            sent: BlockSparse | Uncompressed,
             target: Any,
             finish: Callable[..., jax.Array],
             values: jax.Array,
             indices: jax.Array,
-        ) -> tuple[Any, ...]:
+        ) -> tuple[Any, ...] | WindowStep:
             if not sent.fits((values, indices)):
                 raise ValueError(
-                    f"The update of {path_name(path)!r} keeps {sent.values.shape[-1]} elements "
+                    f"The update of {path_name(path)!r} keeps {sent.survivors} elements "
                     f"in blocks of {sent.layout.size}, but this window was made for "
                     f"{compressor}. Give the same compressor to both links."
                 )
+            fused = applies(finish)
+            step = functools.partial(
+                WindowStep, write=write, in_place=fused, sharding=placed.get(path)
+            )
+            if isinstance(sent, Uncompressed):
+                target = target if reads_parameter(finish) else None
+                return step(move_of(sent, finish, fused), target, values, indices, waiting=sent)
             values, indices = sent.write((values, indices), newest)
             if sent.shape and sent.bypass is None and not is_compressed(target):
-                fused = applies(finish)
-                move = move_of(sent, finish, fused)
-                step = WindowStep(move, target, values, indices, fused, placed.get(path))
-                return step, values, indices
+                return step(move_of(sent, finish, fused), target, values, indices)
             if not sent.shape:
                 blocks = window_adam(values, indices, *weights, sent.layout.size)
                 scaled = merge(blocks, sent.layout, sent.shape)
@@ -198,8 +218,8 @@ def scale_by_window_adam(
 
         def scale(
             path: KeyPath, sent: Any, target: Any, finish: Any, *stored: jax.Array
-        ) -> tuple[jax.Array, ...]:
-            if is_block_sparse(sent):
+        ) -> tuple[jax.Array, ...] | WindowStep:
+            if isinstance(sent, BlockSparse | Uncompressed):
                 return sparse(path, sent, target, finish, *stored)
             if not is_compressed(sent) and compressor.keeps_dense(path, sent):
                 return dense(sent, target, finish, *stored)
@@ -219,12 +239,9 @@ def scale_by_window_adam(
             is_leaf=is_compressed,
         )
         results = [scale(*row) for row in rows]
-        steps = [result for result, *_ in results if isinstance(result, WindowStep)]
+        steps = [step for step in results if isinstance(step, WindowStep)]
         moved = iter(move_all(steps, window.implementation))
-        results = [
-            (next(moved) if isinstance(result, WindowStep) else result, *kept)
-            for result, *kept in results
-        ]
+        results = [next(moved) if isinstance(one, WindowStep) else one for one in results]
         scaled, values, indices = columns_of(treedef, results, 3)
         return scaled, ScaleByWindowAdamState(count, values, indices)
 

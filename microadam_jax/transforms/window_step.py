@@ -1,17 +1,32 @@
 """The dense step of a window, on the leaves of a tree."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from microadam_jax.codecs.rounding import Rows
+from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
+from microadam_jax.transforms.top_k_feedback import TopKFeedback, Uncompressed
 
 # From target, values and indices, the implementation and the sharding to the result.
 Move = Callable[..., jax.Array]
+# From the values and indices of a window, and those that are sent, to the new window.
+Write = Callable[[Arrays, Arrays], Arrays]
+
+
+class Moved(NamedTuple):
+    """What a deferred update became.
+
+    Attributes:
+        update: of the parameter, or the new parameter.
+        left: the residual's new arrays.
+    """
+
+    update: jax.Array
+    left: Arrays
 
 
 class WindowStep(NamedTuple):
@@ -21,32 +36,77 @@ class WindowStep(NamedTuple):
         move: from the parameter, a window's values and indices, ``implementation`` and
             ``sharding`` to the update or the new parameter. Each row has a result by itself.
             Leaves that have the same function, not an equal one, are compiled together.
-        target: the parameter.
+        target: the parameter; None for a deferred update that depends on its shape alone.
         values: ``(*lead, blocks, rows, k)``.
         indices: ``(*lead, blocks, rows, k)``.
+        write: puts what is sent into a window; likewise.
         in_place: True if the result takes the parameter's place.
         sharding: how the leaf is sharded, on a mesh with Auto axes.
+        waiting: what is to be compressed and written first; None if it is in the window.
     """
 
     move: Move
-    target: jax.Array
+    target: jax.Array | None
     values: jax.Array
     indices: jax.Array
+    write: Write
     in_place: bool
     sharding: NamedSharding | None
+    waiting: Uncompressed | None = None
 
     @property
-    def arrays(self) -> Arrays:
+    def arrays(self) -> Any:
         """What is computed with."""
-        return self.target, self.values, self.indices
+        waiting = None if self.waiting is None else self.waiting.arrays
+        return self.target, (self.values, self.indices), waiting
 
     @property
     def kind(self) -> Hashable:
         """Equal for steps that are compiled together."""
-        return self.move, self.in_place, self.sharding, tuple(map(jax.typeof, self.arrays))
+        leaves, structure = jax.tree.flatten(self.arrays)
+        feedback = None if self.waiting is None else self.waiting.feedback
+        types = structure, tuple(map(jax.typeof, leaves))
+        return self.move, self.in_place, self.sharding, feedback, types
+
+    @property
+    def names_kernel(self) -> bool:
+        """Whether one implementation of the compression is asked for."""
+        return self.waiting is not None and self.waiting.names_kernel
+
+    def whole(self, arrays: Any, implementation: str | None) -> Arrays:
+        """The result, and of a deferred update the window and what is left."""
+        target, window, waiting = arrays
+        how = {"implementation": implementation, "sharding": self.sharding}
+        if self.waiting is None:
+            return (self.move(target, *window, **how),)
+        gradient, stored, key = waiting
+        feedback = self.waiting.feedback
+        named = feedback.compressor.implementation
+        sent = feedback.of_rows(gradient, stored, key, named, self.sharding)
+        window = self.write(window, sent[:2])
+        target = gradient if target is None else target
+        return self.move(target, *window, **how), *window, *sent[2:]
+
+    def work(self, arrays: Any, dtype: jnp.dtype) -> Work:
+        """The step of a loop, whose result has this dtype."""
+        target, window, waiting = arrays
+        if self.waiting is None:
+            place = 0 if self.in_place else None
+            return Work(_Dense(self.move), (), (target, *window), dtype, place)
+        gradient, stored, key = waiting
+        step = _Compressed(self.waiting.feedback, self.move, self.write, target is not None)
+        read = tuple(array for array in (gradient, target, key) if array is not None)
+        return Work(step, (*window, *stored), read, dtype, 1 if self.in_place else 0)
+
+    def result(self, found: Arrays) -> tuple[Any, ...]:
+        """The update and the window."""
+        if self.waiting is None:
+            return *found, self.values, self.indices
+        update, values, indices, *left = found
+        return Moved(update, tuple(left)), values, indices
 
 
-def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[jax.Array]:
+def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[tuple[Any, ...]]:
     """Takes the steps.
 
     Args:
@@ -54,7 +114,7 @@ def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[ja
         implementation: ``"xla"``, a kernel's name, or None, which picks by device and shape.
 
     Returns:
-        The result for each leaf.
+        For each leaf the result, a :class:`Moved` if it had been deferred, and its window.
 
     Raises:
         NotImplementedError: if the named implementation cannot run.
@@ -62,31 +122,33 @@ def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[ja
     if not steps:
         return []
     flat, structure = jax.tree.flatten([step.arrays for step in steps])
+    kinds = [step.kind for step in steps]
 
-    def one_by_one(*arrays: jax.Array) -> list[jax.Array]:
-        def run(step: WindowStep, arrays: Arrays) -> jax.Array:
-            return step.move(*arrays, implementation=implementation, sharding=step.sharding)
+    def one_by_one(*arrays: jax.Array) -> list[Arrays]:
+        def run(step: WindowStep, arrays: Any) -> Arrays:
+            return step.whole(arrays, implementation)
 
-        given = zip(steps, structure.unflatten(arrays), strict=True)
-        return each_kind(run, [step.kind for step in steps], list(given))
+        return each_kind(run, kinds, list(zip(steps, structure.unflatten(arrays), strict=True)))
 
-    def in_loops(*arrays: jax.Array) -> list[jax.Array]:
+    def in_loops(*arrays: jax.Array) -> list[Arrays]:
         dtypes: dict[Hashable, jnp.dtype] = {}
         works = []
-        for step, read in zip(steps, structure.unflatten(arrays), strict=True):
-            part = _OfRows(step.move)
-            if step.kind not in dtypes:
-                dtypes[step.kind] = jax.eval_shape(part.move_rows, *read).dtype
-            place = 0 if step.in_place else None
-            works.append(Work(part, (), tuple(read), dtypes[step.kind], place))
-        return [result for (result,) in on_cpu(works)]
+        for step, kind, given in zip(steps, kinds, structure.unflatten(arrays), strict=True):
+            if kind not in dtypes:
+                target, window, waiting = given
+                target = waiting[0] if target is None else target
+                dtypes[kind] = jax.eval_shape(_Dense(step.move).move_rows, target, *window).dtype
+            works.append(step.work(given, dtypes[kind]))
+        return on_cpu(works)
 
-    if implementation in (None, "xla"):
-        return jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)
-    return one_by_one(*flat)
+    if implementation in (None, "xla") and not any(step.names_kernel for step in steps):
+        results = jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)
+    else:
+        results = one_by_one(*flat)
+    return [step.result(found) for step, found in zip(steps, results, strict=True)]
 
 
-class _OfRows(NamedTuple):
+class _Dense(NamedTuple):
     """The step on some rows of a leaf."""
 
     move: Move
@@ -97,3 +159,22 @@ class _OfRows(NamedTuple):
 
     def move_rows(self, *arrays: jax.Array) -> jax.Array:
         return self.move(*arrays, implementation="xla", sharding=None)
+
+
+class _Compressed(NamedTuple):
+    """The step on some rows of a leaf, whose gradient is compressed first."""
+
+    feedback: TopKFeedback
+    move: Move
+    write: Write
+    reads_target: bool
+
+    def __call__(self, rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
+        values, indices, *stored = carried
+        gradient, *others = inputs
+        target = others.pop(0) if self.reads_target else gradient
+        key = others
+        draw = Draw(key[0], rows) if key else None
+        sent = self.feedback.of_rows(gradient, tuple(stored), draw, "xla")
+        window = self.write((values, indices), sent[:2])
+        return _Dense(self.move).move_rows(target, *window), *window, *sent[2:]
