@@ -1,8 +1,14 @@
-"""Pre-trains a small Llama with several optimizers side by side.
+r"""Pre-trains a small Llama with several optimizers side by side.
 
 python examples/pretrain_llama.py                 # AdamW and MicroAdam, about five minutes
 python examples/pretrain_llama.py --preset 60m --optimizer microadam --text corpus.txt
 python examples/pretrain_llama.py --help
+
+Twenty steps at the published size of 58 million parameters, four minutes on two CPU cores:
+
+python examples/pretrain_llama.py --preset 60m --tokenizer bpe --vocab-size 32000 --seq-len 32 \
+    --batch 4 --steps 20 --save-every 10 --eval-every 10 \
+    --optimizer adamw,microadam,adam_mini4bit,adamw8bit
 
 On many hosts, the same command on each; --mesh names all of their devices together:
 

@@ -125,8 +125,10 @@ def as_blocks_of(row: jax.Array, count: int) -> jax.Array:
 
 def in_row(layout: BlockLayout) -> jax.Array:
     """Which elements of the blocks ``(count, size)`` belong to the row: False on padding."""
-    position = jnp.arange(layout.count * layout.size, dtype=jnp.int32)
-    return (position < layout.row).reshape(layout.count, layout.size)
+    shape = layout.count, layout.size
+    block, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    # Not their position in the row, which may exceed int32.
+    return (block < layout.count - 1) | (lane < layout.size - layout.padding)
 
 
 def _require_static_int(name: str, value: object) -> None:

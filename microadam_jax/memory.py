@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.stacks import layer_axes
 from microadam_jax.trees import KeyPath, path_name
 
 GIB = 2**30
 ADAM_BYTES = 8  # of two float32 moments
-SMALL = 4096  # elements; what a smaller leaf takes does not matter
+SMALL = 4096  # elements of a layer; what a smaller one takes does not matter
 ROUNDING = 16  # bytes: counts, and the single bytes of arrays that a leaf does not need
 
 _remarks: contextvars.ContextVar[dict[str, list[str]] | None] = contextvars.ContextVar(
@@ -136,7 +137,8 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
 
     Args:
         state: the state, or its shapes.
-        params: the parameters. Those of at most 4096 elements are left out.
+        params: the parameters. Those of at most 4096 elements, where layers are stacked in each
+            of them, are left out.
 
     Returns:
         Their paths and the bytes of their states.
@@ -147,12 +149,15 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
         owner = next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in leaves), None)
         if owner is not None:
             taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
-    sizes = {path: math.prod(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
-    return [
-        (path, taken[path])
-        for path, size in sizes.items()
-        if size > SMALL and taken[path] > ADAM_BYTES * size + ROUNDING
-    ]
+    axis_of = layer_axes(params)
+    found = []
+    for path, leaf in leaves.items():
+        shape = tuple(getattr(leaf, "shape", ()))
+        size, axis = math.prod(shape), axis_of(path, leaf) if shape else None
+        layers = 1 if axis is None else shape[axis]
+        if size > SMALL * layers and taken[path] > ADAM_BYTES * size + ROUNDING:
+            found.append((path, taken[path]))
+    return found
 
 
 def warn_of_more_than_adam(transformation: str, state: Any, params: optax.Params) -> None:

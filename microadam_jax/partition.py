@@ -51,6 +51,11 @@ class Assignment:
         return 4 * math.prod(self.sharing.moment_shape)
 
     @property
+    def layers(self) -> int:
+        """How many layers are stacked; 1 if none are."""
+        return 1 if self.layer_axis is None else self.shape[self.layer_axis]
+
+    @property
     def layer_shape(self) -> Shape:
         """The shape of one layer."""
         return self.shape if self.layer_axis is None else _without(self.shape, self.layer_axis)
@@ -270,7 +275,7 @@ def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> Non
         for assignment, bytes_ in costs
         if assignment.rule is None
         and bytes_ > 4
-        and (len(assignment.layer_shape) > 1 or bytes_ >= 4 * LONG_VECTOR)
+        and (len(assignment.layer_shape) > 1 or bytes_ >= 4 * LONG_VECTOR * assignment.layers)
     ]
     if not unnamed or is_reporting():
         return

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import microadam_jax
+from benchmarks.scale import NAMES
 from microadam_jax import (
     Partition,
     adam_mini,
@@ -134,3 +136,26 @@ def test_others_take_no_more_and_do_not_warn(factory: Any) -> None:
 def test_a_column_takes_more_with_factors() -> None:
     with pytest.warns(UserWarning, match=r"'w' of shape \(8192, 1\), 98,312 in place of 65,536"):
         came(1e-3).init({"w": jnp.zeros((8192, 1))})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stacked_layers_are_warned_of_as_separate_ones(name: str) -> None:
+    """A thousandth of a model of 48 layers does not become large because they are stacked."""
+
+    def warns(params: Any) -> bool:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jax.eval_shape(getattr(microadam_jax, name)(1e-3).init, params)
+        return bool(caught)
+
+    layer = {"mix": {"gain": (1600,)}, "gate": {"kernel": (1600, 2)}}
+    separate, stacked = (
+        jax.tree.map(
+            lambda shape, n=n: jax.ShapeDtypeStruct((*n, *shape), jnp.float32),
+            layer,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        for n in ((), (48,))
+    )
+    assert not warns({"h": {str(i): separate for i in range(48)}})
+    assert not warns({"h": stacked})

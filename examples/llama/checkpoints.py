@@ -77,11 +77,8 @@ class Checkpoints:
         Raises:
             PretrainError: If the checkpoint is of another configuration.
         """
+        self.require_same_configuration()
         step = self._manager.latest_step()
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )["config"]
-        self._require_same(stored)
         state = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(like)))
         )["state"]
@@ -89,7 +86,15 @@ class Checkpoints:
             lambda shape, array: _empty(shape) if array is None else array, like, state
         )
 
-    def _require_same(self, stored: dict[str, Any]) -> None:
+    def require_same_configuration(self) -> None:
+        """Refuses the latest checkpoint if it is of another configuration.
+
+        Raises:
+            PretrainError: If it is.
+        """
+        stored = self._manager.restore(
+            self._manager.latest_step(), args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )["config"]
         differences = [
             f"{name} was {stored.get(name)} and is now {self._identity.get(name)}"
             for name in stored | self._identity

@@ -21,6 +21,7 @@ from .config import Config, PretrainError
 from .data import Corpus, load_corpus
 from .interruption import Interruption
 from .metrics import DiagnosticsFile, MetricsFile, Row
+from .model import init_params
 from .partitioning import place
 from .processes import joining_flags, leads, require_same, together
 from .progress import progress
@@ -60,7 +61,8 @@ def compare(config: Config, console: Console) -> bool:
     own_console = console
     console = console if leads() else Console(quiet=True)
     console.print(
-        f"{config.preset} model, {config.steps} steps of {config.batch} x {config.seq_len} tokens "
+        f"{config.preset} model of {_millions(config, corpus)} million parameters with "
+        f"{corpus.vocab} tokens, {config.steps} steps of {config.batch} x {config.seq_len} tokens "
         f"from {config.text or 'the Python standard library'}; results go to {config.out}",
         soft_wrap=True,
     )
@@ -132,6 +134,12 @@ def _clear(config: Config, labels: Iterable[str]) -> None:
     summary.unlink(missing_ok=True)
     for label in labels:
         shutil.rmtree(config.out / label / "checkpoints", ignore_errors=True)
+
+
+def _millions(config: Config, corpus: Corpus) -> str:
+    # A preset is as large as its name only with the vocabulary of those who published it.
+    shapes = jax.eval_shape(lambda: init_params(config.model(corpus.vocab), config.seed))
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6:.1f}"
 
 
 def _on_interruption(config: Config) -> str:

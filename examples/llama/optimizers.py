@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -188,7 +189,10 @@ def _failure(factory: Factory, learning_rate: float | optax.Schedule) -> Excepti
         return optimizer.update(params, optimizer.init(params), params, value=jnp.float32(0))
 
     try:
-        jax.eval_shape(update_once, jnp.zeros((256, 256)))
+        with warnings.catch_warnings():
+            # Of a matrix that has no name; the model's parameters are warned of by themselves.
+            warnings.simplefilter("ignore")
+            jax.eval_shape(update_once, jnp.zeros((256, 256)))
     except Exception as error:  # any kind of exception can come out of another's code
         return error
     return None

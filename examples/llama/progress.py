@@ -29,7 +29,10 @@ def progress(
         A function that takes the rows of new steps.
     """
     status = _Status(done)
-    if console.is_terminal:
+    if len(done) == steps:
+        console.print(f"{label}: step {steps}/{steps}, finished")
+        yield lambda rows: None
+    elif console.is_terminal:
         with _bar(console, label, steps, len(done), status) as show:
             yield show
     else:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .checkpoints import Checkpoints
-from .config import Config
+from .config import Config, PretrainError
 from .data import Corpus
 from .metrics import Row
 from .model import Llama, Params, graph_of, init_params
@@ -84,7 +85,8 @@ def train(
         Losses, times and sizes.
 
     Raises:
-        PretrainError: If the mesh does not fit or the checkpoint is of another configuration.
+        PretrainError: If the mesh does not fit, the step does not fit in memory, or the checkpoint
+            is of another configuration.
     """
     rows = list(rows)
     micro_rows = config.batch // config.accumulation
@@ -98,14 +100,15 @@ def train(
     result = Result(rows, _count(param_shapes), _bytes(state_shapes), finished=True)
 
     start = checkpoints.latest_step if checkpoints else 0
+    if checkpoints and start == config.steps:  # nothing to do, nor gigabytes to read
+        checkpoints.require_same_configuration()
+        return result
     if checkpoints and start:
         params, state = checkpoints.restore(_placed((param_shapes, state_shapes), shardings))
     else:
         init = jax.jit(init_params, static_argnums=(0, 1), out_shardings=shardings[0])
         params = init(model, config.seed)
         state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
-    if start == config.steps:
-        return result
 
     def next_batch(step: int) -> jax.Array:
         def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -132,6 +135,7 @@ def train(
         .lower(params, state, next_batch(start))
         .compile()
     )
+    _require_memory(step_fn, config, placement.mesh.size // jax.process_count())
 
     losses: list[jax.Array] = []
     clock = time.perf_counter()
@@ -159,6 +163,21 @@ def train(
             return dataclasses.replace(result, finished=False)
         losses, clock = [], time.perf_counter()
     return result
+
+
+def _require_memory(step_fn: jax.stages.Compiled, config: Config, devices: int) -> None:
+    # Of a device's memory XLA says so itself; from a host's the process is killed without a word.
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return
+    sizes = step_fn.memory_analysis()
+    needed = devices * (sizes.temp_size_in_bytes + sizes.argument_size_in_bytes)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise PretrainError(
+            f"A step takes {needed / 2**30:.0f} GiB and this machine has {there / 2**30:.0f}: cut "
+            f"its {config.batch} sequences into more micro-batches than {config.accumulation} with "
+            "--accumulation, recompute activations with --remat, or choose a smaller --batch."
+        )
 
 
 def _rows(

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import ColumnBasis, RowBasis, inner_products, row_norms
@@ -221,9 +222,12 @@ def _logits(norms: jax.Array) -> jax.Array:
 
 def _cosines(rows: int, columns: jax.Array) -> jax.Array:
     """The columns of the transform, of shape ``(*batch, rows, columns)``."""
-    # The angle repeats, and whole numbers are reduced without loss.
+    # The angle repeats, and whole numbers are reduced without loss. A product of both may exceed
+    # 32 bits from 46341 rows on, so that one of them is multiplied in two parts.
     odd = (2 * columns + 1).astype(jnp.uint32)[..., None, :]
     steps = jnp.arange(rows, dtype=jnp.uint32).reshape(*(1,) * (odd.ndim - 2), rows, 1)
-    turns = (steps * odd % (4 * rows)).astype(jnp.float32)
+    period, part = np.uint32(4 * rows), np.uint32(256)
+    high = steps // part * odd % period * part
+    turns = ((high + steps % part * odd) % period).astype(jnp.float32)
     cosines = jnp.cos(turns * jnp.float32(math.pi / (2 * rows))) * math.sqrt(2 / rows)
     return jnp.where(steps == 0, 1 / math.sqrt(rows), cosines)

@@ -45,7 +45,9 @@ def compress(
     x = x.reshape(*low.shape, size) + decode(codes, low, high)
     in_row = None
     if padding:
-        in_row = (jnp.arange(count * size, dtype=jnp.int32) < n).reshape(count, size)
+        block, lane = (jax.lax.broadcasted_iota(jnp.int32, (count, size), i) for i in range(2))
+        # Not their position in the row, which may exceed int32.
+        in_row = (block < count - 1) | (lane < size - padding)
         x = jnp.where(in_row, x, 0.0)
     values, indices = select_top_k(x, k, in_row)
     # Not a difference: infinity less infinity would stay behind as NaN.

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from examples.llama import optimizers
 from examples.llama.comparison import compare
 from examples.llama.config import PRESETS, PretrainError, from_flags
 
@@ -67,9 +69,9 @@ def test_default_optimizers_side_by_side(tmp_path: Path) -> None:
 class Script:
     """Runs the script in a process of its own."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, quick_compilation: bool = True) -> None:
         self._environment = os.environ | {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick_compilation)),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
@@ -143,6 +145,54 @@ def test_interrupted_runs_resume_exactly(
     assert process.communicate()[1] == ""
     assert process.returncode == 0
     assert losses(out / "metrics.csv") == straight
+
+
+PUBLISHED = shlex.split(
+    "--preset 60m --seq-len 16 --batch 2 --eval-batches 2 --max-bytes 100000 --steps 20 "
+    "--eval-every 10 --save-every 10 --log-every 1"
+)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("optimizer", ["adamw", "microadam", "adam_mini4bit", "adamw8bit"])
+def test_a_published_size_resumes_exactly(optimizer: str, tmp_path: Path) -> None:
+    # At this size steps take longer than compiling them well.
+    script = Script(tmp_path / "compiled", quick_compilation=False)
+    flags = [*PUBLISHED, "--optimizer", optimizer]
+    process = script.start(*flags, "--out", str(tmp_path / "straight"))
+    assert process.communicate()[1] == ""
+    for command, moment in (
+        ((*flags, "--out", str(tmp_path / "cut")), "compiling"),
+        (("--resume", str(tmp_path / "cut")), "step 10/20"),
+    ):
+        process = script.start(*command)
+        for line in process.stdout:
+            if moment in line:
+                process.send_signal(signal.SIGINT)
+                break
+        printed, mistakes = process.communicate()
+        assert (process.returncode, mistakes) == (130, ""), printed
+    process = script.start("--resume", str(tmp_path / "cut"))
+    assert process.communicate()[1] == ""
+    straight, cut = (losses(tmp_path / run / "metrics.csv") for run in ("straight", "cut"))
+    assert len(cut) == 20
+    assert cut == straight
+    # What is finished is neither compiled nor read again.
+    assert "20/20, finished" in script.start("--resume", str(tmp_path / "cut")).communicate()[0]
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(PretrainError, match=r"this machine has 0: cut its 2 .* --accumulation"):
+        run([*SMALL, "--steps", "1", "--optimizer", "sgd", "--out", str(tmp_path)])
+
+
+def test_optimizers_that_are_tried_out_warn_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    optimizers.build(from_flags(["--optimizer", "adam_mini4bit,adam_sn"]))
+    assert not recwarn.list
 
 
 def test_mistakes_reach_the_terminal_as_one_sentence(script: Script, tmp_path: Path) -> None:
