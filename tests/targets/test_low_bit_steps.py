@@ -18,8 +18,8 @@ from microadam_jax import (
     fused_apply,
     model_shapes,
 )
+from tests.llama_100m import llama_100m
 from tests.targets.main_memory import bytes_moved
-from tests.transforms.test_quantize import llama_100m
 
 
 def compiled(

@@ -2,7 +2,6 @@ import functools
 import gc
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from microadam_jax import (
     scale_by_adam_mini,
     scale_by_window_adam,
 )
+from tests.llama_100m import llama_100m
 from tests.oracles import low_bit as oracle
 
 ROW = Blocks(64, shards=1)
@@ -289,27 +289,6 @@ def test_bad_arguments_are_refused() -> None:
         quantize_state(adam, {"mu": "int8"})
     with pytest.raises(ValueError, match=r"pattern '\(' is bad"):
         Storage("dynamic8", rules=(("(", "float32"),))
-
-
-def llama_100m() -> dict[str, Any]:
-    """Shapes of a Llama of 110 million parameters, its layers stacked."""
-    layers, width, hidden, tokens = 12, 768, 2048, 16000
-    shapes = {
-        "embed_tokens": {"embedding": (tokens, width)},
-        "layers": {
-            **{f"{name}_proj": {"kernel": (layers, width, width)} for name in "qkvo"},
-            "gate_proj": {"kernel": (layers, width, hidden)},
-            "up_proj": {"kernel": (layers, width, hidden)},
-            "down_proj": {"kernel": (layers, hidden, width)},
-            "norm": {"scale": (layers, width)},
-        },
-        "lm_head": {"kernel": (width, tokens)},
-    }
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
 
 
 @pytest.mark.slow
