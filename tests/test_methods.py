@@ -39,7 +39,7 @@ def test_every_optimizer_has_a_row() -> None:
 @each_method
 def test_the_row_agrees_with_the_docstring(name: str) -> None:
     method = METHODS[name]
-    reference = (method.factory.__doc__ or "").partition("Reference:")[2]
+    reference = " ".join((method.factory.__doc__ or "").partition("Reference:")[2].split())
     cited = re.search(r"arXiv [\d.]+|NeurIPS \d+", method.paper)
     assert cited is not None
     assert cited[0] in reference

@@ -83,8 +83,9 @@ class Entry:
         couples: whether every leaf's update depends on all leaves, through inner products of
             whole models: these are summed over devices, a leaf alone is another model, and a bad
             gradient reaches every leaf.
-        projects: whether states have a rank in place of an axis of the parameter; a new basis may
-            need the gradient of all devices.
+        projects: whether a matrix is updated as a whole: in a subspace, where states have a rank in
+            place of an axis of the parameter, or orthogonalized. It may be gathered from all
+            devices.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -137,6 +138,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adamw4bit": {"mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
     "adamw4bit_factored": {"mu_codec": MU4},
     "adam_mini4bit": {"mu_codec": MU4},
+    "lion4bit": {"learning_rate": 1e-3, "mu_codec": MU4},
+    "muon8bit": {"mu_codec": MU8},
     "sparse_mfac": {
         "damping": 1e-2,
         "compressor": COMPRESSOR,
@@ -155,7 +158,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "fira": {"subspace": srht(4), "refresh": Refresh(3, stagger=True, moments="rotate")},
 }
 # Whose updates depend on norms or maxima that elements share.
-NORMS = ("adamw4bit", "fira", "apollo", "apollo_mini", "snsm")
+NORMS = ("adamw4bit", "muon8bit", "fira", "apollo", "apollo_mini", "snsm")
 # Whose composition is that of another; their numbers need a look of their own.
 ALIKE = (
     *("adamw4bit_factored", "adamw_fp8", "adam_mini8bit", "sparse_ggt", "mfac"),
@@ -177,7 +180,7 @@ def entry_of(name: str) -> Entry:
         shares=name in NORMS or "partition" in arguments or method.kind == "full matrix",
         coarse=method.kind == "low bits",
         couples=method.kind == "full matrix",
-        projects=method.kind == "subspace",
+        projects=method.kind == "subspace" or name == "muon8bit",
     )
 
 

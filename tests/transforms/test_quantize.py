@@ -28,6 +28,7 @@ from microadam_jax import (
     error_feedback,
     leaf_loops,
     linear4,
+    lion4bit,
     memory_report,
     microadam,
     quantize_state,
@@ -171,6 +172,40 @@ def test_adamw_against_the_oracle_over_many_steps() -> None:
         params = optax.apply_updates(params, updates)
     # A number within a rounding of a middle takes the other code, and moves a little.
     assert np.abs(params - expected).mean() < 1e-3 * np.abs(expected - start).mean()
+
+
+def test_lion_against_the_oracle_over_many_steps() -> None:
+    """Rounded to nearest, as random numbers are the library's own."""
+    levels = oracle.dynamic_map(4, True)
+    random = np.random.default_rng(0)
+    grads = [0.5 + random.standard_normal((4, 64)) for _ in range(100)]
+    start = random.standard_normal((4, 64))
+    expected = oracle.lion(
+        grads, start, 1e-2, 0.1, lambda x: np.stack([oracle.scaled(levels, row) for row in x])
+    )
+    codec = Storage(dynamic4(ROW), min_size=0)
+    tx = lion4bit(1e-2, weight_decay=0.1, mu_codec=codec)
+    params = jnp.asarray(start, jnp.float32)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+    assert np.abs(params - expected).mean() < 1e-3 * np.abs(expected - start).mean()
+
+
+@pytest.mark.parametrize(("rounding", "turned"), [("nearest", 0.0), ("stochastic", 0.9)])
+def test_lion_in_four_bits_needs_stochastic_rounding(rounding: str, turned: float) -> None:
+    """A hundredth of a small gradient is less than half a step between two levels."""
+    params, tx = jnp.zeros((64, 512)), lion4bit(1.0, mu_codec=dynamic4(64, rounding=rounding))
+    state, update = tx.init(params), jax.jit(tx.update)
+    leader = jnp.arange(512) % 64 == 0  # holds the scale of its block
+    for small, steps in ((0.05, 100), (-0.05, 400)):
+        g = jnp.broadcast_to(jnp.where(leader, 1, small), (64, 512))
+        for _ in range(steps):
+            _, state = update(g, state, params)
+    signs, _ = update(jnp.zeros((64, 512)), state, params)
+    share = np.mean(np.asarray(signs)[:, ~leader] > 0)  # against a negative momentum
+    assert share >= turned if turned else share == 0
 
 
 @pytest.mark.parametrize("make", [adamw8bit, adamw_fp8, adamw4bit, adam_mini8bit, adam_mini4bit])
