@@ -21,6 +21,8 @@ from microadam_jax import (
     adamw_fp8,
     dynamic4,
     linear4,
+    lion4bit,
+    muon8bit,
 )
 from microadam_jax.blocks import merge, split
 from microadam_jax.codecs.scaled import Scaled, ScaledCodes
@@ -75,6 +77,8 @@ SETTINGS: dict[str, Setting] = {
     "Adam-mini": plainly(adam_mini),
     "Adam-mini, 8 bits": plainly(adam_mini8bit),
     "Adam-mini, 4 bits": plainly(adam_mini4bit),
+    "Lion, 4 bits": plainly(lion4bit),
+    "Muon, 8 bits": plainly(muon8bit),
     "Adam-mini, 4 bits to nearest": mini4("dynamic4"),
     "Adam-mini, 4 bits symmetric": mini4(dynamic4(rounding="stochastic", symmetric=True)),
     "Adam-mini, 4 bits linear": mini4(linear4(signed=True, rounding="stochastic")),
@@ -85,5 +89,8 @@ SETTINGS: dict[str, Setting] = {
     ),
 }
 
+LION_RATES = (1e-4, 2e-4, 4e-4)  # every element moves by the whole rate
+
 if __name__ == "__main__":
-    sweep(__doc__.splitlines()[0], SETTINGS, dict.fromkeys(SETTINGS, RATES))
+    rates = dict.fromkeys(SETTINGS, RATES) | {"Lion, 4 bits": LION_RATES}
+    sweep(__doc__.splitlines()[0], SETTINGS, rates)

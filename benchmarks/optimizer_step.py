@@ -1,7 +1,7 @@
 """How long an optimizer's step takes beside AdamW's: interleaved runs in one process, medians.
 
 python -m benchmarks.optimizer_step
-python -m benchmarks.optimizer_step --trees llama-60m --only AdamW MicroAdam --size 1e8
+python -m benchmarks.optimizer_step --trees llama-60m --only adam_mini microadam --size 1e8
 
 A step is ``tx.update`` and ``optax.apply_updates`` in one program, state and parameters donated;
 the last column sets ``fused_apply`` beside it. It prints a table for the device it runs on.
@@ -23,49 +23,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import microadam_jax
-from microadam_jax import (
-    MODELS,
-    dct_columns,
-    fused_apply,
-    gaussian,
-    memory_report,
-    model_shapes,
-    power_iteration,
-    svd,
-    top_k_rows,
-)
+from microadam_jax import MODELS, fused_apply, memory_report, microadam, model_shapes
 from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
+from microadam_jax.methods import METHODS
 from microadam_jax.models import Shapes
+from microadam_jax.optimizer_names import optimizer
 from microadam_jax.transforms.descent import Fusable
 
 # Which of the kernels are made for a platform.
 KERNELS = {"cpu": (), "gpu": ("triton",), "tpu": ("mosaic_tpu",)}
+BASE = "optax.adamw"
+RANK = 16
+OTHER_SETTINGS = ("adam_mini:mu_dtype=bfloat16", "adamw4bit:nu_codec=linear4_unsigned")
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "AdamW (Optax)": lambda: optax.adamw(1e-3),
-    "Adam-mini": lambda: microadam_jax.adam_mini(1e-3),
-    "Adam-mini, momentum bfloat16": lambda: microadam_jax.adam_mini(1e-3, mu_dtype="bfloat16"),
-    "Adam-mini, 8 bits": lambda: microadam_jax.adam_mini8bit(1e-3),
-    "Adam-mini, 4 bits": lambda: microadam_jax.adam_mini4bit(1e-3),
-    "AdamW, 8 bits": lambda: microadam_jax.adamw8bit(1e-3),
-    "AdamW, FP8 expanded": lambda: microadam_jax.adamw_fp8(1e-3),
-    "AdamW, 4 bits, blocks": lambda: microadam_jax.adamw4bit(1e-3, nu_codec="linear4_unsigned"),
-    "AdamW, 4 bits, factored": lambda: microadam_jax.adamw4bit_factored(1e-3),
-    "AdamSN": lambda: microadam_jax.adam_sn(1e-2),
-    "AdaGradSN": lambda: microadam_jax.adagrad_sn(1e-2),
-    "CAME": lambda: microadam_jax.came(1e-3),
-    "Sparse M-FAC": lambda: microadam_jax.sparse_mfac(1e-3),
-    "Low-rank M-FAC": lambda: microadam_jax.lowrank_mfac(1e-3),
-    "M-FAC": lambda: microadam_jax.mfac(1e-3),
-    "Sparse GGT": lambda: microadam_jax.sparse_ggt(1e-3),
-    "GaLore, rank 16": lambda: microadam_jax.galore(1e-3, subspace=svd(16)),
-    "Fira, rank 16": lambda: microadam_jax.fira(1e-3, subspace=svd(16)),
-    "APOLLO, rank 16": lambda: microadam_jax.apollo(1e-3, subspace=gaussian(16)),
-    "APOLLO-Mini": lambda: microadam_jax.apollo_mini(1e-3),
-    "Grass, rank 16": lambda: microadam_jax.grass(1e-3, subspace=top_k_rows(16)),
-    "LDAdam, rank 16": lambda: microadam_jax.ldadam(1e-3, subspace=power_iteration(16)),
-    "DCT-AdamW, rank 16": lambda: microadam_jax.dct_adamw(1e-3, subspace=dct_columns(16)),
-    "SNSM, rank 16": lambda: microadam_jax.snsm(1e-3, subspace=svd(16)),
+    BASE: lambda: optax.adamw(1e-3),
+    **{
+        name: functools.partial(method.factory, 1e-3, **method.at_rank(RANK))
+        for name, method in METHODS.items()
+        if name != "microadam"  # see optimizers()
+    },
+    **{text: functools.partial(optimizer, text) for text in OTHER_SETTINGS},
 }
 
 
@@ -130,11 +107,11 @@ def scaled(shapes: Shapes, size: float) -> Shapes:
 def optimizers(only: tuple[str, ...]) -> Iterator[tuple[str, optax.GradientTransformation]]:
     """By name; MicroAdam in each layout, and by each implementation that this device may have."""
     for name, make in OPTIMIZERS.items():
-        if name.startswith(("AdamW (Optax)", *only)):
+        if name.startswith((BASE, *only)):
             yield name, make()
     for layout_name, layout in MICROADAM_LAYOUTS.items():
         for implementation in ("xla", *KERNELS[jax.default_backend()]):
-            name = f"MicroAdam, {layout_name}, {implementation}"
+            name = f"microadam, {layout_name}, {implementation}"
             if name.startswith(only):
                 chosen = dataclasses.replace(
                     layout,
@@ -143,7 +120,7 @@ def optimizers(only: tuple[str, ...]) -> Iterator[tuple[str, optax.GradientTrans
                     ),
                     window=dataclasses.replace(layout.window, implementation=implementation),
                 )
-                yield name, microadam_jax.microadam(1e-3, layout=chosen)
+                yield name, microadam(1e-3, layout=chosen)
 
 
 def in_two_passes(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
@@ -222,7 +199,7 @@ def compare(tree: str, shapes: Shapes, only: tuple[str, ...], rounds: int) -> No
         fused = f"{medians[name, 'fused'] / median:.2f}" if (name, "fused") in steps else "-"
         print(
             f"| {name} | {bytes_kept} | {1e3 * median:.1f} "
-            f"| {median / medians['AdamW (Optax)', 'two passes']:.1f} "
+            f"| {median / medians[BASE, 'two passes']:.1f} "
             f"| {own.moved / median / bandwidth:.2f} | {own.temporary / size:.2f} | {fused} |"
         )
 

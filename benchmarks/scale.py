@@ -27,16 +27,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import microadam_jax
 from microadam_jax import MODELS, model_shapes
+from microadam_jax.methods import METHODS
 
 BASE = "optax.adamw"
-NAMES = (
-    *("microadam", "adam_mini", "adam_sn", "adagrad_sn", "came", "adamw8bit", "adamw4bit"),
-    *("adamw_fp8", "adamw4bit_factored", "adam_mini8bit", "adam_mini4bit", "sparse_mfac"),
-    *("lowrank_mfac", "sparse_ggt", "mfac", "galore", "fira", "apollo", "apollo_mini", "grass"),
-    *("ldadam", "dct_adamw", "snsm"),
-)
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "performance.md"
 
 
@@ -44,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--stacked", action="store_true", help="stack the layers of a model")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for an optimizer")
     parser.add_argument("--write", action="store_true", help="put the tables into the page")
@@ -92,7 +86,7 @@ def build(name: str) -> optax.GradientTransformation:
     """An optimizer with a learning rate that suits the quadratic."""
     if name == BASE:
         return optax.adamw(1e-3)
-    return getattr(microadam_jax, name)(1e-3)
+    return METHODS[name].factory(1e-3)
 
 
 def stacked_layers(tree: Any) -> Any:

@@ -5,62 +5,20 @@
 
 import argparse
 
-import jax.numpy as jnp
-import optax
-
-from microadam_jax.aliases import (
-    adam_mini,
-    adam_mini4bit,
-    adam_mini8bit,
-    adam_sn,
-    adamw4bit,
-    adamw8bit,
-    adamw_fp8,
-    apollo,
-    apollo_mini,
-    came,
-    fira,
-    galore,
-    grass,
-    ldadam,
-    lowrank_mfac,
-    microadam,
-    snsm,
-    sparse_mfac,
-)
 from microadam_jax.memory import GIB, MemoryReport, format_table, memory_report
+from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS, model_shapes
+from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner import command as plan
-from microadam_jax.subspace import Matrices, gaussian, power_iteration, svd, top_k_rows
 
 RANK = 512
-LARGER = Matrices(side="larger", square="out")
-
-OPTIMIZERS = {
-    "MicroAdam, fast": microadam(1e-3),
-    "MicroAdam, pretrain": microadam(1e-3, layout="pretrain"),
-    "MicroAdam, paper": microadam(1e-3, layout="paper"),
-    "Adam-mini": adam_mini(1e-3),
-    "Adam-mini, first moment bfloat16": adam_mini(1e-3, mu_dtype="bfloat16"),
-    "Adam-mini, 8 bits": adam_mini8bit(1e-3),
-    "Adam-mini, 4 bits": adam_mini4bit(1e-3),
-    "AdamW, 8 bits": adamw8bit(1e-3),
-    "AdamW, FP8 expanded": adamw_fp8(1e-3),
-    "AdamW, 4 bits": adamw4bit(1e-3),
-    "AdamSN": adam_sn(1e-2),
-    "CAME": came(1e-3),
-    "Sparse M-FAC, window 32": sparse_mfac(1e-3),
-    "Low-rank M-FAC, window 32": lowrank_mfac(1e-3),
-    f"GaLore, rank {RANK}": galore(1e-2, subspace=svd(RANK)),
-    f"Fira, rank {RANK}": fira(1e-2, subspace=svd(RANK)),
-    f"APOLLO, rank {RANK}": apollo(1e-2, subspace=gaussian(RANK)),
-    "APOLLO-Mini": apollo_mini(1e-2),
-    f"Grass, {RANK} rows": grass(1e-2, subspace=top_k_rows(RANK)),
-    f"LDAdam, rank {RANK}": ldadam(1e-3, subspace=power_iteration(RANK)),
-    f"SNSM, rank {RANK}": snsm(1e-2, subspace=svd(RANK)),
-    f"SNSM, {RANK} rows": snsm(1e-2, subspace=top_k_rows(RANK), matrices=LARGER),
-    "AdamW, first moment bfloat16": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
-}
+PAPER = "microadam:layout=paper"
+OTHER_SETTINGS = (
+    "microadam:layout=pretrain",
+    PAPER,
+    "adam_mini:mu_dtype=bfloat16",
+    "adamw:mu_dtype=bfloat16",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,14 +35,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def print_memory(model: str, *, fields: bool = False) -> None:
-    """Prints what AdamW and each optimizer of the library would keep for ``model``."""
+    """Prints what AdamW and each optimizer of the library keep for ``model``."""
     shapes = model_shapes(model)
-    reports = {name: memory_report(tx, shapes) for name, tx in OPTIMIZERS.items()}
-    paper = reports["MicroAdam, paper"]
+    optimizers = {text: optimizer(text) for text in OTHER_SETTINGS}
+    for name, method in METHODS.items():
+        label = name if method.subspace is None else f"{name}, rank {RANK}"
+        optimizers[label] = method.factory(method.learning_rate, **method.at_rank(RANK))
+    reports = {label: memory_report(tx, shapes) for label, tx in optimizers.items()}
+    paper = reports[PAPER]
     parameters = paper.parameters
     sizes = paper.adamw | {name: report.total for name, report in reports.items()}
     statistics = _bucket_statistics(paper)
-    sizes["MicroAdam, paper, as published *"] = paper.total - statistics
+    sizes[f"{PAPER}, as published *"] = paper.total - statistics
     rows = [
         (name, f"{size / GIB:.2f}", f"{size / parameters:.3f}")
         for name, size in sorted(sizes.items(), key=lambda item: -item[1])
@@ -98,7 +60,7 @@ def print_memory(model: str, *, fields: bool = False) -> None:
     for name, report in reports.items():
         if fields:
             print(f"\n{name}: {report}")
-            continue  # the report says its remarks itself
+            continue  # its remarks are in it
         for remark in report.remark_lines():
             print(f"{name}: {remark}")
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import microadam_jax
+from microadam_jax.methods import METHODS
 from tests.contracts.catalogue import ENTRIES, VARIANTS, gradients, parameters
 
 STEPS = 4
@@ -34,12 +34,6 @@ LARGE = {
     },
     "lm_head": {"kernel": (96, 5025)},
 }
-NAMES = (
-    *("microadam", "adam_mini", "adam_sn", "adagrad_sn", "came", "adamw8bit", "adamw4bit"),
-    *("adamw_fp8", "adamw4bit_factored", "adam_mini8bit", "adam_mini4bit", "sparse_mfac"),
-    *("lowrank_mfac", "sparse_ggt", "mfac", "galore", "fira", "apollo", "apollo_mini", "grass"),
-    *("ldadam", "dct_adamw", "snsm"),
-)
 
 
 def cases() -> Iterator[tuple[str, Any, Any]]:
@@ -47,11 +41,11 @@ def cases() -> Iterator[tuple[str, Any, Any]]:
     for name, entry in (ENTRIES | VARIANTS).items():
         for dtype in ("float32", "bfloat16"):
             yield f"{name}, {dtype}", entry.make(), parameters(dtype)
-    for name in NAMES:
+    for name, method in METHODS.items():
         tree = jax.tree.map(
             lambda shape: jnp.full(shape, 0.5), LARGE, is_leaf=lambda x: isinstance(x, tuple)
         )
-        yield f"{name}, large leaves", getattr(microadam_jax, name)(1e-3), tree
+        yield f"{name}, large leaves", method.factory(1e-3), tree
 
 
 def run(tx: Any, params: Any) -> dict[str, np.ndarray]:
@@ -81,6 +75,9 @@ def main() -> int:
         raw = {k: x.view(np.uint8) if x.dtype.kind == "V" else x for k, x in raw.items()}
         if args.action == "write":
             np.savez(path, **raw)
+            continue
+        if not path.exists():
+            print(f"new   {name}", flush=True)
             continue
         with np.load(path) as before:
             differing = [

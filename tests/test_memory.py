@@ -1,3 +1,6 @@
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,9 +16,11 @@ from microadam_jax import (
     top_k,
 )
 from microadam_jax.__main__ import main
+from microadam_jax.methods import METHODS
 
 MATRIX = {"w": jax.ShapeDtypeStruct((64, 4096), jnp.float32)}
 GIB = 2**30
+README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def test_adam_of_any_tree_is_eight_bytes() -> None:
@@ -93,13 +98,23 @@ def test_trees_without_parameters(params: dict) -> None:
     assert "total" in str(report)
 
 
-def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_table_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     main(["memory", "llama2-7b"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in lines}
     assert lines[0] == "llama2-7b: 6,738,415,616 parameters"
     assert rows["AdamW, float32"] == ["50.21", "8.000"]
-    assert rows["MicroAdam, paper, as published *"] == ["5.65", "0.900"]
+    assert rows["microadam:layout=paper, as published *"] == ["5.65", "0.900"]
+    shown = set()  # in README.md with Python's calls, on the command line with the planner's
+    pattern = r"^\| (`\w.*) \| ([\d.]+) \| ([\d.]+) GiB \|$"
+    for cell, size, total in re.findall(pattern, README.read_text(), re.M):
+        for code in re.findall(r"`([^`]+)`", cell):
+            label = re.sub(r"\(subspace=\w+\((\d+)\)\)", r", rank \1", code)
+            label = re.sub(r'\((\w+)="(\w+)"\)', r":\1=\2", label)
+            assert rows[label][0] == total, label
+            assert abs(float(rows[label][1]) - float(size)) <= 0.0051, label
+            shown.add(re.split(r"[,:]", label)[0])
+    assert shown == set(METHODS)
 
 
 def test_the_command_prints_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,53 +1,22 @@
 """Optimizers by name: from this library, from Optax and from optax.contrib."""
 
-import ast
-import difflib
-import functools
-import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 import microadam_jax
+from microadam_jax.methods import METHODS, Factory
+from microadam_jax.optimizer_names import factory_named, option_value
 
 from .config import Config, PretrainError
 
-Factory = Callable[..., optax.GradientTransformation]
-
-DEFAULT_LEARNING_RATE = 1e-3
-DEFAULT_LEARNING_RATES = {"microadam": 2e-3, "adam_sn": 1e-2, "adagrad_sn": 1.0} | dict.fromkeys(
-    ("galore", "fira", "apollo", "apollo_mini", "snsm"), 1e-2
-)
-# What this script is for; the library's own defaults follow the papers, which fine-tune, or whose
-# models are wider: a quarter of this one's width is 32.
-DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
-    "microadam": {"layout": "pretrain"},
-    "galore": {"subspace": microadam_jax.svd(32)},
-    "fira": {"subspace": microadam_jax.svd(32)},
-    "snsm": {"subspace": microadam_jax.svd(32)},
-    "apollo": {"subspace": microadam_jax.gaussian(32)},
-    "grass": {"subspace": microadam_jax.top_k_rows(32)},
-    "ldadam": {"subspace": microadam_jax.power_iteration(32)},
-    "dct_adamw": {"subspace": microadam_jax.dct_columns(32)},
-}
-
-
-def factories() -> dict[str, Factory]:
-    """Collects everything that builds an optimizer from a learning rate, by public name."""
-    return {
-        name: member
-        for module in (optax.contrib, optax, microadam_jax)  # of equal names, the last one counts
-        for name, member in vars(module).items()
-        if inspect.isfunction(member)
-        and not name.startswith(("_", "scale_by_", "decay_"))
-        and "learning_rate" in inspect.signature(member).parameters
-    }
+DEFAULT_LEARNING_RATE = 1e-3  # of the optimizers of Optax
+RANK = 32  # a quarter of this model's width
 
 
 def build(config: Config) -> dict[str, optax.GradientTransformation]:
@@ -67,8 +36,11 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
     peaks = _learning_rates(config.lr, names)
     built = {}
     for label, name in names.items():
-        chosen = DEFAULT_OPTIONS.get(name, {}) | options[label]
-        optimizer = _call(label, name, _learning_rate(config, peaks[label]), chosen)
+        method = METHODS.get(name)
+        suited = {} if method is None else {**method.options, **method.at_rank(RANK)}
+        optimizer = _call(
+            label, name, _learning_rate(config, peaks[label]), suited | options[label]
+        )
         if config.clip:
             optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
         if config.diagnostics:
@@ -101,13 +73,13 @@ def _options(flags: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str,
         if not (equals and dot):
             raise PretrainError(f"--opt {flag} does not have the form LABEL.OPTION=VALUE.")
         _require_label("--opt", flag, label, options)
-        options[label][option] = _literal(value)
+        options[label][option] = option_value(value)
     return options
 
 
 def _learning_rates(flags: Iterable[str], names: dict[str, str]) -> dict[str, float]:
     rates = {
-        label: DEFAULT_LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
+        label: METHODS[name].learning_rate if name in METHODS else DEFAULT_LEARNING_RATE
         for label, name in names.items()
     }
     for flag in flags:
@@ -126,13 +98,6 @@ def _require_label(option: str, flag: str, label: str, labels: Iterable[str]) ->
         raise PretrainError(
             f"{option} {flag} is for {label!r}, but this run trains {', '.join(labels)}."
         )
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text  # A bare word is a string: layout=paper.
 
 
 def _learning_rate(config: Config, peak: float) -> float | optax.Schedule:
@@ -155,20 +120,10 @@ def _learning_rate(config: Config, peak: float) -> float | optax.Schedule:
 def _call(
     label: str, name: str, learning_rate: float | optax.Schedule, options: dict[str, Any]
 ) -> optax.GradientTransformation:
-    known = factories()
-    if name not in known:
-        close = difflib.get_close_matches(name, known)
-        hint = (
-            f"did you mean {' or '.join(close)}?"
-            if close
-            else f"there are {', '.join(sorted(known))}."
-        )
-        raise PretrainError(f"There is no optimizer {name!r}; {hint}")
-    allowed = [o for o in inspect.signature(known[name]).parameters if o != "learning_rate"]
-    for option in options:
-        if option not in allowed:
-            raise PretrainError(f"{name} has no option {option!r}; it has {', '.join(allowed)}.")
-    factory = functools.partial(known[name], **options)
+    try:
+        factory = factory_named(name, options)
+    except ValueError as error:
+        raise PretrainError(str(error)) from error
     error = _failure(factory, learning_rate)
     if error and callable(learning_rate) and not _failure(factory, 1e-3):
         raise PretrainError(

@@ -11,12 +11,12 @@ import jax
 
 from microadam_jax.memory import GIB, format_table
 from microadam_jax.models import MODELS
+from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
 from microadam_jax.planner.chart import draw
 from microadam_jax.planner.compiled import CompiledPlan, compiled_plan
 from microadam_jax.planner.llama import stacked_model
 from microadam_jax.planner.meshes import parse_mesh, undivided
-from microadam_jax.planner.optimizers import optimizer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

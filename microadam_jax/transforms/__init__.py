@@ -17,6 +17,7 @@ from microadam_jax.transforms.fused_apply import fused_apply
 from microadam_jax.transforms.ggt import scale_by_ggt
 from microadam_jax.transforms.gram_window import GramWindowState
 from microadam_jax.transforms.mfac import scale_by_mfac
+from microadam_jax.transforms.muon import ScaleByMuonState, scale_by_muon
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
@@ -45,6 +46,7 @@ __all__ = [
     "ScaleByAdamMiniState",
     "ScaleByCameState",
     "ScaleByFactoredAdamState",
+    "ScaleByMuonState",
     "ScaleBySubsetNormState",
     "ScaleByUncorrectedAdamState",
     "ScaleByWindowAdamState",
@@ -63,6 +65,7 @@ __all__ = [
     "scale_by_factored_adam",
     "scale_by_ggt",
     "scale_by_mfac",
+    "scale_by_muon",
     "scale_by_subset_norm",
     "scale_by_uncorrected_adam",
     "scale_by_window_adam",

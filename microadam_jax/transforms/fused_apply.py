@@ -32,9 +32,9 @@ def fused_apply(
 
     Args:
         tx: what :func:`microadam`, :func:`adam_mini`, :func:`adam_mini8bit`,
-            :func:`adam_mini4bit`, :func:`adamw8bit`, :func:`adamw_fp8`, :func:`adamw4bit` or
-            :func:`adamw4bit_factored` returned, by itself, or in
-            :func:`accumulate_into_residual`. What comes before it in a chain, such as
+            :func:`adam_mini4bit`, :func:`adamw8bit`, :func:`adamw_fp8`, :func:`adamw4bit`,
+            :func:`adamw4bit_factored`, :func:`lion4bit` or :func:`muon8bit` returned, by itself,
+            or in :func:`accumulate_into_residual`. What comes before it in a chain, such as
             ``optax.clip_by_global_norm``, is applied to the gradients first.
 
     Returns:

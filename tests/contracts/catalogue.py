@@ -1,6 +1,6 @@
-"""Every public transformation, for the suites that all of them must pass.
+"""Every method and the other public transformations, for the suites that all of them must pass.
 
-A new method joins with one line in ``ENTRIES``.
+A method of ``microadam_jax.methods`` is here by its row; ``ARGUMENTS`` may add to its arguments.
 """
 
 import dataclasses
@@ -25,49 +25,25 @@ from microadam_jax import (
     Subsets,
     Window,
     accumulate_into_residual,
-    adagrad_sn,
-    adam_mini,
-    adam_mini4bit,
-    adam_mini8bit,
-    adam_sn,
-    adamw4bit,
-    adamw4bit_factored,
     adamw8bit,
-    adamw_fp8,
     affine4,
-    apollo,
-    came,
     compress,
-    dct_adamw,
-    dct_columns,
     dynamic4,
     dynamic8,
     error_feedback,
-    fira,
     float8,
-    galore,
-    gaussian,
-    grass,
-    ldadam,
-    lowrank_mfac,
-    mfac,
     microadam,
-    power_iteration,
     power_sgd,
     project_gradients,
     quantize_state,
     rank1_linear4,
     sampled_rows,
     scale_by_window_adam,
-    snsm,
-    sparse_ggt,
-    sparse_mfac,
     srht,
-    svd,
     to_dense,
     top_k,
-    top_k_rows,
 )
+from microadam_jax.methods import METHODS
 
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)
 SMALL = MicroAdamLayout(COMPRESSOR, affine4(Blocks(64)), Window(3))
@@ -107,8 +83,9 @@ class Entry:
         couples: whether every leaf's update depends on all leaves, through inner products of
             whole models: these are summed over devices, a leaf alone is another model, and a bad
             gradient reaches every leaf.
-        projects: whether states have a rank in place of an axis of the parameter; a new basis may
-            need the gradient of all devices.
+        projects: whether a matrix is updated as a whole: in a subspace, where states have a rank in
+            place of an axis of the parameter, or orthogonalized. It may be gathered from all
+            devices.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -146,160 +123,86 @@ def projected_momentum(decay: float) -> optax.GradientTransformation:
     return project_gradients(optax.trace(decay), sampled_rows(4), refresh, matrices=MATRICES)
 
 
+# Arguments beside those that `entry_of` gives to all methods that take them.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "adam_mini": {"weight_decay": 0.1},
+    "adam_sn": {"learning_rate": 1e-1, "weight_decay": 0.1},
+    "adagrad_sn": {"learning_rate": 1.0, "subsets": Subsets("runs", reduction="mean")},
+    "came": {"learning_rate": 1e-3, "weight_decay": 0.1},
+    "adamw8bit": {"weight_decay": 0.0, "mu_codec": MU8, "nu_codec": NU8},
+    "adamw_fp8": {
+        "weight_decay": 0.0,
+        "mu_codec": stored(float8(block=64)),
+        "nu_codec": stored(float8(block=64)),
+    },
+    "adamw4bit": {"mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
+    "adamw4bit_factored": {"mu_codec": MU4},
+    "adam_mini4bit": {"mu_codec": MU4},
+    "lion4bit": {"learning_rate": 1e-3, "mu_codec": MU4},
+    "muon8bit": {"mu_codec": MU8},
+    "sparse_mfac": {
+        "damping": 1e-2,
+        "compressor": COMPRESSOR,
+        "residual": "bfloat16",
+        "window": Window(3),
+    },
+    "lowrank_mfac": {
+        "damping": 1e-2,
+        "compressor": power_sgd(2, stacked="stacked"),
+        "residual": "float32",
+        "window": THREE,
+    },
+    "sparse_ggt": {"compressor": COMPRESSOR, "residual": "float32", "window": THREE},
+    "mfac": {"damping": 1e-2, "window": THREE},
+    "galore": {"refresh": Refresh(3)},
+    "fira": {"subspace": srht(4), "refresh": Refresh(3, stagger=True, moments="rotate")},
+}
+# Whose updates depend on norms or maxima that elements share.
+NORMS = ("adamw4bit", "muon8bit", "fira", "apollo", "apollo_mini", "snsm")
+# Whose composition is that of another; their numbers need a look of their own.
+ALIKE = (
+    *("adamw4bit_factored", "adamw_fp8", "adam_mini8bit", "sparse_ggt", "mfac"),
+    *("fira", "apollo", "apollo_mini", "dct_adamw"),
+)
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of a method of the library."""
+    method = METHODS[name]
+    common = {"learning_rate": 1e-2, "partition": PARTITION, "matrices": MATRICES}
+    taken = {key: value for key, value in common.items() if key in method.parameters}
+    arguments = taken | method.at_rank(4) | ARGUMENTS.get(name, {})
+    decay = arguments.get("weight_decay", method.parameters["weight_decay"].default)
+    return Entry(
+        method.factory,
+        arguments,
+        decays=decay != 0,
+        shares=name in NORMS or "partition" in arguments or method.kind == "full matrix",
+        coarse=method.kind == "low bits",
+        couples=method.kind == "full matrix",
+        projects=method.kind == "subspace" or name == "muon8bit",
+    )
+
+
 ENTRIES = {
-    "microadam": Entry(microadam, {"learning_rate": 1e-2}),
+    **{name: entry_of(name) for name in METHODS},
     "microadam, all compressed": Entry(
         microadam,
         {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL},
         decays=True,
     ),
     "error_feedback": Entry(feedback, {"alpha": None, "seed": 0, "residual": "bfloat16"}),
-    "adam_mini": Entry(
-        adam_mini,
-        {"learning_rate": 1e-2, "weight_decay": 0.1, "partition": PARTITION},
-        decays=True,
-        shares=True,
-    ),
-    "adam_sn": Entry(
-        adam_sn,
-        {"learning_rate": 1e-1, "weight_decay": 0.1, "partition": PARTITION},
-        decays=True,
-        shares=True,
-    ),
-    "adagrad_sn": Entry(
-        adagrad_sn,
-        {"learning_rate": 1.0, "subsets": Subsets("runs", reduction="mean")},
-        shares=True,
-    ),
-    "came": Entry(
-        came,
-        {"learning_rate": 1e-3, "weight_decay": 0.1, "partition": PARTITION},
-        decays=True,
-        shares=True,
-    ),
-    "adamw8bit": Entry(
-        adamw8bit,
-        {"learning_rate": 1e-2, "weight_decay": 0.0, "mu_codec": MU8, "nu_codec": NU8},
-        coarse=True,
-    ),
-    "adamw4bit": Entry(
-        adamw4bit,
-        {"learning_rate": 1e-2, "mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
-        decays=True,
-        shares=True,
-        coarse=True,
-    ),
-    "adam_mini4bit": Entry(
-        adam_mini4bit,
-        {"learning_rate": 1e-2, "partition": PARTITION, "mu_codec": MU4},
-        shares=True,
-        coarse=True,
-    ),
     "quantize_state": Entry(quantized_adamw, {"learning_rate": 1e-2}, decays=True, coarse=True),
-    "sparse_mfac": Entry(
-        sparse_mfac,
-        {
-            "learning_rate": 1e-2,
-            "damping": 1e-2,
-            "compressor": COMPRESSOR,
-            "residual": "bfloat16",
-            "window": Window(3),
-        },
-        shares=True,
-        couples=True,
-    ),
-    "lowrank_mfac": Entry(
-        lowrank_mfac,
-        {
-            "learning_rate": 1e-2,
-            "damping": 1e-2,
-            "compressor": power_sgd(2, stacked="stacked"),
-            "residual": "float32",
-            "window": THREE,
-        },
-        shares=True,
-        couples=True,
-    ),
-    "galore": Entry(
-        galore,
-        {"learning_rate": 1e-2, "subspace": svd(4), "refresh": Refresh(3), "matrices": MATRICES},
-        projects=True,
-    ),
-    "ldadam": Entry(
-        ldadam,
-        {"learning_rate": 1e-2, "subspace": power_iteration(4), "matrices": MATRICES},
-        projects=True,
-    ),
-    "grass": Entry(
-        grass,
-        {"learning_rate": 1e-2, "subspace": top_k_rows(4), "matrices": MATRICES},
-        projects=True,
-    ),
-    "snsm": Entry(
-        snsm,
-        {"learning_rate": 1e-2, "subspace": svd(4), "matrices": MATRICES},
-        shares=True,
-        projects=True,
-    ),
     "scale_by_window_adam": Entry(window_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}),
 }
 
 # Settings whose numbers need a look of their own, and whose composition does not.
 VARIANTS = {
-    "sparse_ggt": Entry(
-        sparse_ggt,
-        {"learning_rate": 1e-2, "compressor": COMPRESSOR, "residual": "float32", "window": THREE},
-        shares=True,
-        couples=True,
-    ),
-    "mfac": Entry(
-        mfac, {"learning_rate": 1e-2, "damping": 1e-2, "window": THREE}, shares=True, couples=True
-    ),
     "microadam, alpha and stochastic": Entry(
         microadam, {"learning_rate": 1e-2, "alpha": 0.1, "layout": STOCHASTIC}
     ),
     "micro-batches in the residual": Entry(accumulated, {"learning_rate": 1e-2}),
-    "adamw4bit_factored": Entry(
-        adamw4bit_factored,
-        {"learning_rate": 1e-2, "partition": PARTITION, "mu_codec": MU4},
-        decays=True,
-        shares=True,
-    ),
-    "adamw_fp8": Entry(
-        adamw_fp8,
-        {
-            "learning_rate": 1e-2,
-            "weight_decay": 0.0,
-            "mu_codec": stored(float8(block=64)),
-            "nu_codec": stored(float8(block=64)),
-        },
-    ),
     "adamw8bit, as published": Entry(adamw8bit, {"learning_rate": 1e-2, "weight_decay": 0.0}),
-    "adam_mini8bit": Entry(
-        adam_mini8bit, {"learning_rate": 1e-2, "partition": PARTITION}, shares=True
-    ),
-    "fira, staggered": Entry(
-        fira,
-        {
-            "learning_rate": 1e-2,
-            "subspace": srht(4),
-            "refresh": Refresh(3, stagger=True, moments="rotate"),
-            "matrices": MATRICES,
-        },
-        shares=True,
-        projects=True,
-    ),
-    "apollo": Entry(
-        apollo,
-        {"learning_rate": 1e-2, "subspace": gaussian(4), "matrices": MATRICES},
-        shares=True,
-        projects=True,
-    ),
-    "dct_adamw": Entry(
-        dct_adamw,
-        {"learning_rate": 1e-2, "subspace": dct_columns(4), "matrices": MATRICES},
-        projects=True,
-    ),
     "project_gradients, sampled rows": Entry(projected_momentum, {"decay": 0.9}, projects=True),
 }
 

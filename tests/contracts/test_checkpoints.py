@@ -24,7 +24,8 @@ from microadam_jax import (
     state_shardings,
 )
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, marks_of, parameters
-from tests.contracts.test_sharding import mesh_of, place
+from tests.contracts.closeness import assert_close_but_for_levels
+from tests.contracts.meshes import mesh_of, place
 
 pytestmark = [
     pytest.mark.usefixtures("fewer_optimizations"),
@@ -102,19 +103,6 @@ def test_restores_on_other_meshes(name: str, tmp_path: Path) -> None:
                 assert_close_but_for_levels(restored, expected)
             else:
                 jax.tree.map(np.testing.assert_array_equal, restored, expected)
-
-
-def assert_close_but_for_levels(state: Any, expected: Any) -> None:
-    """Equal to rounding; a code may fall on the other side of the middle between two levels."""
-
-    def compare(one: jax.Array, other: jax.Array) -> None:
-        if one.dtype == np.uint8:
-            assert (np.asarray(one) != np.asarray(other)).mean() <= 0.001
-        else:
-            one, other = (np.asarray(x, np.float32) for x in (one, other))
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
-
-    jax.tree.map(compare, state, expected)
 
 
 def test_another_block_size_is_refused(tmp_path: Path) -> None:

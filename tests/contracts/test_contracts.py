@@ -10,12 +10,23 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.contracts.catalogue import ENTRIES, SPECS, Entry, gradients, marks_of, parameters
+from tests.contracts.catalogue import (
+    ALIKE,
+    ENTRIES,
+    SPECS,
+    Entry,
+    gradients,
+    marks_of,
+    parameters,
+)
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 each_entry = pytest.mark.parametrize(
     "entry",
-    [pytest.param(entry, id=name, marks=marks_of(name)) for name, entry in ENTRIES.items()],
+    [
+        pytest.param(entry, id=name, marks=pytest.mark.matrix if name in ALIKE else marks_of(name))
+        for name, entry in ENTRIES.items()
+    ],
 )
 
 

@@ -12,8 +12,9 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from microadam_jax import accumulate_into_residual, aliases, with_diagnostics
+from microadam_jax import accumulate_into_residual, microadam, with_diagnostics
 from microadam_jax.diagnostics import observing
+from microadam_jax.methods import METHODS
 from microadam_jax.transforms.micro_batches import told_micro_batch
 
 # The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.
@@ -22,7 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no rule of the partition names:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*takes more bytes than AdamW:UserWarning"),
 ]
-NAMES = [name for name in aliases.__all__ if name.islower()]
 SAMPLE = ("microadam", "adam_mini4bit")
 # Where a gradient drops from huge to nothing, a second moment in 8 bits is rounded to zero before
 # the first one is, as published: the quotient is over eps alone, and may not fit in float16.
@@ -79,13 +79,13 @@ PARAMS = tree_of(lambda shape, dtype: jnp.full(shape, 0.5, dtype))
 @functools.cache
 def compiled(name: str) -> tuple[Any, Callable[..., Any]]:
     """The first state, and a step that is compiled once for all tests."""
-    tx = optax.apply_if_finite(getattr(aliases, name)(1e-3), max_consecutive_errors=100)
+    tx = optax.apply_if_finite(METHODS[name].factory(1e-3), max_consecutive_errors=100)
     return jax.jit(tx.init)(PARAMS), jax.jit(tx.update)
 
 
 each_name = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.matrix) for name in NAMES],
+    [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.matrix) for name in METHODS],
 )
 
 
@@ -189,7 +189,7 @@ def test_an_interruption_while_a_step_is_traced_is_forgotten(wrap: Callable[...,
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    inner = aliases.microadam(1e-3)
+    inner = microadam(1e-3)
     tx = wrap(optax.chain(inner, optax.stateless(interrupted)))
     with pytest.raises(KeyboardInterrupt):
         jax.eval_shape(tx.update, PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS)
@@ -197,9 +197,9 @@ def test_an_interruption_while_a_step_is_traced_is_forgotten(wrap: Callable[...,
     assert told_micro_batch() is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_dropped_leaf_is_an_error(name: str) -> None:
-    tx = getattr(aliases, name)(1e-3)
+    tx = METHODS[name].factory(1e-3)
     grads = {**PARAMS, "w": None}
     with pytest.raises(ValueError, match=r"None|structure|mismatch"):
         jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, PARAMS), PARAMS)

@@ -1,6 +1,5 @@
 """What parameters, gradients, hyperparameters, masks and states may be, for every optimizer."""
 
-import inspect
 import math
 from typing import Any
 
@@ -13,22 +12,22 @@ import optax
 import optax.contrib
 import pytest
 
-from microadam_jax import adam_mini, adam_sn, adamw8bit, aliases, microadam, sparse_mfac
+from microadam_jax import adam_mini, adam_sn, adamw8bit, microadam, sparse_mfac
+from microadam_jax.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
-NAMES = [name for name in aliases.__all__ if name.islower()]
 # Tracing takes no compiler.
-each_name = pytest.mark.parametrize("name", NAMES)
+each_name = pytest.mark.parametrize("name", METHODS)
 KERNEL = jnp.full((8, 32), 0.5)
 
 
 def make(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
-    return getattr(aliases, name)(1e-2, **options)
+    return METHODS[name].factory(1e-2, **options)
 
 
 def undecayed(name: str) -> optax.GradientTransformationExtraArgs:
     """Without weight decay, where there is any."""
-    takes = inspect.signature(getattr(aliases, name)).parameters
+    takes = METHODS[name].parameters
     return make(name, **({"weight_decay": 0} if "weight_decay" in takes else {}))
 
 
@@ -105,7 +104,7 @@ def test_parameters_may_be_left_out_where_nothing_decays(name: str) -> None:
     tx, params = undecayed(name), {"kernel": KERNEL}
     state = jax.eval_shape(tx.init, params)
     assert jax.eval_shape(tx.update, params, state)[0] == trace(tx, params, params)
-    if "weight_decay" in inspect.signature(getattr(aliases, name)).parameters:
+    if "weight_decay" in METHODS[name].parameters:
         with pytest.raises(ValueError, match="params"):
             jax.eval_shape(make(name, weight_decay=0.1).update, params, state)
 
@@ -124,8 +123,8 @@ def test_hyperparameters_in_bfloat16_are_refused(name: str) -> None:
     """As ``inject_hyperparams`` gives them for bfloat16 parameters: 0.999 would be 1."""
     params = {"kernel": KERNEL.astype(jnp.bfloat16)}
     with pytest.raises(TypeError, match=r"bfloat16.*hyperparam_dtype=jnp\.float32"):
-        jax.eval_shape(optax.inject_hyperparams(getattr(aliases, name))(1e-2).init, params)
-    inject = optax.inject_hyperparams(getattr(aliases, name), hyperparam_dtype=jnp.float32)
+        jax.eval_shape(optax.inject_hyperparams(METHODS[name].factory)(1e-2).init, params)
+    inject = optax.inject_hyperparams(METHODS[name].factory, hyperparam_dtype=jnp.float32)
     trace(inject(1e-2), params, params)
 
 
@@ -159,7 +158,7 @@ RESTORED = ("microadam", "adam_mini", "adamw8bit", "sparse_mfac", "galore", "sns
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in RESTORED else pytest.mark.matrix) for n in NAMES]
+    "name", [pytest.param(n, marks=() if n in RESTORED else pytest.mark.matrix) for n in METHODS]
 )
 def test_states_of_numpy_arrays(name: str) -> None:
     """As Flax restores them, in a step that is not compiled."""

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from microadam_jax import adamw4bit, adamw8bit, microadam, quantize_state
 from tests.contracts.catalogue import ENTRIES, VARIANTS, Entry, gradients, marks_of
-from tests.contracts.test_checkpoints import assert_close_but_for_levels
+from tests.contracts.closeness import assert_close_but_for_levels
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 EVERYTHING = {

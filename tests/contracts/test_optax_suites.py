@@ -17,8 +17,8 @@ import pytest
 from absl.testing import parameterized
 from optax._src import alias
 
-import microadam_jax
 from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
+from microadam_jax.methods import METHODS
 
 # The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.
 pytestmark = [
@@ -42,29 +42,19 @@ def microadam_compressed(
     return microadam(learning_rate, eps=eps, layout=EVERYTHING)
 
 
+FACTORIES = {name: method.factory for name, method in METHODS.items()}
+FACTORIES["microadam_compressed"] = microadam_compressed
+# Learning rates that solve the suites' problems; 0.1 does it for the others.
 RATES = {
     "microadam": 1e-2,
     "microadam_compressed": 3e-4,
-    "adam_mini": 1e-1,
-    "adam_sn": 1e-1,
     "adagrad_sn": 1.0,
     "came": 1e-2,
-    "adamw8bit": 1e-1,
-    "adamw4bit": 1e-1,
-    "adamw_fp8": 1e-1,
-    "adamw4bit_factored": 1e-1,
-    "adam_mini4bit": 1e-1,
-    "adam_mini8bit": 1e-1,
-    "sparse_mfac": 1e-1,
-    "lowrank_mfac": 1e-1,  # of leaves so small that it is mfac
     "sparse_ggt": 1e-2,
-    "galore": 1e-1,
-    "ldadam": 1e-1,
-    "snsm": 1e-1,
-    "fira": 1e-1,
 }
 OPTIONS = {
     # M-FAC's step grows while gradients shrink, up to g / damping: without noise it wants more.
+    "mfac": {"damping": 100.0},
     "sparse_mfac": {"damping": 100.0},
     "lowrank_mfac": {"damping": 100.0},
     # A traced 0.9999 is a float32, whose distance from 1 is off by more than the suites tolerate.
@@ -75,11 +65,13 @@ OPTIONS = {
     "adamw4bit_factored": {"weight_decay": 1e-4},
 }
 CASES = tuple(
-    {"opt_name": name, "opt_kwargs": {"learning_rate": rate} | OPTIONS.get(name, {})}
-    for name, rate in RATES.items()
+    {
+        "opt_name": name,
+        "opt_kwargs": {"learning_rate": RATES.get(name, 1e-1)} | OPTIONS.get(name, {}),
+    }
+    for name in FACTORIES
 )
 UNWRAPPED = {"wrapper_name": None, "wrapper_kwargs": None}
-FACTORIES = {name: getattr(microadam_jax, name, microadam_compressed) for name in RATES}
 
 _product, _named_parameters = parameterized.product, parameterized.named_parameters
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Axes, Fused, Partition, microadam, scale_by_adam_mini
@@ -24,11 +23,8 @@ from tests.contracts.catalogue import (
     marks_of,
     parameters,
 )
+from tests.contracts.meshes import AXES, collectives, mesh_of, place
 
-COLLECTIVE = re.compile(
-    r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 LAYOUTS = {
     "fsdp and tensor": SPECS,
     "fsdp": {**SPECS, "attention": {"kernel": P(("fsdp", "tp")), "bias": P()}},
@@ -47,23 +43,8 @@ WHOLE_ROWS = {
 }
 
 
-def collectives(program: str) -> list[tuple[str, int]]:
-    """Each collective of a compiled program, and the size of the largest array it yields."""
-    return [
-        (kind, max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes))
-        for operands, kind in COLLECTIVE.findall(program)
-        for shapes in [re.findall(r"\[([\d,]*)\]", operands)]
-    ]
-
-
 def specs_for(name: str, layout: str) -> Any:
     return WHOLE_ROWS if "paper" in name else LAYOUTS[layout]
-
-
-def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
-    return jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
-    )
 
 
 def whole_where_one(leaf: Any, spec: P) -> P:
@@ -72,15 +53,6 @@ def whole_where_one(leaf: Any, spec: P) -> P:
     if not any(n == 1 and names for n, names in axes):
         return spec
     return P(*(None if n == 1 else names for n, names in axes))
-
-
-def mesh_of(mode: str, devices: tuple[int, int] = (4, 2)) -> jax.sharding.Mesh:
-    return jax.make_mesh(
-        devices,
-        ("fsdp", "tp"),
-        axis_types=(AXES[mode],) * 2,
-        devices=jax.devices()[: devices[0] * devices[1]],
-    )
 
 
 def state_shardings(

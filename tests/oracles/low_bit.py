@@ -67,3 +67,16 @@ def adamw(
         params = params - rate * (step + decay * params)
         mu, nu = store_mu(mu), store_nu(nu)
     return params
+
+
+def lion(
+    grads: list[np.ndarray], params: np.ndarray, rate: float, decay: float, store_mu
+) -> np.ndarray:
+    """Lion (arXiv 2302.06675) whose momentum passes through ``store_mu`` after every step."""
+    b1, b2 = 0.9, 0.99
+    mu = np.zeros_like(params)
+    for g in grads:
+        step = np.sign(b1 * mu + (1 - b1) * g)
+        params = params - rate * (step + decay * params)
+        mu = store_mu(b2 * mu + (1 - b2) * g)
+    return params

@@ -54,3 +54,14 @@ def residual_of(shape: tuple[int, ...], seed: int = 1, size: int = SIZE) -> tupl
     low = random.standard_normal(blocks).astype(np.float32) - 1
     high = low + np.abs(random.standard_normal(blocks).astype(np.float32))
     return jnp.asarray(codes), jnp.asarray(low), jnp.asarray(high)
+
+
+def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0, size: int = SIZE) -> Any:
+    random = np.random.default_rng(seed)
+    blocks = (*shape[:-1], -(-shape[-1] // size), length)
+    # Few of the elements, so that most entries of a window share theirs with another.
+    few = np.sort(random.choice(size, 8, replace=False))
+    few[-1] = min(100, size - 1)
+    indices = random.permuted(np.broadcast_to(few, (*blocks, 8)), axis=-1)[..., :k]
+    values = jnp.asarray(random.standard_normal((*blocks, k)), jnp.bfloat16)
+    return values, jnp.asarray(indices, jnp.uint8 if size <= SIZE else jnp.int16)

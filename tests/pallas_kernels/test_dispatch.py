@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 from microadam_jax import Window, top_k
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update
-from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of
-from tests.pallas_kernels.test_window_update import window_of
+from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of, window_of
 
 KERNELS = ["mosaic_tpu", "triton"]
 

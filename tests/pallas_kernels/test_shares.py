@@ -1,7 +1,6 @@
 """How much of real models TPU kernels take when nothing is named, from shapes alone."""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import microadam_jax
 from microadam_jax import dynamic4, linear4, model_shapes, top_k
 from microadam_jax.codecs import as_storage
+from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS
 from pallas_kernels import dispatch, topk_compress, window_update
 from pallas_kernels.blockwise_codec import takes
@@ -21,20 +20,13 @@ from pallas_kernels.window_update.mosaic_tpu import unsupported as no_window
 
 WINDOW = 10  # rows, as microadam has by default
 BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4()}  # its default for nu has scales by rows
-LOW_BIT = {
-    "adamw8bit": {},
-    "adamw_fp8": {},
-    "adam_mini8bit": {},
-    "adam_mini4bit": {},
-    "adamw4bit_factored": {},
-    "adamw4bit": BLOCKS,
-}
+LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
 
 
 def low_bit(name: str, shapes: Any) -> Callable[..., bool]:
-    parameters = inspect.signature(getattr(microadam_jax, name)).parameters
+    parameters, chosen = METHODS[name].parameters, BLOCKS if name == "adamw4bit" else {}
     defaults = {
-        key: LOW_BIT[name].get(key, parameters[key].default)
+        key: chosen.get(key, parameters[key].default)
         for key in ("mu_codec", "nu_codec")
         if key in parameters
     }

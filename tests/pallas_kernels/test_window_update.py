@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.window_update import reference, window_apply, window_update
-from tests.pallas_kernels.blocks_of_every_kind import OTHER_SIZES, SIZE
+from tests.pallas_kernels.blocks_of_every_kind import OTHER_SIZES, SIZE, window_of
 
 KERNELS = ["mosaic_tpu", "triton"]
 SHAPES = {"one tile": (128, 512), "odd rows": (37, 256), "padded": (5, 700), "lead": (2, 9, 2560)}
@@ -15,17 +15,6 @@ SHAPES = {"one tile": (128, 512), "odd rows": (37, 256), "padded": (5, 700), "le
 
 def slow(case: Any) -> Any:
     return pytest.param(case, marks=pytest.mark.slow)
-
-
-def window_of(shape: tuple[int, ...], length: int, k: int, seed: int = 0, size: int = SIZE) -> Any:
-    random = np.random.default_rng(seed)
-    blocks = (*shape[:-1], -(-shape[-1] // size), length)
-    # Few of the elements, so that most entries of a window share theirs with another.
-    few = np.sort(random.choice(size, 8, replace=False))
-    few[-1] = min(100, size - 1)
-    indices = random.permuted(np.broadcast_to(few, (*blocks, 8)), axis=-1)[..., :k]
-    values = jnp.asarray(random.standard_normal((*blocks, k)), jnp.bfloat16)
-    return values, jnp.asarray(indices, jnp.uint8 if size <= SIZE else jnp.int16)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)

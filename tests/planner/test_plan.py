@@ -14,10 +14,10 @@ from jax.sharding import AxisType
 from microadam_jax import memory_report, microadam
 from microadam_jax.__main__ import main
 from microadam_jax.memory import GIB
+from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner import arithmetic_plan, compiled_plan, parse_mesh, stacked_model
 from microadam_jax.planner.compiled import needed_and_available
 from microadam_jax.planner.llama import loss
-from microadam_jax.planner.optimizers import optimizer
 
 PLAN = ["plan", "--model", "llama-60m"]
 
@@ -109,13 +109,13 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
     ("flags", "sentence"),
     [
         (["--mesh", "rows=2"], "must be a list such as fsdp=64,tp=4"),
-        (["--optimizer", "microadan"], "Did you mean microadam"),
-        (["--optimizer", "microadam:layers=2"], "unexpected keyword argument 'layers'"),
+        (["--optimizer", "microadan"], "did you mean microadam"),
+        (["--optimizer", "microadam:layers=2"], "microadam has no option 'layers'; it has b1,"),
         (["--model", "gpt2", "--mesh", "fsdp=2"], "take a Llama"),
         (["--mesh", "fsdp=2,fsdp=4"], "each once at most"),
-        (["--optimizer", "constant_schedule"], "is no optimizer"),
-        (["--optimizer", "split_real_and_imaginary"], "is no optimizer"),
-        (["--optimizer", "moun"], "Those of optax and optax.contrib are known too"),
+        (["--optimizer", "constant_schedule"], "no optimizer 'constant_schedule'"),
+        (["--optimizer", "split_real_and_imaginary"], "no optimizer 'split_real"),
+        (["--optimizer", "moun"], "did you mean muon"),
         (["--batch", "0"], "0 must be a positive whole number"),
         (["--memory-per-device", "-3"], "-3 must be a positive number"),
         (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "No such file or directory"),

@@ -4,10 +4,10 @@ import jax
 import optax
 import pytest
 
-import microadam_jax
 from microadam_jax import model_shapes
+from microadam_jax.methods import METHODS
 
-LOW_BIT = ("adamw8bit", "adam_mini4bit", "adamw4bit", "adamw4bit_factored", "adam_mini8bit")
+LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
 
 
 def avals(tree: object) -> object:
@@ -17,7 +17,7 @@ def avals(tree: object) -> object:
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_the_tree_of_llama2_7b(name: str) -> None:
     """Leaves that one platform takes whole stand beside chunks of another: types must agree."""
-    tx: optax.GradientTransformation = getattr(microadam_jax, name)(1e-3)
+    tx: optax.GradientTransformation = METHODS[name].factory(1e-3)
     shapes = model_shapes("llama2-7b")
     state = jax.eval_shape(tx.init, shapes)
     updates, new = jax.eval_shape(tx.update, shapes, state, shapes)

@@ -9,8 +9,8 @@ import pytest
 
 from microadam_jax.memory import GIB
 from microadam_jax.models import llama
+from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner import CompiledPlan, Model, compiled_plan, parse_mesh
-from microadam_jax.planner.optimizers import optimizer
 
 
 def planned(topology: str, mesh: str, **sizes: Any) -> CompiledPlan:

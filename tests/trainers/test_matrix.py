@@ -18,7 +18,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import aliases, state_shardings
+from microadam_jax import state_shardings
+from microadam_jax.methods import METHODS
 from microadam_jax.planner.llama import loss as llama_loss
 from microadam_jax.planner.meshes import parameter_shardings
 
@@ -27,7 +28,6 @@ pytestmark = [
     # Of Flax and Equinox themselves, in one version or another.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
-NAMES = [name for name in aliases.__all__ if name.islower()]
 WIDTH, OUT = 64, 512  # more elements than what stays dense, and rows of several blocks
 X = np.random.default_rng(0).standard_normal((8, WIDTH)).astype(np.float32)
 
@@ -237,13 +237,13 @@ SAMPLE = dict.fromkeys(ROWS, "microadam") | dict.fromkeys(
 CASES = [
     pytest.param(name, row, marks=pytest.mark.slow if SAMPLE[row] == name else pytest.mark.matrix)
     for row in ROWS
-    for name in NAMES
+    for name in METHODS
 ]
 
 
 @pytest.mark.parametrize(("name", "row"), CASES)
 def test_it_trains(name: str, row: str) -> None:
-    before, after = ROWS[row](getattr(aliases, name)(1e-2))
+    before, after = ROWS[row](METHODS[name].factory(1e-2))
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert one.dtype == other.dtype

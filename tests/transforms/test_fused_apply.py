@@ -22,7 +22,7 @@ from microadam_jax import (
     leaf_loops,
     microadam,
 )
-from tests.contracts.test_sharding import collectives
+from tests.contracts.meshes import collectives
 
 # The warnings have tests of their own: here parameters follow no rule on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no rule of the partition names:UserWarning")

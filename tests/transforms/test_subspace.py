@@ -1,6 +1,6 @@
 """Subspace methods against the float64 oracles."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,30 +42,18 @@ from tests.oracles.subspace import (
     SnsmOracle,
     refresh_steps,
 )
+from tests.transforms.matrices_with_spectra import SHAPES, each_shape, gradients
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 
 RANK, EVERY, STEPS = 4, 4, 14
-SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16)}
 # Kernels are (in, out): the smaller side is compressed, of a square the inputs, LDAdam's outputs.
 COMPRESSED = {"wide": 0, "tall": 1, "square": 0}
-each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 def rate(step: Any) -> Any:
     """A schedule, so that a weight decay that read another step would show."""
     return 0.01 / (1 + 0.1 * step)
-
-
-def gradients(shape: tuple[int, ...], seed: int = 0) -> Iterator[Floats]:
-    """Gradients with a mean and singular values of their own, so that no basis is arbitrary."""
-    random = np.random.default_rng(seed)
-    rank = min(shape[-2:])
-    while True:
-        left, right = (random.standard_normal((*shape[:-2], n, rank)) for n in shape[-2:])
-        spectrum = 0.6 ** np.arange(rank)
-        noise = random.standard_normal(shape)
-        yield (left * spectrum) @ np.swapaxes(right, -2, -1) + 0.3 + 0.05 * noise
 
 
 def start(shape: tuple[int, ...]) -> Floats:

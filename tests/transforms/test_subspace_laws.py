@@ -35,12 +35,12 @@ from microadam_jax import (
     uniform_rows,
 )
 from microadam_jax.subspace import Subspace
-from tests.contracts.test_sharding import AXES, collectives, mesh_of
+from tests.contracts.meshes import AXES, collectives, mesh_of
 from tests.oracles.subspace import (
     leading_singular_vectors,
     refresh_steps,
 )
-from tests.transforms.test_subspace import SHAPES, each_shape, gradients
+from tests.transforms.matrices_with_spectra import SHAPES, each_shape, gradients
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, fused_apply, microadam, top_k
-from tests.contracts.test_sharding import collectives
+from tests.contracts.meshes import collectives
 
 BLOCKS = Blocks(256, shards=4)
 SPECS = {"kernel": P("a", "b"), "stacked": P(None, None, "b"), "norm": P()}

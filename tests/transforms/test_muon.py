@@ -1,0 +1,177 @@
+"""Muon with its momentum in 8 bits, against the oracle, Optax and Adam-mini."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from microadam_jax import (
+    Storage,
+    adam_mini8bit,
+    dynamic8,
+    fused_apply,
+    memory_report,
+    muon8bit,
+    state_format,
+)
+from microadam_jax.subspace import Matrices
+from microadam_jax.transforms import scale_by_muon
+from tests.oracles.low_bit import dynamic_map, scaled
+from tests.oracles.muon import MuonOracle
+
+pytestmark = pytest.mark.usefixtures("fewer_optimizations")
+# A leaf, and how its matrices are found in it: axes of a batch first, then inputs, then outputs.
+LEAVES = {
+    "up/kernel": (12, 20),
+    "down/kernel": (20, 12),
+    "square": (16, 16),
+    "query/kernel": (16, 2, 8),
+    "layers/up/kernel": (3, 12, 20),
+}
+
+
+def rate(step: Any) -> Any:
+    return 0.02 / (1 + 0.1 * step)
+
+
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {path: random.standard_normal(shape) for path, shape in shapes.items()}
+
+
+def matrices_of(path: str, x: np.ndarray) -> list[np.ndarray]:
+    return list(x) if path.startswith("layers") else [x.reshape(len(x), -1)]
+
+
+def moved(tx: optax.GradientTransformation, start: Any, steps: int) -> dict[str, np.ndarray]:
+    """The parameters after some steps, none of which is set equal to the oracle's."""
+    params = nested({path: jnp.asarray(x, jnp.float32) for path, x in start.items()})
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    for step in range(steps):
+        grads = nested({k: jnp.asarray(g, jnp.float32) for k, g in drawn(LEAVES, step).items()})
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    leaves = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_every_matrix_follows_the_oracle(bits: int) -> None:
+    start, steps = drawn(LEAVES, 99), 12
+    levels = dynamic_map(8, signed=True)
+
+    def store(mu: np.ndarray) -> np.ndarray:
+        # Rows of at most 20 elements are blocks of their own, as those of the leaf are.
+        return mu if bits == 32 else np.stack([scaled(levels, row) for row in mu])
+
+    codec = "float32" if bits == 32 else Storage(dynamic8(32), min_size=0, min_row=1)
+    found = moved(muon8bit(rate, weight_decay=0.1, mu_codec=codec), start, steps)
+    for path, x in start.items():
+        oracles = [
+            MuonOracle(matrix, rate, weight_decay=0.1, store=store)
+            for matrix in matrices_of(path, x)
+        ]
+        for step in range(steps):
+            for oracle, g in zip(
+                oracles, matrices_of(path, drawn(LEAVES, step)[path]), strict=True
+            ):
+                oracle.step(g)
+        expected = np.stack([oracle.theta for oracle in oracles]).reshape(x.shape)
+        way = np.abs(expected - x).mean()
+        # Near a middle a momentum takes the other level; heads are stored in rows of 8.
+        coarse = 2e-2 if bits == 8 else 2e-4
+        assert np.abs(found[path] - expected).mean() < coarse * way, path
+
+
+def test_without_rounding_it_is_muon_of_optax() -> None:
+    shapes = {"up/kernel": (12, 20), "down/kernel": (20, 12)}
+    params = nested({k: jnp.asarray(x, jnp.float32) for k, x in drawn(shapes, 1).items()})
+    ours, theirs = muon8bit(0.1, mu_codec="float32"), optax.contrib.muon(0.1, consistent_rms=0.2)
+    state, other = ours.init(params), theirs.init(params)
+    for step in range(3):
+        grads = nested({k: jnp.asarray(x, jnp.float32) for k, x in drawn(shapes, step).items()})
+        updates, state = ours.update(grads, state, params)
+        expected, other = theirs.update(grads, other, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), updates, expected
+        )
+
+
+def test_what_is_no_matrix_moves_as_adam_mini_moves_it() -> None:
+    params = {
+        "wte": {"embedding": jnp.ones((64, 128))},
+        "mlp": {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)},
+        "lm_head": {"kernel": jnp.ones((64, 128))},
+        "norm": {"scale": jnp.ones(64)},
+    }
+    grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size).reshape(p.shape)), params)
+    found, expected = (
+        jax.jit(tx.update)(grads, tx.init(params), params)[0]
+        for tx in (muon8bit(0.1), adam_mini8bit(0.1))
+    )
+    kernel = found["mlp"].pop("kernel"), expected["mlp"].pop("kernel")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_the_root_mean_square_is_that_of_adamw() -> None:
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.float32)
+    tx = scale_by_muon(consistent_rms=0.3)
+    updates, _ = tx.update({"kernel": kernel}, tx.init({"kernel": kernel}))
+    values = np.linalg.svd(updates["kernel"], compute_uv=False) / (0.3 * 16)
+    assert 0.6 < values.min() < values.max() < 1.25
+    assert 0.2 < np.sqrt(np.mean(np.square(updates["kernel"]))) < 0.4
+
+
+def test_layers_of_a_stack_are_orthogonalized_one_after_another() -> None:
+    """With the temporaries of one of them."""
+    layers, shape = 32, (64, 256)
+    params = {"layers": {"up": {"kernel": jax.ShapeDtypeStruct((layers, *shape), jnp.float32)}}}
+    tx = muon8bit(0.1)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    size = 4 * layers * shape[0] * shape[1]
+    assert step.memory_analysis().temp_size_in_bytes < 1.6 * size
+
+
+def test_a_step_that_applies_its_update() -> None:
+    params = {"kernel": jnp.ones((16, 64)), "bias": jnp.ones(64)}
+    grads = jax.tree.map(jnp.cos, params)
+    tx = muon8bit(0.1, weight_decay=0.1)
+    updates, state = tx.update(grads, tx.init(params), params)
+    new, after = fused_apply(tx)(grads, tx.init(params), params)
+    jax.tree.map(np.testing.assert_allclose, new, optax.apply_updates(params, updates))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_a_state_of_other_matrices_is_refused() -> None:
+    params = {"up": {"kernel": jnp.ones((16, 64))}}
+    tx, other = muon8bit(0.1), muon8bit(0.1, matrices=Matrices(exclude="up/kernel"))
+    with pytest.raises(ValueError, match=r"'up/kernel' holds a second moment of shape \(1, 1\)"):
+        other.update(params, tx.init(params), params)
+    assert state_format(tx, params) != state_format(other, params)
+
+
+def test_a_momentum_needs_negative_numbers() -> None:
+    with pytest.raises(ValueError, match="has both signs"):
+        muon8bit(0.1, mu_codec="dynamic8_unsigned")
+
+
+def test_vectors_that_no_rule_names_are_listed() -> None:
+    params = {"temperatures": jax.ShapeDtypeStruct((9000,), jnp.float32)}
+    assert memory_report(muon8bit(0.1), params).remarks
