@@ -54,7 +54,7 @@ def finishes(
     return jax.tree.map(lambda _: as_it_is, updates, is_leaf=is_leaf)
 
 
-def read_by(finish: Callable[..., jax.Array], parameter: jax.Array) -> tuple[jax.Array, ...]:
+def read_by(finish: Callable[..., jax.Array], parameter: Any) -> tuple[Any, ...]:
     """What ``finish`` takes besides the update."""
     return () if finish is as_it_is else (parameter,)
 

@@ -142,12 +142,15 @@ def scale_by_window_adam(
         def write(window: Arrays, sent: Arrays) -> Arrays:
             return tuple(overwrite(*pair, newest) for pair in zip(window, sent, strict=True))
 
-        moves: dict[Hashable, Move] = {}
+        moves: dict[Hashable, tuple[Move, jnp.dtype]] = {}
 
         def move_of(
-            sent: BlockSparse | Uncompressed, finish: Callable[..., jax.Array], fused: bool
-        ) -> Move:
-            """One function for all leaves on which it does the same."""
+            sent: BlockSparse | Uncompressed,
+            target: jax.Array,
+            finish: Callable[..., jax.Array],
+            fused: bool,
+        ) -> tuple[Move, jnp.dtype]:
+            """One function for all leaves on which it does the same, and its result's dtype."""
 
             def move(p: jax.Array, values: jax.Array, indices: jax.Array, **how: Any) -> jax.Array:
                 if fused and applies(finish):
@@ -158,7 +161,11 @@ def scale_by_window_adam(
                 return finish(u, *read_by(finish, p))
 
             size, dtype = sent.layout.size, sent.dtype
-            return moves.setdefault((kind_of(finish), fused, size, dtype), move)
+            kind = kind_of(finish), fused, size, dtype, target.dtype
+            if kind not in moves:
+                u, p = (jax.ShapeDtypeStruct((), x) for x in (dtype, target.dtype))
+                moves[kind] = move, jax.eval_shape(finish, u, *read_by(finish, p)).dtype
+            return moves[kind]
 
         def sparse(
             path: KeyPath,
@@ -179,11 +186,13 @@ def scale_by_window_adam(
                 WindowStep, write=write, in_place=fused, sharding=placed.get(path)
             )
             if isinstance(sent, Uncompressed):
+                target = sent.gradient if is_compressed(target) else target
+                how = move_of(sent, target, finish, fused)
                 target = target if reads_parameter(finish) else None
-                return step(move_of(sent, finish, fused), target, values, indices, waiting=sent)
+                return step(*how, target, values, indices, waiting=sent)
             values, indices = sent.write((values, indices), newest)
             if sent.shape and sent.bypass is None and not is_compressed(target):
-                return step(move_of(sent, finish, fused), target, values, indices)
+                return step(*move_of(sent, target, finish, fused), target, values, indices)
             if not sent.shape:
                 blocks = window_adam(values, indices, *weights, sent.layout.size)
                 scaled = merge(blocks, sent.layout, sent.shape)

@@ -36,6 +36,7 @@ class WindowStep(NamedTuple):
         move: from the parameter, a window's values and indices, ``implementation`` and
             ``sharding`` to the update or the new parameter. Each row has a result by itself.
             Leaves that have the same function, not an equal one, are compiled together.
+        dtype: of the result.
         target: the parameter; None for a deferred update that depends on its shape alone.
         values: ``(*lead, blocks, rows, k)``.
         indices: ``(*lead, blocks, rows, k)``.
@@ -46,6 +47,7 @@ class WindowStep(NamedTuple):
     """
 
     move: Move
+    dtype: jnp.dtype
     target: jax.Array | None
     values: jax.Array
     indices: jax.Array
@@ -87,16 +89,16 @@ class WindowStep(NamedTuple):
         target = gradient if target is None else target
         return self.move(target, *window, **how), *window, *sent[2:]
 
-    def work(self, arrays: Any, dtype: jnp.dtype) -> Work:
-        """The step of a loop, whose result has this dtype."""
+    def work(self, arrays: Any) -> Work:
+        """The step of a loop."""
         target, window, waiting = arrays
         if self.waiting is None:
             place = 0 if self.in_place else None
-            return Work(_Dense(self.move), (), (target, *window), dtype, place)
+            return Work(_Dense(self.move), (), (target, *window), self.dtype, place)
         gradient, stored, key = waiting
         step = _Compressed(self.waiting.feedback, self.move, self.write, target is not None)
         read = tuple(array for array in (gradient, target, key) if array is not None)
-        return Work(step, (*window, *stored), read, dtype, 1 if self.in_place else 0)
+        return Work(step, (*window, *stored), read, self.dtype, 1 if self.in_place else 0)
 
     def result(self, found: Arrays) -> tuple[Any, ...]:
         """The update and the window."""
@@ -131,15 +133,8 @@ def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[tu
         return each_kind(run, kinds, list(zip(steps, structure.unflatten(arrays), strict=True)))
 
     def in_loops(*arrays: jax.Array) -> list[Arrays]:
-        dtypes: dict[Hashable, jnp.dtype] = {}
-        works = []
-        for step, kind, given in zip(steps, kinds, structure.unflatten(arrays), strict=True):
-            if kind not in dtypes:
-                target, window, waiting = given
-                target = waiting[0] if target is None else target
-                dtypes[kind] = jax.eval_shape(_Dense(step.move).move_rows, target, *window).dtype
-            works.append(step.work(given, dtypes[kind]))
-        return on_cpu(works)
+        given = zip(steps, structure.unflatten(arrays), strict=True)
+        return on_cpu([step.work(own) for step, own in given])
 
     if implementation in (None, "xla") and not any(step.names_kernel for step in steps):
         results = jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)
@@ -155,10 +150,7 @@ class _Dense(NamedTuple):
 
     def __call__(self, rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
         del rows, carried
-        return (self.move_rows(*inputs),)
-
-    def move_rows(self, *arrays: jax.Array) -> jax.Array:
-        return self.move(*arrays, implementation="xla", sharding=None)
+        return (self.move(*inputs, implementation="xla", sharding=None),)
 
 
 class _Compressed(NamedTuple):
@@ -177,4 +169,5 @@ class _Compressed(NamedTuple):
         draw = Draw(key[0], rows) if key else None
         sent = self.feedback.of_rows(gradient, tuple(stored), draw, "xla")
         window = self.write((values, indices), sent[:2])
-        return _Dense(self.move).move_rows(target, *window), *window, *sent[2:]
+        result = self.move(target, *window, implementation="xla", sharding=None)
+        return result, *window, *sent[2:]

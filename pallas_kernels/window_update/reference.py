@@ -172,20 +172,21 @@ def adam_of_entries(
     mu_terms, nu_terms, indices = (
         x.reshape(*lead, rows * k) for x in (mu_terms, nu_terms, indices.astype(jnp.int32))
     )
-    each = [slice(entry, entry + 1) for entry in range(rows * k)]
+    positions = _entries(indices)
     mu, nu = mu_terms, nu_terms
     # Entries of one row share no position: sums of one term, which XLA forms for each element.
     if rows > 1:
         mu = nu = jnp.zeros((), jnp.float32)
-        for entry in each:
-            same = indices == indices[..., entry]
-            mu = mu + jnp.where(same, mu_terms[..., entry], 0.0)
-            nu = nu + jnp.where(same, nu_terms[..., entry], 0.0)
+        for position, *terms in zip(positions, _entries(mu_terms), _entries(nu_terms), strict=True):
+            same = indices == position
+            mu, nu = (
+                total + jnp.where(same, x, 0.0) for total, x in zip((mu, nu), terms, strict=True)
+            )
     u = _direction(mu, nu, eps)
     lane = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), len(lead))
     dense = jnp.zeros((), jnp.float32)
-    for entry in each:
-        dense = jnp.where(indices[..., entry] == lane, u[..., entry], dense)
+    for position, x in zip(positions, _entries(u), strict=True):
+        dense = jnp.where(position == lane, x, dense)
     return dense
 
 
@@ -195,15 +196,19 @@ def _direction(mu: jax.Array, nu: jax.Array, eps: jax.typing.ArrayLike) -> jax.A
 
 
 def _expand_by_comparing(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
-    rows, k = values.shape[-2:]
     lane = jax.lax.broadcasted_iota(jnp.int32, (*values.shape[:-2], size), values.ndim - 2)
-    indices = indices.astype(jnp.int32)
     dense = jnp.zeros((), jnp.float32)
-    for row in range(rows):
-        for entry in range(k):
-            here = indices[..., row, entry, None] == lane
-            dense = dense + jnp.where(here, values[..., row, entry, None], 0.0)
+    for row in zip(
+        *(jnp.unstack(x, axis=-2) for x in (indices.astype(jnp.int32), values)), strict=True
+    ):
+        for position, value in zip(*map(_entries, row), strict=True):
+            dense = dense + jnp.where(position == lane, value, 0.0)
     return dense
+
+
+def _entries(x: jax.Array) -> list[jax.Array]:
+    """Each element of the last axis, with that axis: in one operation, not one for each."""
+    return jnp.split(x, x.shape[-1], axis=-1)
 
 
 def _expand_by_scattering(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
