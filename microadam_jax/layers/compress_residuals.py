@@ -6,14 +6,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.layers.fp8_activation import Fp8Activation
 from microadam_jax.layers.known_values import UNKNOWN, known_outputs
+from microadam_jax.layers.saved_codes import when_needed, with_codes
 
-RESIDUALS = "compressed_residuals"  # what checkpoint policies may name
 CODED = ("float32", "bfloat16", "float16")
 
 
@@ -78,8 +77,8 @@ def compress_residuals(
         f: ``f(params, *inputs)``, each a pytree of arrays, such as ``model.apply`` of Linen or
             ``lambda layer, x: layer(x)`` for an NNX layer. Arrays it closes over are parameters
             too. Statistics and random numbers of an NNX module are updated as usual.
-        codec: the format, an :func:`fp8_activation` or any signed codec of the package, or a codec's
-            name such as ``"dynamic8"`` or ``"dynamic4"``.
+        codec: the format, an :func:`fp8_activation` or any signed codec of the package, or a
+            codec's name such as ``"dynamic8"`` or ``"dynamic4"``.
         min_size: residuals with fewer elements are kept as they are.
 
     Returns:
@@ -209,20 +208,17 @@ def _forward(
             place[variable] = len(stored)
             stored.append(plan.store(residual, key, len(stored)))
         sources.append(place[variable])
-    # Otherwise XLA may compute the codes in the backward pass, and keep what they are codes of.
-    outputs, stored = jax.lax.optimization_barrier((outputs, stored))
-    linear = _Linear(traced, jax.tree.structure(vjp), sources)
-    return outputs, _Saved(kept, checkpoint_name(stored, RESIDUALS), linear)
+    outputs, stored = with_codes(outputs, stored)
+    return outputs, _Saved(kept, stored, _Linear(traced, jax.tree.structure(vjp), sources))
 
 
 def _backward(plan: _Plan, saved: _Saved, cotangents: list[Any]) -> tuple[Any, Any, None]:
     linear = saved.linear
     unknown = [UNKNOWN] * (len(linear.traced.in_avals) - len(saved.kept))
     known = known_outputs(linear.traced, [*saved.kept, *unknown])[len(cotangents) :]
-    # Otherwise XLA may decode before the cotangents are there, and keep what it decoded.
     integers = [c.dtype == jax.dtypes.float0 for c in cotangents]
     floats = [c for c, integer in zip(cotangents, integers, strict=True) if not integer]
-    floats, stored = jax.lax.optimization_barrier((floats, saved.stored))
+    floats, stored = when_needed(floats, saved.stored)
     remaining = iter(floats)
     cotangents = [
         c if integer else next(remaining) for c, integer in zip(cotangents, integers, strict=True)
