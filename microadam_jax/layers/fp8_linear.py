@@ -149,4 +149,5 @@ def _product(
         cpu=functools.partial(in_wider, jnp.float32),
         default=functools.partial(in_wider, jnp.bfloat16),
     )
-    return product * (left.scales * right.scales)
+    # One after the other: their product may be too small for float32 where the result is not.
+    return product * left.scales * right.scales

@@ -59,3 +59,41 @@ def quantized(x: np.ndarray, format: str = "e4m3", group: int | None = 16) -> np
         y = part / np.where(s > 0, s, 1)
         out[..., start : start + group] = value(nearest(y, format), format) * s
     return out
+
+
+def linear(x: np.ndarray, w: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, ...]:
+    """COAT's linear map of a matrix of inputs: output, and gradients of input and weight."""
+    qx, qw, qdy = (
+        quantized(x, "e4m3", None),
+        quantized(w, "e4m3", None),
+        quantized(dy, "e5m2", None),
+    )
+    return qx @ qw, qdy @ qw.T, qx.T @ qdy
+
+
+def rms_norm(
+    x: np.ndarray, scale: np.ndarray, dy: np.ndarray, epsilon: float
+) -> tuple[np.ndarray, ...]:
+    """Output, and gradients of input and scale, by the Jacobian of each row."""
+    q, dx = quantized(x), []
+    r = 1 / np.sqrt(np.mean(q**2, axis=-1, keepdims=True) + epsilon)
+    for row, inverse, slope in zip(q, r, dy * scale, strict=True):
+        jacobian = inverse * np.eye(len(row)) - inverse**3 * np.outer(row, row) / len(row)
+        dx.append(jacobian @ slope)
+    return q * r * scale, np.stack(dx), np.sum(dy * q * r, axis=0)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def silu_slope(x: np.ndarray) -> np.ndarray:
+    s = 1 / (1 + np.exp(-x))
+    return s + x * s * (1 - s)
+
+
+def silu_gate(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Output, and gradients of gate and up."""
+    qg, qu = quantized(gate), quantized(up)
+    qs = quantized(silu(qg))
+    return qs * qu, dy * qu * silu_slope(qg), dy * qs
