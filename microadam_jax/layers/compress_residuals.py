@@ -1,6 +1,7 @@
 """A function that keeps codes, not arrays, for its backward pass."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -278,10 +279,9 @@ def _write(arguments: tuple[Any, ...], changed: dict[int, jax.Array]) -> None:
     renewed = jax.tree.unflatten(
         structure, [changed.get(index, leaf) for index, leaf in enumerate(leaves)]
     )
-    from flax import nnx  # what changes in place is a module of it, or is refused
-
+    nnx = sys.modules.get("flax.nnx")  # who has a module has imported it
     for argument, new in zip(arguments, renewed, strict=True):
-        if isinstance(argument, nnx.Module):
+        if nnx and isinstance(argument, nnx.Module):
             nnx.update(argument, nnx.state(new))
         elif any(a is not b for a, b in zip(*map(jax.tree.leaves, (argument, new)), strict=True)):
             raise ValueError(
