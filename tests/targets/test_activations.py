@@ -1,5 +1,6 @@
 """Layers that save codes, compiled for accelerators: less memory, and products of 8-bit floats."""
 
+import functools
 import re
 
 import jax
@@ -14,16 +15,22 @@ from tests.targets.conftest import h200_devices, tpu_devices
 SIZE = Size(hidden=256, intermediate=688, heads=4, layers=8, batch=8, length=256)
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "h200:1"])
-@pytest.mark.parametrize("variant", ["all, codes", "COAT"])
+# Of devices that are not there, nothing can be read from the cache of compiled programs.
+@functools.cache
+def temporaries(variant: str, topology: str) -> int:
+    return compiled(variant, SIZE, topology).memory_analysis().temp_size_in_bytes
+
+
+# COAT's layers take a TPU's compiler minutes: 417 of 1289 MB in the benchmark.
+@pytest.mark.parametrize(
+    ("topology", "variant"),
+    [("v5e:2x2", "all, codes"), ("h200:1", "all, codes"), ("h200:1", "COAT")],
+)
 def test_a_scanned_model_takes_less(topology: str, variant: str) -> None:
     _ = tpu_devices(topology) if "v5e" in topology else h200_devices()  # or skips
-    bfloat16, coded = (
-        compiled(name, SIZE, topology).memory_analysis().temp_size_in_bytes
-        for name in ("all, bfloat16", variant)
-    )
+    bfloat16, coded = (temporaries(name, topology) for name in ("all, bfloat16", variant))
     print(f"{coded / bfloat16:.2f} of {bfloat16 / 1e6:.0f} MB")
-    assert coded < 0.65 * bfloat16
+    assert coded < 0.6 * bfloat16
 
 
 def test_products_are_of_8_bit_floats_on_a_gpu(h200: Mesh) -> None:
