@@ -288,7 +288,47 @@ def draw_second_moments() -> None:
     p.write("second_moments.svg")
 
 
+def draw_activations() -> None:
+    """What each layer of a Llama block saves, in sizes of its bfloat16 input."""
+    p = Picture(1000, 560, "What a Llama block saves for its backward pass")
+    wide = 1376 / 512  # intermediate by hidden channels, of benchmarks/activation_memory.py
+    group = 1.125 / 2  # an 8-bit code and a sixteenth of a bfloat16 scale, beside bfloat16
+    norm = ("RMSNorm", 6, 3 * group, group)  # JAX saves three float32 arrays of each
+    stages = [
+        norm,
+        ("query, key, value: input", 1, group, 0.5),
+        ("attention: its three inputs", 3, 3 * group, 3),
+        ("output projection: input", 1, group, 0.5),
+        norm,
+        ("gate, up: input", 1, group, 0.5),
+        ("SiLU and product", 5 * wide, 5 * wide * group, 2 * wide * group),
+        ("down projection: input", wide, wide * group, wide / 2),
+    ]
+    kinds = (("bfloat16", "#cbd5e1", SOFT), ("codes", BLUE, BLUE_EDGE), ("COAT", GREEN, GREEN_EDGE))
+    x, y, row, unit = 260, 62, 54, 46
+    for column, (name, fill, edge) in enumerate(kinds):
+        total = sum(stage[1 + column] for stage in stages)
+        left = x + 210 * column
+        p.box(left, 22, 16, 14, fill, edge, radius=3)
+        p.text(left + 24, 34, f"{name}: {total:.1f} units", anchor="start", bold=True)
+    for index, (name, *sizes) in enumerate(stages):
+        top = y + row * index
+        p.box(16, top, 226, 40, PAPER, INK)
+        p.text(129, top + 25, name)
+        if index:
+            p.arrow((129, top - row + 41), (129, top - 2))
+        for line, (size, (_, fill, edge)) in enumerate(zip(sizes, kinds, strict=True)):
+            p.box(x, top + 14 * line, unit * size, 11, fill, edge, radius=2, width=1)
+            p.text(
+                x + unit * size + 6, top + 14 * line + 10, f"{size:.2f}", size=11, anchor="start"
+            )
+    note = "A unit is the block's input in bfloat16. Rotary positions and sums save nothing."
+    p.text(16, 530, note, size=12, anchor="start", fill=SOFT)
+    p.write("activations.svg")
+
+
 if __name__ == "__main__":
+    draw_activations()
     draw_chain()
     draw_blocks()
     draw_second_moments()

@@ -88,6 +88,9 @@ class Config:
     """Number format of activations; the loss is always float32."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing its activations."""
+    activations: Literal["exact", "fp8", "coat"] = "exact"
+    """How layers store activations for the backward pass: as they are; fp8, in 8 bits, from exact
+    values; coat, in 8 bits, of which the forward pass computes too, as COAT does."""
     seed: int = 0
     """Seed of the initial weights and of the batches."""
     mesh: str = ""
@@ -157,6 +160,7 @@ class Config:
             param_dtype=self.param_dtype,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
+            activations=self.activations,
         )
 
     def to_json(self) -> dict[str, Any]:

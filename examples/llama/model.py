@@ -1,11 +1,15 @@
 """A Llama-style decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, one scan over layers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from microadam_jax.layers import compress_residuals, fp8_linear, fp8_silu_gate
+from microadam_jax.layers.nnx import Fp8Linear, Fp8RMSNorm
 
 Params = dict[str, Any]
 
@@ -22,10 +26,16 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: bool = False
+    activations: str = "exact"
+
+    @property
+    def coat(self) -> bool:
+        """Whether layers compute with activations in FP8."""
+        return self.activations == "coat"
 
 
 def _linear(config: ModelConfig, n_in: int, n_out: int, std: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
+    return (Fp8Linear if config.coat else nnx.Linear)(
         n_in,
         n_out,
         use_bias=False,
@@ -37,7 +47,7 @@ def _linear(config: ModelConfig, n_in: int, n_out: int, std: float, rngs: nnx.Rn
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
+    return (Fp8RMSNorm if config.coat else nnx.RMSNorm)(
         config.hidden,
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -69,7 +79,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Draws the four projections."""
-        self.heads = config.heads
+        self.heads, self.activations = config.heads, config.activations
         hidden = config.hidden
         self.query = _linear(config, hidden, hidden, 0.02, rngs)
         self.key = _linear(config, hidden, hidden, 0.02, rngs)
@@ -79,11 +89,21 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mixes positions of `x`, `(batch, position, hidden)`."""
         split = (*x.shape[:-1], self.heads, -1)
-        query = rotate(self.query(x).reshape(split))
-        key = rotate(self.key(x).reshape(split))
-        value = self.value(x).reshape(split)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.reshape(x.shape))
+        query, key, value = (
+            h.reshape(split) for h in _together(x, self.query, self.key, self.value)
+        )
+        mix = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+        if self.activations != "exact":
+            # As FlashAttention does, for the backward pass only the inputs are kept.
+            mix = jax.checkpoint(mix)
+        return self.out(mix(rotate(query), rotate(key), value).reshape(x.shape))
+
+
+def _together(x: jax.Array, *layers: nnx.Linear) -> tuple[jax.Array, ...]:
+    """Applies layers to one input; in FP8 they share its codes."""
+    if isinstance(layers[0], Fp8Linear):
+        return fp8_linear(x, tuple(layer.kernel[...] for layer in layers))
+    return tuple(layer(x) for layer in layers)
 
 
 class SwiGLU(nnx.Module):
@@ -91,13 +111,18 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Draws the three projections."""
+        self.product = fp8_silu_gate if config.coat else _silu_gate
         self.gate = _linear(config, config.hidden, config.intermediate, 0.02, rngs)
         self.up = _linear(config, config.hidden, config.intermediate, 0.02, rngs)
         self.down = _linear(config, config.intermediate, config.hidden, _residual_std(config), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transforms each position of `x` on its own."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.product(*_together(x, self.gate, self.up)))
+
+
+def _silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 def _residual_std(config: ModelConfig) -> float:
@@ -142,19 +167,24 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = stack(rngs)
+        self.remat, self.activations = config.remat, config.activations
+        config = dataclasses.replace(config, activations="exact")
         self.norm = _norm(config, rngs)
         self.head = _linear(config, config.hidden, config.vocab, 0.02, rngs)
-        self.remat = config.remat
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns float32 logits for the token after each position of `tokens`."""
 
-        def apply(x: jax.Array, block: Block) -> jax.Array:
+        def apply(block: Block, x: jax.Array) -> jax.Array:
             return block(x)
 
         if self.remat:
-            apply = nnx.remat(apply)
-        scan = nnx.scan(apply, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            apply = jax.checkpoint(apply)
+        if self.activations == "fp8":
+            apply = compress_residuals(apply)  # of what is recomputed from, too
+        scan = nnx.scan(
+            lambda x, block: apply(block, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
         x = scan(self.embedding(tokens), self.layers)
         return self.head(self.norm(x)).astype(jnp.float32)
 

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, merge, split
-from microadam_jax.codecs.rounding import Draw, dither
+from microadam_jax.codecs.rounding import Draw, bfloat16_above, bfloat16_below, dither
 from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
 from microadam_jax.sharding import state_zeros
@@ -114,7 +113,7 @@ class Affine4(RowByRow):
         bucket = _repeat_into_padding(split(x, layout), layout)
         low, high = extremes(bucket)
         if self.statistics == "bfloat16":
-            low, high = _bfloat16_below(low), -_bfloat16_below(-high)
+            low, high = bfloat16_below(low), bfloat16_above(high)
         xi = 0.5 if key is None else dither(key, bucket.shape)
         codes, low, high = encode(bucket, low, high, xi)
         return AffineCodes(codes, low.astype(self.statistics), high.astype(self.statistics))
@@ -147,14 +146,3 @@ def _repeat_into_padding(bucket: jax.Array, layout: BlockLayout) -> jax.Array:
     if layout.padding == 0:
         return bucket
     return jnp.where(in_row(layout), bucket, bucket[..., :1])
-
-
-def _bfloat16_below(x: jax.Array) -> jax.Array:
-    """The greatest bfloat16 number at or below each float32 number, as float32."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # Without the half of its bits that bfloat16 lacks a number is nearer to zero: one below zero
-    # takes the next of larger magnitude, unless these bits are zero.
-    half = np.uint32(0xFFFF)
-    negative = bits > np.uint32(0x7FFFFFFF)
-    bits = jnp.where(negative, bits + half, bits) & ~half
-    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(bits, jnp.float32))

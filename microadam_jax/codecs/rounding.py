@@ -73,3 +73,19 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
         position = position + index * np.uint32(stride % 2**32)
         stride *= whole[axis]
     return uniform(position.astype(jnp.int32), low, high)
+
+
+def bfloat16_below(x: jax.Array) -> jax.Array:
+    """Returns the greatest bfloat16 number at or below each float32 number, as float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # Without the half of its bits that bfloat16 lacks a number is nearer to zero: one below zero
+    # takes the next of larger magnitude, unless these bits are zero.
+    half = np.uint32(0xFFFF)
+    negative = bits > np.uint32(0x7FFFFFFF)
+    bits = jnp.where(negative, bits + half, bits) & ~half
+    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def bfloat16_above(x: jax.Array) -> jax.Array:
+    """Returns the least bfloat16 number at or above each float32 number, as float32."""
+    return -bfloat16_below(-x)

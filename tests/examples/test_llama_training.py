@@ -91,6 +91,35 @@ def test_resuming_is_exact(
         jax.tree.map(np.testing.assert_array_equal, second.restore(like), straight.restore(like))
 
 
+@pytest.mark.parametrize("activations", ["fp8", "coat"])
+def test_activations_in_codes_learn_and_resume(
+    activations: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    exact = train(SMALL, optax.adamw(1e-2), corpus)
+    config = dataclasses.replace(SMALL, activations=activations)
+    expected = train(config, optax.adamw(1e-2), corpus)
+    assert losses(expected) != losses(exact)
+    assert expected.held_out_loss == pytest.approx(exact.held_out_loss, rel=0.02)
+    answers = after(4)
+    with Checkpoints(tmp_path, config.identity()) as checkpoints:
+        half = train(
+            config,
+            optax.adamw(1e-2),
+            corpus,
+            checkpoints=checkpoints,
+            stop=lambda: next(answers),
+        )
+        resumed = train(config, optax.adamw(1e-2), corpus, checkpoints=checkpoints, rows=half.rows)
+    assert losses(resumed) == losses(expected)
+    with (
+        Checkpoints(tmp_path, SMALL.identity()) as checkpoints,
+        pytest.raises(PretrainError, match=f"activations was {activations} and is now exact"),
+    ):
+        train(
+            dataclasses.replace(SMALL, steps=9), optax.adamw(1e-2), corpus, checkpoints=checkpoints
+        )
+
+
 def init_state(optimizer: optax.GradientTransformation) -> object:
     """Shapes and shardings of parameters and optimizer state on one device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

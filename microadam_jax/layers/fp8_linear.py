@@ -1,0 +1,153 @@
+"""A linear map whose operands are in 8-bit floating point, forwards and backwards."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+
+from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes
+from microadam_jax.layers.saved_codes import when_needed, with_codes
+
+FORWARD, BACKWARD = Fp8Activation("e4m3", group=None), Fp8Activation("e5m2", group=None)
+DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+
+Contraction = tuple[tuple[int, ...], tuple[int, ...]]  # axes of the one and of the other operand
+
+
+@overload
+def fp8_linear(x: jax.Array, kernel: jax.Array) -> jax.Array: ...
+@overload
+def fp8_linear(x: jax.Array, kernel: Sequence[jax.Array]) -> tuple[jax.Array, ...]: ...
+def fp8_linear(
+    x: jax.Array, kernel: jax.Array | Sequence[jax.Array]
+) -> jax.Array | tuple[jax.Array, ...]:
+    r"""Multiplies by a matrix in FP8, and saves the input as codes.
+
+    With one scale for a whole tensor, found anew each time, and :math:`Q_4` for E4M3 and
+    :math:`Q_5` for E5M2,
+
+    .. math::
+
+        y = Q_4(x)\, Q_4(W), \qquad
+        \dot x = Q_5(\dot y)\, Q_4(W)^T, \qquad
+        \dot W = Q_4(x)^T\, Q_5(\dot y) .
+
+    Products are of the 8-bit numbers, summed in float32. On NVIDIA GPUs the operands are float8
+    arrays, which those with FP8 units multiply directly; elsewhere the same numbers are multiplied
+    in bfloat16 (TPU) or float32 (CPU), which hold them exactly.
+
+    One byte for each element of ``x`` is saved; ``kernel`` is read again and quantized again.
+    Several kernels share the codes of their input, as the projections of attention do. A NaN or
+    an infinity anywhere in a tensor makes all of its product NaN.
+
+    Args:
+        x: inputs ``(..., in)``, of any float dtype.
+        kernel: weights ``(in, out)``, such as float32 masters, or a sequence of them.
+
+    Returns:
+        The outputs ``(..., out)`` in the dtype of ``x``; for a sequence a tuple of them.
+
+    Raises:
+        ValueError: if a kernel is no matrix with as many rows as ``x`` has channels.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from microadam_jax.layers import fp8_linear
+        >>> x, w = jnp.linspace(-1, 1, 32).reshape(2, 16), jnp.eye(16)
+        >>> print(fp8_linear(x, w).shape)
+        (2, 16)
+        >>> query, key = fp8_linear(x, (w, 2 * w))
+        >>> print(key.shape)
+        (2, 16)
+
+    Reference: Xi et al., COAT (arXiv 2410.19313), Section 5 and Figure 4.
+    """
+    kernels = tuple(kernel) if isinstance(kernel, Sequence) else (kernel,)
+    for each in kernels:
+        if each.ndim != 2 or x.ndim == 0 or x.shape[-1] != each.shape[0]:
+            raise ValueError(
+                f"fp8_linear multiplies (..., in) by (in, out); got inputs of shape {x.shape} and "
+                f"a kernel of shape {each.shape}. Reshape kernels of more axes to matrices."
+            )
+    outputs = _linear(x, kernels)
+    return outputs if isinstance(kernel, Sequence) else outputs[0]
+
+
+@jax.custom_vjp
+def _linear(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return _products(FORWARD.encode(x), kernels, x.dtype)
+
+
+def _forward(
+    x: jax.Array, kernels: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, ...], tuple[Any, tuple[jax.Array, ...]]]:
+    codes = FORWARD.encode(x)
+    outputs, codes = with_codes(_products(codes, kernels, x.dtype), codes)
+    return outputs, (codes, kernels)
+
+
+def _backward(
+    saved: tuple[Any, tuple[jax.Array, ...]], cotangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x, kernels = saved
+    cotangents, x = when_needed(cotangents, x)
+    rows = tuple(range(x.codes.ndim - 1))
+    outputs = (x.codes.ndim - 1,)
+    slopes = [BACKWARD.encode(dy) for dy in cotangents]
+    dx = sum(
+        _product(dy, BACKWARD, FORWARD.encode(kernel), FORWARD, (outputs, (1,)))
+        for dy, kernel in zip(slopes, kernels, strict=True)
+    )
+    dkernels = tuple(
+        _product(x, FORWARD, dy, BACKWARD, (rows, rows)).astype(kernel.dtype)
+        for dy, kernel in zip(slopes, kernels, strict=True)
+    )
+    return jnp.asarray(dx, cotangents[0].dtype), dkernels
+
+
+_linear.defvjp(_forward, _backward)
+
+
+def _products(
+    x: Fp8ActivationCodes, kernels: tuple[jax.Array, ...], dtype: Any
+) -> tuple[jax.Array, ...]:
+    axes = ((x.codes.ndim - 1,), (0,))
+    return tuple(
+        _product(x, FORWARD, FORWARD.encode(kernel), FORWARD, axes).astype(dtype)
+        for kernel in kernels
+    )
+
+
+def _product(
+    left: Fp8ActivationCodes,
+    left_format: Fp8Activation,
+    right: Fp8ActivationCodes,
+    right_format: Fp8Activation,
+    axes: Contraction,
+) -> jax.Array:
+    """The float32 product of two tensors in codes, contracted along ``axes``."""
+
+    def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            left, right, (axes, ((), ())), preferred_element_type=jnp.float32
+        )
+
+    def in_fp8(left: jax.Array, right: jax.Array) -> jax.Array:
+        dtypes = (DTYPES[left_format.format], DTYPES[right_format.format])
+        return multiply(*map(jax.lax.bitcast_convert_type, (left, right), dtypes))
+
+    def in_wider(dtype: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+        numbers = left_format.number.decode(left), right_format.number.decode(right)
+        return multiply(*(each.astype(dtype) for each in numbers))
+
+    product = jax.lax.platform_dependent(
+        left.codes,
+        right.codes,
+        cuda=in_fp8,
+        cpu=functools.partial(in_wider, jnp.float32),
+        default=functools.partial(in_wider, jnp.bfloat16),
+    )
+    # One after the other: their product may be too small for float32 where the result is not.
+    return product * left.scales * right.scales

@@ -1,0 +1,25 @@
+"""Codes that a forward pass leaves for its backward pass."""
+
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+RESIDUALS = "compressed_residuals"  # the name that policies of jax.checkpoint know them by
+
+
+def with_codes(outputs: Any, codes: Any) -> tuple[Any, Any]:
+    """Returns a forward pass's outputs, and codes that are ready when the outputs are.
+
+    Otherwise XLA may compute the codes in the backward pass, and keep what they are codes of.
+    """
+    outputs, codes = jax.lax.optimization_barrier((outputs, codes))
+    return outputs, checkpoint_name(codes, RESIDUALS)
+
+
+def when_needed(cotangents: Any, codes: Any) -> tuple[Any, Any]:
+    """Returns a backward pass's cotangents, and codes that are not read before these are there.
+
+    Otherwise XLA may decode them early, and keep what it decoded.
+    """
+    return jax.lax.optimization_barrier((cotangents, codes))
