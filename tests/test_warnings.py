@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import microadam_jax
-from benchmarks.scale import NAMES
 from microadam_jax import (
     Partition,
     adam_mini,
@@ -28,6 +27,7 @@ from microadam_jax import (
     sparse_mfac,
     transformer_rules,
 )
+from microadam_jax.methods import METHODS
 
 UNNAMED = {"wq": jnp.zeros((32, 16)), "w1": jnp.zeros((16, 64)), "norm": {"scale": jnp.zeros(16)}}
 
@@ -138,7 +138,7 @@ def test_a_column_takes_more_with_factors() -> None:
         came(1e-3).init({"w": jnp.zeros((8192, 1))})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_stacked_layers_are_warned_of_as_separate_ones(name: str) -> None:
     """A thousandth of a model of 48 layers does not become large because they are stacked."""
 

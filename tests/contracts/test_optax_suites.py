@@ -50,6 +50,7 @@ RATES = {
     "microadam_compressed": 3e-4,
     "adagrad_sn": 1.0,
     "came": 1e-2,
+    "lion4bit": 1e-2,
     "sparse_ggt": 1e-2,
 }
 OPTIONS = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import microadam_jax
-from benchmarks.scale import NAMES
 from microadam_jax import dct_columns
+from microadam_jax.methods import METHODS
 
 BEYOND = 2**31  # elements, that int32 cannot count
 
@@ -26,7 +26,7 @@ LARGE = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_leaves_of_more_elements_than_int32_counts(name: str) -> None:
     tx = getattr(microadam_jax, name)(1e-3)
     for tree in LARGE.values() if name in ("microadam", "sparse_mfac") else [LARGE["row"]]:
