@@ -27,14 +27,17 @@ class Chunks(NamedTuple):
         shape: the leaf's shape.
         shards: for each of its axes but the last, over how many devices it may be sharded.
         cuts: for each of them, into how many chunks it is cut.
+        slices: True if an axis on one device stays one axis, of which chunks are slices: less to
+            compile for CPUs. TPUs' compiler would then copy what it updates.
     """
 
     shape: tuple[int, ...]
     shards: tuple[int, ...]
     cuts: tuple[int, ...]
+    slices: bool
 
     @classmethod
-    def of_about(cls, leaf: jax.Array, size: int) -> "Chunks":
+    def of_about(cls, leaf: jax.Array, size: int, slices: bool = False) -> "Chunks":
         """Chunks of about ``size`` elements, or one."""
         shards = tuple(_shards(leaf, axis) for axis in range(leaf.ndim - 1 if leaf.size else 0))
         budget, cuts = max(1, 2 * math.ceil(leaf.size / size) - 1), []
@@ -48,7 +51,7 @@ class Chunks(NamedTuple):
                 choices = tiled + choices
             cuts.append(max(next(filter(None, choices))))
             budget //= cuts[-1]
-        return cls(leaf.shape, shards, tuple(cuts))
+        return cls(leaf.shape, shards, tuple(cuts), slices)
 
     @property
     def total(self) -> int:
@@ -127,11 +130,11 @@ class Chunks(NamedTuple):
                 axes.append((n, None, n))
                 continue
             shards, length = self.shards[axis], self.lengths[axis]
-            if shards == 1:
+            if shards == 1 and self.slices:
                 axes.append((n, axis, length))
                 continue
             # Axes of size 1 are left out: CPUs would order them otherwise, and copy the array.
-            axes.append((shards, None, shards))
+            axes += [(shards, None, shards)] * (shards > 1)
             axes.append((cut, axis, 1))
             axes += [(length, None, length)] * (length > 1)
         return axes

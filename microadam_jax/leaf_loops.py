@@ -166,7 +166,7 @@ def each_kind(
 
 def _together(works: Sequence[Work]) -> list[Arrays]:
     like = works[0]
-    chunks = Chunks.of_about(like.inputs[0], CACHED)
+    chunks = Chunks.of_about(like.inputs[0], CACHED, slices=True)
     if like.inputs[0].size >= ALONE and len(works) * chunks.total > 1:
         return _Loop(chunks, [work.in_place() for work in works]).run()
     kinds, leaves = [None] * len(works), [(like, (w.carried, w.inputs)) for w in works]
