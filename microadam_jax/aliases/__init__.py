@@ -9,9 +9,8 @@ from microadam_jax.aliases.low_bit import (
     adamw4bit_factored,
     adamw8bit,
     adamw_fp8,
-    lion4bit,
-    muon8bit,
 )
+from microadam_jax.aliases.low_bit_momentum import lion4bit, muon8bit
 from microadam_jax.aliases.shared_moments import adagrad_sn, adam_mini, adam_sn, came
 from microadam_jax.aliases.subspace import dct_adamw, grass, ldadam, snsm
 from microadam_jax.aliases.windowed import MicroAdamLayout, microadam

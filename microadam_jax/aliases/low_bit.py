@@ -1,4 +1,4 @@
-"""Optimizers whose state takes few bits."""
+"""Adams whose state takes few bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,7 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 from microadam_jax.aliases.shared_moments import adam_mini
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
 from microadam_jax.partition import Partition
-from microadam_jax.subspace import OUTPUT_HEAD, Matrices
-from microadam_jax.transforms import quantize_state, scale_by_factored_adam, scale_by_muon
+from microadam_jax.transforms import quantize_state, scale_by_factored_adam
 from microadam_jax.transforms.descent import descend
 from microadam_jax.transforms.transformation import require_float32
 
@@ -420,156 +419,6 @@ def adam_mini4bit(
         implementation=implementation,
         shardings=shardings,
     )
-
-
-def lion4bit(
-    learning_rate: ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.99,
-    weight_decay: float | jax.Array = 1e-3,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
-    mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
-    seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
-) -> GradientTransformationExtraArgs:
-    r"""Lion with its momentum in 4 bits: 0.53 bytes per parameter.
-
-    With the codec :math:`Q`,
-
-    .. math::
-
-        u_t &= \operatorname{sign}\bigl(\beta_1 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t\bigr)
-            \\
-        \theta_{t+1} &= \theta_t - \eta_t (u_t + \lambda \theta_t), \qquad
-        \tilde m_t = Q\bigl(\beta_2 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_2)\, g_t\bigr)
-
-    Every element moves by the learning rate, so take a third to a tenth of AdamW's and as much
-    more weight decay. Rounding is stochastic: a hundredth of a gradient is less than half a step
-    between two levels, and rounded to nearest would be lost.
-
-    Args:
-        learning_rate: :math:`\eta_t`, a number or a schedule.
-        b1: :math:`\beta_1`, in [0, 1).
-        b2: :math:`\beta_2`, in [0, 1).
-        weight_decay: :math:`\lambda`, multiplied by the learning rate.
-        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
-        seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: of the parameters, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        TypeError: if a decay rate is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
-
-    Examples:
-        >>> import jax
-        >>> from microadam_jax import lion4bit, memory_report
-        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
-        >>> round(memory_report(lion4bit(1e-4), params).bytes_per_parameter, 3)
-        0.531
-
-    Reference: Chen et al., Lion (arXiv 2302.06675); Li et al., 4-bit optimizers (arXiv 2309.01507).
-    """
-    require_float32(b1=b1, b2=b2)
-    link = quantize_state(
-        optax.scale_by_lion(b1, b2),
-        {"mu": mu_codec},
-        elementwise=True,
-        seed=seed,
-        implementation=implementation,
-        shardings=shardings,
-    )
-    return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
-
-
-def muon8bit(
-    learning_rate: ScalarOrSchedule,
-    beta: ArrayLike = 0.95,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
-    consistent_rms: ArrayLike = 0.2,
-    matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
-    mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
-    seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
-) -> GradientTransformationExtraArgs:
-    r"""Muon on matrices and Adam-mini on all else, their momentum in 8 bits: 1.02 bytes.
-
-    With :math:`u_t` of :func:`scale_by_muon`, whose momentum is stored through a codec :math:`Q`,
-
-    .. math::
-
-        \theta_{t+1} = \theta_t - \eta_t (u_t + \lambda \theta_t), \qquad
-        \tilde m_t = Q\bigl(\beta Q^{-1}(\tilde m_{t-1}) + (1 - \beta)\, g_t\bigr)
-
-    Take AdamW's learning rate and decay: ``consistent_rms`` gives updates of matrices the size of
-    AdamW's. In 4 bits the polynomial amplifies the rounding noise of a momentum's small singular
-    values, so 8 bits is the least that is published here.
-
-    Args:
-        learning_rate: :math:`\eta_t`, a number or a schedule, for all parameters.
-        beta: :math:`\beta`, in [0, 1): the decay of a matrix's momentum.
-        b1: the decay of other parameters' first moment, in [0, 1).
-        b2: the decay of other parameters' second moment, in [0, 1).
-        eps: beside the norm of a matrix, and in Adam-mini's denominator.
-        weight_decay: :math:`\lambda`, multiplied by the learning rate.
-        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        consistent_rms: the root mean square of a matrix's update.
-        matrices: which parameters are matrices: by default all linear maps but the output head.
-        mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
-        seed: of a codec that rounds stochastically.
-        implementation: of the momentum's step: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``;
-            see :func:`quantize_state`.
-        shardings: of the parameters, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
-
-    Examples:
-        >>> import jax
-        >>> from microadam_jax import memory_report, muon8bit
-        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
-        >>> round(memory_report(muon8bit(1e-3), params).bytes_per_parameter, 3)
-        1.016
-
-    Reference: Jordan et al., Muon (2024); Liu et al., Muon is scalable for LLM training (arXiv
-        2502.16982); in 8 bits: arXiv 2509.23106.
-    """
-    link = scale_by_muon(
-        beta,
-        b1,
-        b2,
-        eps,
-        consistent_rms=consistent_rms,
-        matrices=matrices,
-        mu_codec=mu_codec,
-        seed=seed,
-        implementation=implementation,
-        shardings=shardings,
-    )
-    return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
 
 def _adamw(
