@@ -1,4 +1,4 @@
-"""What a scanned Llama keeps for its backward pass, by count and by the compiler.
+"""Measures what a scanned Llama keeps for its backward pass, by count and by the compiler.
 
 python -m benchmarks.activation_memory                       # for this machine's CPU
 python -m benchmarks.activation_memory --topology v5e:2x2    # or h200:1; needs no such device
@@ -76,7 +76,7 @@ class Size:
 
 
 def units(variant: str, size: Size) -> float:
-    """What one layer saves, in sizes of its bfloat16 input."""
+    """Counts what one layer saves, in sizes of its bfloat16 input."""
     activations, layer = VARIANTS[variant]
     shape = jax.eval_shape(lambda b: jax.tree.map(lambda a: a[0], b), size.blocks(activations))
     saved = saved_bytes(layer, shape, size.x, after=layer).totals[0]

@@ -1,4 +1,4 @@
-"""How well does a model pre-train whose layers keep their activations in 8 bits?
+"""Pre-trains a model whose layers keep their activations in 8 bits.
 
 python -m benchmarks.activations --out runs/activations.csv --seeds 0 1 2
 
@@ -7,8 +7,8 @@ as they come, and a second call goes on where the first stopped.
 """
 
 import argparse
-import csv
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import optax
 
+from benchmarks.sweep import append, clipped, rows
 from examples.llama.config import Config
 from examples.llama.data import load_corpus
 from examples.llama.training import train
@@ -50,31 +51,22 @@ def main() -> None:
     for seed, (activations, name) in itertools.product(args.seeds, SETTINGS):
         if (activations, name, seed) in done:
             continue
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, RATE, args.steps // 20, args.steps, 0.1 * RATE
-        )
-        tx = optax.chain(
-            optax.clip_by_global_norm(1.0), OPTIMIZERS[name](schedule, weight_decay=0.0)
-        )
+        setting = functools.partial(OPTIMIZERS[name], weight_decay=0.0)
+        tx = clipped(setting, RATE, args.steps)
         start = time.perf_counter()
         config = dataclasses.replace(base, seed=seed, activations=activations)
         loss = train(config, tx, corpus).held_out_loss
         done[activations, name, seed] = loss
-        with args.out.open("a", newline="") as file:
-            csv.writer(file).writerow([activations, name, seed, loss])
+        append(args.out, [activations, name, seed, loss])
         print(activations, name, seed, loss, f"{time.perf_counter() - start:.0f} s", flush=True)
     print_table(done)
 
 
 def read(path: Path) -> Results:
     """The results of earlier calls."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {
-            (activations, name, int(seed)): float(loss)
-            for activations, name, seed, loss in csv.reader(file)
-        }
+    return {
+        (activations, name, int(seed)): float(loss) for activations, name, seed, loss in rows(path)
+    }
 
 
 def print_table(results: Results) -> None:

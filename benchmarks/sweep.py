@@ -51,28 +51,41 @@ def sweep(
         for rate in args.rates or rates[name]:
             if (name, rate, seed) in done:
                 continue
-            schedule = optax.warmup_cosine_decay_schedule(
-                0.0, rate, args.steps // 20, args.steps, 0.1 * rate
-            )
-            tx = optax.chain(optax.clip_by_global_norm(1.0), settings[name](schedule))
+            tx = clipped(settings[name], rate, args.steps)
             result = train(dataclasses.replace(config, seed=seed), tx, corpus)
             numbers = (result.state_bytes / result.parameters, result.held_out_loss)
             done[name, rate, seed] = numbers
-            with args.out.open("a", newline="") as file:
-                csv.writer(file).writerow([name, rate, seed, *numbers])
+            append(args.out, [name, rate, seed, *numbers])
             print(name, rate, seed, *numbers, flush=True)
     print_table(done)
 
 
 def read(path: Path) -> Results:
     """The results of earlier calls."""
+    return {
+        (name, float(rate), int(seed)): (float(size), float(loss))
+        for name, rate, seed, size, loss in rows(path)
+    }
+
+
+def clipped(setting: Setting, rate: float, steps: int) -> optax.GradientTransformation:
+    """Clips gradients, warms the learning rate up, and lets it fall to a tenth."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, 0.1 * rate)
+    return optax.chain(optax.clip_by_global_norm(1.0), setting(schedule))
+
+
+def rows(path: Path) -> list[list[str]]:
+    """Reads the rows that earlier calls wrote, if there were any."""
     if not path.exists():
-        return {}
+        return []
     with path.open(newline="") as file:
-        return {
-            (name, float(rate), int(seed)): (float(size), float(loss))
-            for name, rate, seed, size, loss in csv.reader(file)
-        }
+        return list(csv.reader(file))
+
+
+def append(path: Path, row: Sequence[object]) -> None:
+    """Writes one more row."""
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerow(row)
 
 
 def print_table(results: Results) -> None:

@@ -151,6 +151,18 @@ def test_chunks_of_a_stochastic_codec_draw_differently(monkeypatch: pytest.Monke
     assert len(np.unique(codes.reshape(64, -1), axis=0)) == 64
 
 
+def after_steps(
+    tx: optax.GradientTransformation, start: np.ndarray, grads: list[np.ndarray]
+) -> jax.Array:
+    """Takes a step for each gradient, and returns the parameters."""
+    params = jnp.asarray(start, jnp.float32)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
 def test_adamw_against_the_oracle_over_many_steps() -> None:
     """The parameters are never set equal again."""
     maps = oracle.dynamic_map(8, True), oracle.dynamic_map(8, False)
@@ -164,11 +176,7 @@ def test_adamw_against_the_oracle_over_many_steps() -> None:
         "nu_codec": Storage(dynamic8(ROW, signed=False), min_size=0),
     }
     tx = adamw8bit(1e-2, weight_decay=0.1, **everything)
-    params = jnp.asarray(start, jnp.float32)
-    state, update = tx.init(params), jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(jnp.asarray(g, jnp.float32), state, params)
-        params = optax.apply_updates(params, updates)
+    params = after_steps(tx, start, grads)
     # A number within a rounding of a middle takes the other code, and moves a little.
     assert np.abs(params - expected).mean() < 1e-3 * np.abs(expected - start).mean()
 
@@ -184,11 +192,7 @@ def test_lion_against_the_oracle_over_many_steps() -> None:
     )
     codec = Storage(dynamic4(ROW), min_size=0)
     tx = lion4bit(1e-2, weight_decay=0.1, mu_codec=codec)
-    params = jnp.asarray(start, jnp.float32)
-    state, update = tx.init(params), jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(jnp.asarray(g, jnp.float32), state, params)
-        params = optax.apply_updates(params, updates)
+    params = after_steps(tx, start, grads)
     assert np.abs(params - expected).mean() < 1e-3 * np.abs(expected - start).mean()
 
 
