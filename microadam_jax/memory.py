@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.stacks import layer_axes
+from microadam_jax.stacks import layer_axes, layers_of
 from microadam_jax.trees import KeyPath, path_name
 
 GIB = 2**30
@@ -153,8 +153,8 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     found = []
     for path, leaf in leaves.items():
         shape = tuple(getattr(leaf, "shape", ()))
-        size, axis = math.prod(shape), axis_of(path, leaf) if shape else None
-        layers = 1 if axis is None else shape[axis]
+        size = math.prod(shape)
+        layers = layers_of(shape, axis_of(path, leaf) if shape else None)
         if size > SMALL * layers and taken[path] > ADAM_BYTES * size + ROUNDING:
             found.append((path, taken[path]))
     return found

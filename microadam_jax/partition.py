@@ -14,7 +14,7 @@ from microadam_jax.boxes import box_path
 from microadam_jax.layer_names import NORM, transformer_rules
 from microadam_jax.memory import format_table, is_reporting, remark
 from microadam_jax.orientation import Orientation, orientations
-from microadam_jax.stacks import STACKED, layer_axes
+from microadam_jax.stacks import STACKED, layer_axes, layers_of
 from microadam_jax.trees import KeyPath, path_name
 
 Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
@@ -52,8 +52,8 @@ class Assignment:
 
     @property
     def layers(self) -> int:
-        """How many layers are stacked; 1 if none are."""
-        return 1 if self.layer_axis is None else self.shape[self.layer_axis]
+        """Counts the layers that are stacked; 1 if none are."""
+        return layers_of(self.shape, self.layer_axis)
 
     @property
     def layer_shape(self) -> Shape:

@@ -93,6 +93,11 @@ def layer_axes(
     return axis_of
 
 
+def layers_of(shape: Shape, layer_axis: int | None) -> int:
+    """Counts the layers that are stacked in a shape: 1 without a layer axis."""
+    return 1 if layer_axis is None else shape[layer_axis]
+
+
 def stacks_first_axis(path: KeyPath, leaf: Any, stacked: str | None) -> bool:
     """Returns True if the leaf at ``path`` stacks layers along its first axis.
 

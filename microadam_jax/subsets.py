@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from microadam_jax.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
 from microadam_jax.partition import Assignment
 from microadam_jax.sharding import whole_where_uneven
+from microadam_jax.stacks import layers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class RunBlocks:
 
     @property
     def _layers(self) -> int:
-        return 1 if self.layer_axis is None else self.shape[self.layer_axis]
+        return layers_of(self.shape, self.layer_axis)
 
     def _with_layers(self, shape: list[int]) -> Shape:
         axis = self.layer_axis or 0

@@ -41,6 +41,11 @@ def check_implementation(owner: str, implementation: str | None) -> None:
         )
 
 
+def names_kernel(implementation: str | None) -> bool:
+    """Returns True unless XLA's program is asked for, or the choice is left to the device."""
+    return implementation not in (None, "xla")
+
+
 def run(
     operation: str,
     implementation: str | None,

@@ -25,7 +25,7 @@ each_method = pytest.mark.parametrize("name", METHODS)
 
 
 def formula(name: str, inputs: int, outputs: int, rank: int) -> float:
-    """What a row says of the bytes per parameter of a kernel."""
+    """Returns what a row says of the bytes per parameter of a kernel."""
     sides = {"L": max(inputs, outputs), "s": min(inputs, outputs)}
     numbers = {"R": inputs, "C": outputs, "r": rank, **sides}
     return eval(METHODS[name].bytes_per_parameter, {}, numbers)
@@ -101,7 +101,7 @@ def test_unknown_names_and_options_say_what_there_is() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What several share is in modules that hold no tests."""
+    """Keeps what several share in modules that hold no tests."""
     pattern = re.compile(r"^(from tests\S*\.test_|from tests\S* import test_|import tests)", re.M)
     tests = (ROOT / "tests").rglob("*.py")
     assert [path for path in tests if pattern.search(path.read_text())] == []

@@ -289,7 +289,7 @@ def draw_second_moments() -> None:
 
 
 def draw_activations() -> None:
-    """What each layer of a Llama block saves, in sizes of its bfloat16 input."""
+    """Draws what each layer of a Llama block saves, in sizes of its bfloat16 input."""
     p = Picture(1000, 560, "What a Llama block saves for its backward pass")
     wide = 1376 / 512  # intermediate by hidden channels, of benchmarks/activation_memory.py
     group = 1.125 / 2  # an 8-bit code and a sixteenth of a bfloat16 scale, beside bfloat16

@@ -89,7 +89,7 @@ class Config:
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing its activations."""
     activations: Literal["exact", "fp8", "coat"] = "exact"
-    """How layers store activations for the backward pass: as they are; fp8, in 8 bits, from exact
+    """Store activations for the backward pass: exact, as they are; fp8, in 8 bits, from exact
     values; coat, in 8 bits, of which the forward pass computes too, as COAT does."""
     seed: int = 0
     """Seed of the initial weights and of the batches."""

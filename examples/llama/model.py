@@ -30,7 +30,7 @@ class ModelConfig:
 
     @property
     def coat(self) -> bool:
-        """Whether layers compute with activations in FP8."""
+        """Returns True if layers compute with activations in FP8."""
         return self.activations == "coat"
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, merge
-from microadam_jax.compressors.rows import overwrite, per_row, row_of, row_shape
+from microadam_jax.compressors.rows import overwrite_each, per_row, row_of, row_shape
 from pallas_kernels.window_update import expand, values_at, written
 
 
@@ -60,7 +60,7 @@ class BlockSparse:
 
     @property
     def survivors(self) -> int:
-        """How many elements of a block are kept."""
+        """Counts the elements of a block that are kept."""
         return self.values.shape[-1]
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
@@ -71,8 +71,8 @@ class BlockSparse:
         self, window: tuple[jax.Array, jax.Array], position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """``window``, values and indices ``(*lead, blocks, m, k)``, with this row in it."""
-        values, indices = window
-        return overwrite(values, self.values, position), overwrite(indices, self.indices, position)
+        values, indices = overwrite_each(window, (self.values, self.indices), position)
+        return values, indices
 
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
         """``(m,)``: the inner products of row ``position`` with every row."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.compressors.rows import overwrite, per_row, row_of, row_shape
+from microadam_jax.compressors.rows import overwrite_each, per_row, row_of, row_shape
 from microadam_jax.sharding import contract
 
 
@@ -68,8 +68,8 @@ class LowRank:
         self, window: tuple[jax.Array, jax.Array], position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """``window``, factors ``(*lead, 1, m, r)`` and ``(..., n, m, r)``, with this row in it."""
-        left, right = window
-        return overwrite(left, self.left, position), overwrite(right, self.right, position)
+        left, right = overwrite_each(window, (self.left, self.right), position)
+        return left, right
 
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
         r"""``(m,)``: :math:`\sum (P_i^\top P_j) \circ (Q_i^\top Q_j)` for row ``position``, j."""

@@ -13,6 +13,13 @@ def overwrite(rows: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array
     return jax.lax.dynamic_update_slice(rows, row, start, allow_negative_indices=False)
 
 
+def overwrite_each(
+    window: tuple[jax.Array, ...], sent: tuple[jax.Array, ...], position: jax.Array
+) -> tuple[jax.Array, ...]:
+    """``window`` with what is sent in row ``position`` of each of its arrays."""
+    return tuple(overwrite(*pair, position) for pair in zip(window, sent, strict=True))
+
+
 def row_of(rows: jax.Array, position: jax.Array) -> jax.Array:
     """The row ``(..., k)`` at ``position`` of ``rows`` of shape ``(..., m, k)``."""
     return jax.lax.dynamic_index_in_dim(rows, position, axis=-2, keepdims=False)

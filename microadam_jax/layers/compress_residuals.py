@@ -18,7 +18,7 @@ CODED = ("float32", "bfloat16", "float16")
 
 
 class ResidualCodec(Protocol):
-    """What is asked of a codec here; all codecs of the package have it."""
+    """Lists what is asked of a codec here; all codecs of the package have it."""
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ def compress_residuals(
 
 
 class _Plan:
-    """What is known of a call when it is traced; equal to nothing but itself."""
+    """Holds what is known of a call when it is traced; equal to nothing but itself."""
 
     def __init__(self, jaxpr: Any, consts: int, codec: ResidualCodec, min_size: int) -> None:
         self.jaxpr, self.consts, self.codec, self.min_size = jaxpr, consts, codec, min_size
@@ -175,7 +175,7 @@ class _Linear:
     meta_fields=["linear"],
 )
 class _Saved:
-    """What a call leaves for its backward pass."""
+    """Holds what a call leaves for its backward pass."""
 
     def __init__(self, kept: list[jax.Array], stored: list[Any], linear: _Linear) -> None:
         self.kept, self.stored, self.linear = kept, stored, linear

@@ -1,4 +1,4 @@
-"""How much a function keeps for its backward pass, from shapes alone."""
+"""Counts what a function keeps for its backward pass, from shapes alone."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ Arrays = Counter[tuple[tuple[int, ...], str]]  # how many of each shape and dtyp
 
 @dataclasses.dataclass(frozen=True)
 class SavedBytes:
-    """What two forms of a function keep for their backward passes.
+    """Holds what two forms of a function keep for their backward passes.
 
     Printing it gives a table. What follows from the parameters alone, such as a cast of them, is
     counted apart: it does not grow with the batch.

@@ -60,7 +60,7 @@ def read_by(finish: Callable[..., jax.Array], parameter: Any) -> tuple[Any, ...]
 
 
 def reads_parameter(finish: Callable[..., jax.Array]) -> bool:
-    """Whether the result depends on more of the parameter than its shape."""
+    """Returns True if the result depends on more of the parameter than its shape."""
     return isinstance(finish, Descent) and (finish.applies or finish.decay is not None)
 
 

@@ -156,18 +156,20 @@ def scale_by_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMuonState]:
         assign = matrices.assign(updates)
+        seen = {path: assign(path, g) for path, g in jax.tree.leaves_with_path(updates)}
         targets = updates if params is None else params
         finish = finishes(finish, updates)
 
         def of_others(path: KeyPath, g: jax.Array, end: Any) -> tuple[Any]:
-            return (end if assign(path, g).view is None else as_it_is,)
+            del g
+            return (end if seen[path].view is None else as_it_is,)
 
         (early,) = map_with_path(of_others, 1, updates, finish)
         found: Any = momentum.update(updates, state, params, finish=early, **extra_args)
         moved, state = found
         kinds, leaves = [], []
         for path, n in jax.tree.leaves_with_path(moved):
-            assigned = assign(path, n)
+            assigned = seen[path]
             if assigned.view is not None:
                 static = _Matrix(assigned, eps)
                 kinds.append((assigned.view, assigned.assignment.layer_axis, jax.typeof(n)))
@@ -175,7 +177,7 @@ def scale_by_muon(
         orthogonal = iter(each_kind(_Matrix.orthogonalized, kinds, leaves))
 
         def scale(path: KeyPath, u: jax.Array, target: jax.Array, end: Any) -> tuple[jax.Array]:
-            view = assign(path, u).view
+            view = seen[path].view
             if view is None:
                 return (u,)
             size = jnp.float32(consistent_rms) * max(view.rows, view.columns) ** 0.5

@@ -24,7 +24,7 @@ from microadam_jax.transforms.stored_step import (
 )
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, columns_of, leaf_key, leaf_keys, map_with_path, rows_of
-from pallas_kernels.dispatch import check_implementation
+from pallas_kernels.dispatch import check_implementation, names_kernel
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
@@ -109,7 +109,7 @@ def quantize_state(
     require_named(shardings)
     if elementwise:
         require_elementwise(inner)
-    elif implementation not in (None, "xla"):
+    elif names_kernel(implementation):
         raise ValueError(
             f"implementation={implementation!r} needs elementwise=True: kernels update every "
             "element alone."

@@ -16,6 +16,7 @@ from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath
 from pallas_kernels.blockwise_codec import blockwise_step, step
+from pallas_kernels.dispatch import names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
 
@@ -226,9 +227,9 @@ def stored_steps(
         given = zip(steps, structure.unflatten(arrays), strict=True)
         return each_kind(run, [one.kind for one in steps], list(given))
 
-    if implementation in (None, "xla"):
-        return jax.lax.platform_dependent(*flat, cpu=together, default=one_by_one)
-    return one_by_one(*flat)
+    if names_kernel(implementation):
+        return one_by_one(*flat)
+    return jax.lax.platform_dependent(*flat, cpu=together, default=one_by_one)
 
 
 def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:

@@ -17,6 +17,7 @@ from microadam_jax.compressors.rows import row_shape
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath, path_name
+from pallas_kernels.dispatch import names_kernel
 from pallas_kernels.topk_compress import MAX_UNROLLED, topk_compress
 
 
@@ -108,26 +109,26 @@ class Uncompressed(Deferred):
 
     @property
     def layout(self) -> BlockLayout:
-        """How a row of the leaf is cut into blocks."""
+        """Returns the layout of a row's blocks."""
         return self.feedback.layout
 
     @property
     def survivors(self) -> int:
-        """How many elements of a block are sent."""
+        """Counts the elements of a block that are sent."""
         return self.feedback.survivors
 
     @property
     def sends_few(self) -> bool:
-        """Whether what is sent is found without sorting, which leaves must do side by side."""
+        """Returns True if what is sent is found without sorting, which leaves do side by side."""
         return self.survivors <= MAX_UNROLLED
 
     @property
     def names_kernel(self) -> bool:
-        """Whether one implementation is asked for."""
-        return self.feedback.compressor.implementation not in (None, "xla")
+        """Returns True if one implementation is asked for."""
+        return names_kernel(self.feedback.compressor.implementation)
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
-        """Whether ``window`` holds as many elements of as many blocks."""
+        """Returns True if ``window`` holds as many elements of as many blocks."""
         sent = blocked_shape(self.gradient.shape, self.layout, self.survivors)
         return all(row_shape(kept) == sent for kept in window)
 
@@ -193,7 +194,7 @@ def require_unnamed(compressor: Compressor, path: KeyPath) -> None:
     Raises:
         NotImplementedError: if ``compressor`` names one.
     """
-    if isinstance(compressor, TopK) and compressor.implementation not in (None, "xla"):
+    if isinstance(compressor, TopK) and names_kernel(compressor.implementation):
         raise NotImplementedError(
             f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
             "with residual=Affine4(buckets=compressor.blocks), rounded to nearest with "

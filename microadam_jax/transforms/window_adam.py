@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_compressed, top_k
-from microadam_jax.compressors.rows import overwrite
+from microadam_jax.compressors.rows import overwrite_each
 from microadam_jax.leaf_loops import Arrays
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import require_named, state_zeros, told, unused_state
@@ -140,7 +140,7 @@ def scale_by_window_adam(
         weights = mu_weights, nu_weights, eps
 
         def write(window: Arrays, sent: Arrays) -> Arrays:
-            return tuple(overwrite(*pair, newest) for pair in zip(window, sent, strict=True))
+            return overwrite_each(window, sent, newest)
 
         moves: dict[Hashable, tuple[Move, jnp.dtype]] = {}
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.transforms.top_k_feedback import TopKFeedback, Uncompressed
+from pallas_kernels.dispatch import names_kernel
 
 # From target, values and indices, the implementation and the sharding to the result.
 Move = Callable[..., jax.Array]
@@ -18,7 +19,7 @@ Write = Callable[[Arrays, Arrays], Arrays]
 
 
 class Moved(NamedTuple):
-    """What a deferred update became.
+    """A deferred update after its step.
 
     Attributes:
         update: of the parameter, or the new parameter.
@@ -72,7 +73,7 @@ class WindowStep(NamedTuple):
 
     @property
     def names_kernel(self) -> bool:
-        """Whether one implementation of the compression is asked for."""
+        """Returns True if one implementation of the compression is asked for."""
         return self.waiting is not None and self.waiting.names_kernel
 
     def whole(self, arrays: Any, implementation: str | None) -> Arrays:
@@ -136,10 +137,10 @@ def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[tu
         given = zip(steps, structure.unflatten(arrays), strict=True)
         return on_cpu([step.work(own) for step, own in given])
 
-    if implementation in (None, "xla") and not any(step.names_kernel for step in steps):
-        results = jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)
-    else:
+    if names_kernel(implementation) or any(step.names_kernel for step in steps):
         results = one_by_one(*flat)
+    else:
+        results = jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)
     return [step.result(found) for step, found in zip(steps, results, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""How close states are that two programs made."""
+"""Compares states that two programs made."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a Llama block saves, how near its gradients are, and what a compiled model takes."""
+"""Checks what a Llama block saves, its gradients, and what a compiled model takes."""
 
 import dataclasses
 import functools

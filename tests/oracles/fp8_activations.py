@@ -46,7 +46,7 @@ def up_to_bfloat16(s: np.ndarray) -> np.ndarray:
 
 
 def quantized(x: np.ndarray, format: str = "e4m3", group: int | None = 16) -> np.ndarray:  # noqa: A002
-    """What comes back of an array: with a bfloat16 scale for a group, or one for all."""
+    """Returns what comes back of an array: with a bfloat16 scale for a group, or one for all."""
     x = np.asarray(x, np.float64)
     if group is None:
         s = np.float64(np.float32(np.abs(x).max() / LARGEST[format]))

@@ -1,4 +1,4 @@
-"""What is right for small parameters and was wrong, or failed, for large ones."""
+"""Checks what is right for small parameters and was wrong, or failed, for large ones."""
 
 import jax
 import jax.numpy as jnp
