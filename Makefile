@@ -35,7 +35,8 @@ format: $(call installed,lint) ## Repair what lint finds, where that can be auto
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-types: $(call installed,lint) ## Types
+# The layers are subclasses of Flax's modules, which have to be there to be checked.
+types: $(call installed,lint examples) ## Types
 	@echo "Types (pyrefly) ..."
 	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
