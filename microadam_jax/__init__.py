@@ -43,6 +43,7 @@ from microadam_jax.codecs import (
 )
 from microadam_jax.compressors import BlockSparse, LowRank, power_sgd, top_k
 from microadam_jax.diagnostics import DiagnosticsState, with_diagnostics
+from microadam_jax.execution import run_with
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.memory import MemoryReport, memory_report
 from microadam_jax.models import MODELS, model_shapes
@@ -201,6 +202,7 @@ __all__ = [
     "rank1_dynamic4",
     "rank1_linear4",
     "require_state_format",
+    "run_with",
     "sampled_rows",
     "scale_by_adam_mini",
     "scale_by_came",

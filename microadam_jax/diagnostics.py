@@ -1,10 +1,8 @@
 """What compression does to each group of parameters, recorded in the state."""
 
-import contextlib
-import contextvars
 import dataclasses
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.boxes import box_path
+from microadam_jax.execution import scope, within
 from microadam_jax.trees import KeyPath, path_name
 
 Squares = dict[str, jax.Array]
@@ -24,11 +23,6 @@ class _Observed:
 
     feeds_back: bool = False
     leaves: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
-
-
-_observed: contextvars.ContextVar[_Observed | None] = contextvars.ContextVar(
-    "observed", default=None
-)
 
 
 class DiagnosticsState(NamedTuple):
@@ -57,12 +51,12 @@ class DiagnosticsState(NamedTuple):
 
 def observing() -> bool:
     """Whether links should tell what they do."""
-    return _observed.get() is not None
+    return scope().observed is not None
 
 
 def announce_feedback() -> None:
     """Tells the diagnostics, while a state is made, that there will be something to observe."""
-    observed = _observed.get()
+    observed: _Observed | None = scope().observed
     if observed is not None:
         observed.feeds_back = True
 
@@ -78,7 +72,7 @@ def observe_feedback(
         rest: the part of it that was not sent.
         stored: what the codec made of the rest.
     """
-    observed = _observed.get()
+    observed: _Observed | None = scope().observed
     if observed is not None:
         arrays = {"accumulated": accumulated, "rest": rest, "stored": stored}
         arrays["error"] = rest - stored
@@ -143,7 +137,8 @@ def with_diagnostics(
         return sums
 
     def init(params: optax.Params) -> DiagnosticsState:
-        with _observing() as observed:
+        observed = _Observed()
+        with within(observed=observed):
             inner_state = inner.init(params)
 
         def zeros(defined: bool = observed.feeds_back) -> dict[str, jax.Array]:
@@ -157,7 +152,8 @@ def with_diagnostics(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DiagnosticsState]:
-        with _observing() as observed:
+        observed = _Observed()
+        with within(observed=observed):
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         leaves = jax.tree.leaves_with_path(updates)
         squares = [(p, {"update": jnp.sum(jnp.square(u.astype(jnp.float32)))}) for p, u in leaves]
@@ -176,16 +172,6 @@ def with_diagnostics(
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
-
-
-@contextlib.contextmanager
-def _observing() -> Generator[_Observed]:
-    observed = _Observed()
-    token = _observed.set(observed)
-    try:
-        yield observed
-    finally:
-        _observed.reset(token)
 
 
 def _part_sent(rest: jax.Array, accumulated: jax.Array) -> jax.Array:

@@ -147,8 +147,8 @@ def _placement(
         return None
     return (
         "the mesh has Auto axes, so the placement of the arrays is not known, and a kernel does "
-        "not partition itself; give shardings=, or use Explicit axes, which jax.make_mesh makes by "
-        "default"
+        "not partition itself; give run_with(tx, shardings=...), or use Explicit axes, which "
+        "jax.make_mesh makes by default"
     )
 
 

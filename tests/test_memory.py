@@ -109,7 +109,7 @@ def test_the_command_prints_the_table_of_the_readme(capsys: pytest.CaptureFixtur
     pattern = r"^\| (`\w.*) \| ([\d.]+) \| ([\d.]+) GiB \|$"
     for cell, size, total in re.findall(pattern, README.read_text(), re.M):
         for code in re.findall(r"`([^`]+)`", cell):
-            label = re.sub(r"\(subspace=\w+\((\d+)\)\)", r", rank \1", code)
+            label = re.sub(r"\(rank=(\d+)\)", r", rank \1", code)
             label = re.sub(r'\((\w+)="(\w+)"\)', r":\1=\2", label)
             assert rows[label][0] == total, label
             assert abs(float(rows[label][1]) - float(size)) <= 0.0051, label

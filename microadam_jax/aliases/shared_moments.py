@@ -33,8 +33,6 @@ def adam_mini(
     mu_dtype: DTypeLike = "float32",
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini: AdamW with one second moment for each block of parameters.
 
@@ -63,10 +61,6 @@ def adam_mini(
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32.
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`.
         seed: of a codec that rounds stochastically.
-        implementation: of the step with ``mu_codec``: None, ``"xla"``, ``"mosaic_tpu"`` or
-            ``"triton"``; see :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The transformation.
@@ -88,8 +82,6 @@ def adam_mini(
         mu_dtype=mu_dtype,
         mu_codec=mu_codec,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 

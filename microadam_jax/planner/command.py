@@ -1,7 +1,6 @@
 """``python -m microadam_jax plan``: its flags, its table and its chart."""
 
 import argparse
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -62,15 +61,8 @@ def run(options: argparse.Namespace) -> None:
             }
         else:
             compiled = {
-                name: compiled_plan(
-                    model,
-                    functools.partial(optimizer, name),
-                    mesh,
-                    options.topology,
-                    options.batch,
-                    options.seq,
-                )
-                for name in chosen
+                name: compiled_plan(model, tx, mesh, options.topology, options.batch, options.seq)
+                for name, tx in chosen.items()
             }
             where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
             print(f"compiled for {where}, each layer recomputed in the backward pass")

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from microadam_jax.execution import run_with
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
 from microadam_jax.planner.llama import Model, loss
 from microadam_jax.planner.meshes import AXES, ROWS, parameter_shardings
@@ -56,7 +56,7 @@ class CompiledPlan:
 
 def compiled_plan(
     model: Model,
-    make: Callable[[Any], optax.GradientTransformation],
+    tx: optax.GradientTransformation,
     mesh: dict[str, int],
     topology: str,
     batch: int,
@@ -66,8 +66,7 @@ def compiled_plan(
 
     Args:
         model: a Llama of :func:`stacked_model`.
-        make: from a tree of ``NamedSharding``, where the parameters lie, to the optimizer; some
-            need it for their kernels, as :func:`microadam`.
+        tx: the optimizer.
         mesh: sizes of the axes data, fsdp and tp.
         topology: TPUs such as ``"v5e:16x16"``, or a number of GPUs such as ``"h200:8"``.
         batch: sequences in a step.
@@ -91,7 +90,7 @@ def compiled_plan(
     if batch % rows:
         raise ValueError(f"--batch {batch} does not divide over data times fsdp, {rows}.")
     placed = Mesh(np.reshape(on.devices, tuple(mesh.values())), AXES)
-    tx = make(parameter_shardings(model.params, placed))
+    tx = run_with(tx, shardings=parameter_shardings(model.params, placed))
     plan = arithmetic_plan(model, tx, mesh)
     try:
         program = _compile(model, tx, placed, on.platform, batch, seq)

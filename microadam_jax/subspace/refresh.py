@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.subspace.basis import PRECISION
+from microadam_jax.subspace.subspace import static
 
 MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
@@ -45,7 +46,10 @@ class Refresh:
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"Refresh.every must be a whole number from 1 on; got {self.every!r}.")
+            raise ValueError(
+                f"The update interval of a subspace, Refresh.every, must be a positive integer; "
+                f"got {self.every!r}.{static(self.every)}"
+            )
         if self.first not in (0, 1):
             raise ValueError(f"Refresh.first must be 0 or 1; got {self.first!r}.")
         if self.moments not in MOMENTS:
@@ -72,6 +76,17 @@ class Refresh:
     def epoch(self, count: jax.Array, offset: int) -> jax.Array:
         """A number that is another one for each basis."""
         return (count + self.first + offset) // self.every
+
+
+def refresh_every(update_interval: int | Refresh, published: Refresh) -> Refresh:
+    """Returns ``update_interval`` itself, or ``published`` with this many steps between two bases.
+
+    Raises:
+        ValueError: if it is neither a positive integer nor a :class:`Refresh`.
+    """
+    if isinstance(update_interval, Refresh):
+        return update_interval
+    return dataclasses.replace(published, every=update_interval)
 
 
 def rotate_first(overlap: jax.Array, mu: jax.Array) -> jax.Array:

@@ -152,4 +152,44 @@ def require_rank(rank: int) -> None:
         ValueError: if it is none.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"The rank of a subspace must be a whole number from 1 on; got {rank!r}.")
+        raise ValueError(
+            f"The rank of a subspace must be a positive integer; got {rank!r}.{static(rank)}"
+        )
+
+
+def static(value: object) -> str:
+    """Returns what to do where ``value`` is traced and shapes a state; else nothing."""
+    if not isinstance(value, jax.core.Tracer | jax.Array):
+        return ""
+    return (
+        " It shapes the state and cannot be a traced array: name it in static_args of "
+        "optax.inject_hyperparams, such as static_args=('rank', 'update_interval')."
+    )
+
+
+def of_rank(rank: int, subspace: Subspace | None, published: Any) -> Subspace:
+    """Returns ``subspace``, or ``published`` with another rank where it is None.
+
+    Args:
+        rank: a positive integer.
+        subspace: has a rank of its own.
+        published: a dataclass, whose rank is the default of ``rank``.
+
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` is not a positive integer, or differs from that of ``subspace``.
+    """
+    require_rank(rank)
+    if subspace is None:
+        return dataclasses.replace(published, rank=rank)
+    own = getattr(subspace, "rank", None)
+    if not isinstance(own, int):
+        raise TypeError(
+            f"subspace must be a subspace with its rank, such as svd(128); got {subspace!r}."
+        )
+    if rank not in (own, published.rank):
+        raise ValueError(
+            f"rank={rank} contradicts subspace={subspace!r}, which has a rank of its own. Give "
+            "one of them."
+        )
+    return subspace

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.execution import scope, within
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros
 from microadam_jax.subspace.basis import Basis
@@ -25,7 +26,7 @@ from microadam_jax.subspace.projection import (
 from microadam_jax.subspace.refresh import Refresh, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
-from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch, told_micro_batch
+from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import one_minus_power
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
@@ -146,7 +147,7 @@ def project_gradients(
                 return (state_zeros(parameter, parameter.shape, jnp.float32),)
             return (view.zeros(parameter, rules.low(view), jnp.float32),)
 
-        batch = told_micro_batch() if complement.feeds_back else None
+        batch = scope().micro_batch if complement.feeds_back else None
 
         def rest(path: KeyPath, parameter: jax.Array) -> Arrays:
             leaf = assign(path, parameter)
@@ -159,7 +160,7 @@ def project_gradients(
         basis = rules.projection.zeros(params)
         kept = map_with_path(rest, len(complement.layouts), params)
         (projected,) = map_with_path(low, 1, params)
-        with of_micro_batch(None):
+        with within(micro_batch=None):
             inner_state = inner.init(boxed_moments(projected, params))
         rules.moments(inner_state)  # refuses a state that lacks them
         state = ProjectGradientsState(
@@ -179,7 +180,7 @@ def project_gradients(
     ) -> tuple[optax.Updates, ProjectGradientsState]:
         assign = rules.projection.assign(updates)
         targets = updates if params is None else params
-        batch = told_micro_batch()
+        batch = scope().micro_batch
         if batch is not None and complement.feeds_back:
             (residual,) = state.complement
             updates, residual = _with_residual(batch, assign, updates, residual)
@@ -209,7 +210,7 @@ def project_gradients(
         inner_state = rules.renewed(
             inner, state.inner_state, dict(zip(moments, new, strict=False)), due, low
         )
-        with of_micro_batch(None):
+        with within(micro_batch=None):
             scaled, inner_state = inner.update(low, inner_state, None, **extra_args)
 
         leaving = iter(entered)

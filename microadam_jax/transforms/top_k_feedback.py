@@ -12,7 +12,7 @@ from microadam_jax.blocks import BlockLayout, blocked_shape
 from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.compressors import BlockSparse, Compressor, Deferred, TopK
+from microadam_jax.compressors import BlockSparse, Deferred, TopK
 from microadam_jax.compressors.rows import row_shape
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.sharding import state_zeros
@@ -28,12 +28,14 @@ class TopKFeedback(NamedTuple):
         compressor: selects what is sent.
         codec: of the residual.
         layout: how a row of the leaf is cut into blocks.
+        implementation: see :func:`run_with`.
         sharding: how the leaf is sharded, on a mesh with Auto axes.
     """
 
     compressor: TopK
     codec: Codec
     layout: BlockLayout
+    implementation: str | None
     sharding: NamedSharding | None
 
     @property
@@ -125,7 +127,7 @@ class Uncompressed(Deferred):
     @property
     def names_kernel(self) -> bool:
         """Returns True if one implementation is asked for."""
-        return names_kernel(self.feedback.compressor.implementation)
+        return names_kernel(self.feedback.implementation)
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
         """Returns True if ``window`` holds as many elements of as many blocks."""
@@ -156,7 +158,7 @@ def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
     def one_by_one(*arrays: jax.Array) -> list[Arrays]:
         def compress(feedback: TopKFeedback, arrays: Any) -> Arrays:
             gradient, stored, key = arrays
-            named = feedback.compressor.implementation
+            named = feedback.implementation
             return feedback.of_rows(gradient, stored, key, named, feedback.sharding)
 
         kinds = [one.kind for one in waiting]
@@ -188,16 +190,16 @@ def goes_by_rows(codec: Codec, gradient: jax.Array) -> bool:
     return isinstance(codec, RowByRow) and gradient.ndim > 0 and gradient.size > 0
 
 
-def require_unnamed(compressor: Compressor, path: KeyPath) -> None:
+def require_unnamed(implementation: str | None, path: KeyPath) -> None:
     """Refuses the name of a kernel where none can run.
 
     Raises:
-        NotImplementedError: if ``compressor`` names one.
+        NotImplementedError: if ``implementation`` names one.
     """
-    if isinstance(compressor, TopK) and names_kernel(compressor.implementation):
+    if names_kernel(implementation):
         raise NotImplementedError(
-            f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
+            f"{implementation!r} compresses {path_name(path)!r} only by Top-K together "
             "with residual=Affine4(buckets=compressor.blocks), rounded to nearest with "
-            "float32 statistics, alpha=None, and one axis or more. Leave "
-            "TopK.implementation at None to use 'xla' elsewhere."
+            "float32 statistics, alpha=None, and one axis or more. Leave the implementation of "
+            "run_with at None to use 'xla' elsewhere."
         )

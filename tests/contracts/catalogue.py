@@ -154,8 +154,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "sparse_ggt": {"compressor": COMPRESSOR, "residual": "float32", "window": THREE},
     "mfac": {"damping": 1e-2, "window": THREE},
-    "galore": {"refresh": Refresh(3)},
-    "fira": {"subspace": srht(4), "refresh": Refresh(3, stagger=True, moments="rotate")},
+    "galore": {"update_interval": 3},
+    "fira": {
+        "subspace": srht(4),
+        "update_interval": Refresh(3, stagger=True, moments="rotate"),
+    },
 }
 # Whose updates depend on norms or maxima that elements share.
 NORMS = ("adamw4bit", "muon8bit", "fira", "apollo", "apollo_mini", "snsm")

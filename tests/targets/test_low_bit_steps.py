@@ -15,6 +15,7 @@ from microadam_jax import (
     adamw_fp8,
     fused_apply,
     model_shapes,
+    run_with,
 )
 from microadam_jax.methods import METHODS
 from tests.llama_100m import llama_100m
@@ -83,7 +84,7 @@ def test_on_a_gpu(make: Callable[..., optax.GradientTransformation], h200: Mesh)
 
 
 def test_the_gpu_kernel_is_in_place(h200: Mesh) -> None:
-    tx, params = adamw8bit(1e-3, weight_decay=0.1, implementation="triton"), llama_100m()
+    tx, params = run_with(adamw8bit(1e-3, weight_decay=0.1), implementation="triton"), llama_100m()
     program, kept = compiled(tx.update, tx, params, h200, "cuda", (0, 1))
     assert "blockwise_codec" in program.as_text()
     memory = program.memory_analysis()

@@ -60,7 +60,7 @@ def run(
             residual="float32",
             window=Window(3, "float32"),
         ),
-        ldadam(1e-2, subspace=power_iteration(4)),
+        ldadam(1e-2, rank=4),
     ],
     ids=["microadam", "lowrank_mfac", "ldadam"],
 )
