@@ -26,7 +26,7 @@ class Sharing(Protocol):
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """Counts the blocks."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class AxisBlocks:
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """Counts the blocks."""
         return math.prod(self.moment_shape)
 
     def mean(self, x: jax.Array) -> jax.Array:
@@ -149,7 +149,7 @@ class FusedBlocks:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the parts have."""
+        """Counts the blocks of the parts."""
         return sum(part.blocks for part in self.parts)
 
     def mean(self, x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ Squares = dict[str, jax.Array]
 
 @dataclasses.dataclass
 class _Observed:
-    """What the links tell of one call: whether one feeds back, and the squares of its leaves."""
+    """Collects from one call if a transformation feeds back, and the squares of its leaves."""
 
     feeds_back: bool = False
     leaves: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
@@ -50,7 +50,7 @@ class DiagnosticsState(NamedTuple):
 
 
 def observing() -> bool:
-    """Whether links should tell what they do."""
+    """Returns True if links should tell what they do."""
     return scope().observed is not None
 
 

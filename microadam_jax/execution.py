@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import check_implementation, names_kernel
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """What holds for all transformations that are initialized or updated inside.
+    """Holds what all transformations that are initialized or updated inside share.
 
     An argument of ``update`` might be dropped by a wrapper on the way to them.
 

@@ -35,7 +35,7 @@ def is_reporting() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What an optimizer keeps for a tree of parameters.
+    """Counts the bytes that an optimizer keeps for a tree of parameters.
 
     Printing it gives a table; an AdamW of the same parameters stands beside it.
 
@@ -61,7 +61,7 @@ class MemoryReport:
 
     @property
     def adamw(self) -> dict[str, int]:
-        """What AdamW's two moments would take for the same parameters, by their dtype."""
+        """Returns the bytes of AdamW's two moments for the same parameters, by their dtype."""
         return {"AdamW, float32": 8 * self.parameters, "AdamW, bfloat16": 4 * self.parameters}
 
     def __str__(self) -> str:

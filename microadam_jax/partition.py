@@ -27,7 +27,7 @@ LONG_VECTOR = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What a partition does to one parameter.
+    """Records what a partition does to one parameter.
 
     Attributes:
         path: the parameter's path, ``"layers/0/attention/query/kernel"``.
@@ -203,7 +203,7 @@ class Partition:
 
 @dataclasses.dataclass(frozen=True)
 class PartitionReport:
-    """What a partition does to each parameter of a tree; printing it gives a table.
+    """Records what a partition does to each parameter of a tree; prints as a table.
 
     Attributes:
         assignments: one for each parameter, in the tree's order.

@@ -256,7 +256,7 @@ def unused_factor(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
-    """Where ``parameter`` lies; None if that is up to the compiler, or to ``jax.shard_map``."""
+    """Returns the sharding of ``parameter``; None if the compiler or ``jax.shard_map`` has it."""
     if isinstance(parameter, jax.core.Tracer):
         sharding = jax.typeof(parameter).sharding
     else:

@@ -23,7 +23,7 @@ def setting(name: str, value: object) -> None:
 
 
 def state_format(tx: optax.GradientTransformation, params: optax.Params) -> dict[str, Any]:
-    """What the state of ``tx`` depends on, as JSON to save beside it.
+    """Returns what the state of ``tx`` depends on, as JSON to save beside it.
 
     A restore into other shapes fails with two shapes, which do not say what to change, and one
     into other dtypes may cast without a word. Save this with each checkpoint, and call

@@ -106,7 +106,7 @@ def state_shardings(
 def _extra_bytes(
     leaf: jax.ShapeDtypeStruct, asked: NamedSharding, found: NamedSharding, zero_axis: str | None
 ) -> float:
-    """What ``leaf`` takes of a device beyond what it would take, were it cut as was asked."""
+    """Returns the bytes of a device that ``leaf`` takes beyond those of its shard as asked for."""
     wish = _pieces(leaf.shape, asked)
     if zero_axis is not None and zero_axis not in jax.tree.leaves([*asked.spec]):
         wish *= asked.mesh.shape[zero_axis]

@@ -153,7 +153,7 @@ def _placement(
 
 
 def _varying_is_checked(mesh: AbstractMesh) -> bool:
-    """Whether jax.shard_map was given ``check_vma``, as by default: then types say what varies."""
+    """Returns True if jax.shard_map has ``check_vma``, as by default: types say what varies."""
     one = jnp.zeros(())
     return jax.typeof(jax.lax.pcast(one, mesh.manual_axes, to="varying")) != jax.typeof(one)
 

@@ -19,7 +19,7 @@ from microadam_jax.transforms.descent import descend
 
 @dataclasses.dataclass(frozen=True)
 class MicroAdamLayout:
-    """What MicroAdam keeps of a gradient, and in which form.
+    """Describes MicroAdam's state: what is selected, the residual's format, the window.
 
     Attributes:
         compressor: what is sent to the window in each step.

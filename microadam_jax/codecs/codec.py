@@ -33,7 +33,7 @@ class Codec(Protocol):
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers."""
+        """Returns True if it holds negative numbers."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class Codec(Protocol):
 
     @property
     def needs_key(self) -> bool:
-        """Whether ``encode`` rounds stochastically and must be given a key."""
+        """Returns True if ``encode`` rounds stochastically and must be given a key."""
         ...
 
     def for_layers(self, axis: int | None) -> "Codec":

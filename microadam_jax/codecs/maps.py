@@ -18,7 +18,7 @@ class Map(Protocol):
 
     @property
     def name(self) -> str:
-        """What the map is called in a state."""
+        """Returns the name of the codebook in a state."""
         ...
 
     @property
@@ -28,7 +28,7 @@ class Map(Protocol):
 
     @property
     def signed(self) -> bool:
-        """Whether negative numbers have codes."""
+        """Returns True if negative numbers have codes."""
         ...
 
     @property
@@ -73,12 +73,12 @@ class TableMap:
 
     @property
     def signed(self) -> bool:
-        """Whether there are negative numbers."""
+        """Returns True if there are negative numbers."""
         return self.numbers[0] < 0
 
     @property
     def zero(self) -> int | None:
-        """Which of them is 0."""
+        """Returns the code of zero."""
         return self.numbers.index(0) if 0 in self.numbers else None
 
     @property
@@ -144,7 +144,7 @@ class Dynamic8:
 
     @property
     def name(self) -> str:
-        """What the map is called in a state."""
+        """Returns the name of the codebook in a state."""
         return "dynamic8" + ("" if self.signed else "_unsigned") + "_symmetric" * self.symmetric
 
     @property
@@ -231,7 +231,7 @@ class Dynamic8:
 def _up(
     negative: jax.Array, y: jax.Array, low: jax.Array, high: jax.Array, xi: Rounding
 ) -> jax.Array:
-    """Whether a magnitude ``y`` rounds to ``high``; of a negative number ``-low`` is above."""
+    """True if a magnitude ``y`` rounds to ``high``; of a negative number ``-low`` is above."""
     # A selection of booleans is nothing that the compiler of TPU kernels takes.
     return (negative & (y >= high + xi * (low - high))) | (
         ~negative & (y > low + xi * (high - low))

@@ -11,7 +11,7 @@ from pallas_kernels.key_words import key_words
 
 
 class Rows(NamedTuple):
-    """Which rows of a leaf a chunk holds: along each axis, runs of rows at equal distances.
+    """Locates the rows of a chunk in its leaf: along each axis, segments at equal distances.
 
     Attributes:
         sizes: the leaf's sizes along all axes but the last; none if the chunk is the leaf.
@@ -27,12 +27,12 @@ class Rows(NamedTuple):
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """How many runs there are along each axis."""
+        """Counts the segments along each axis."""
         return tuple(size // step for size, step in zip(self.sizes, self.steps, strict=True))
 
 
 class Draw(NamedTuple):
-    """What the random numbers of a chunk follow from.
+    """Draws the random numbers of a chunk.
 
     Attributes:
         key: the leaf's typed random key.

@@ -64,7 +64,7 @@ class PowerSGD:
 
     @property
     def Carried(self) -> type[RightFactor]:
-        """What is carried from one step to the next."""
+        """Returns the NamedTuple of what is carried from one step to the next."""
         return RightFactor
 
     def first(self, path: KeyPath, parameter: jax.Array) -> RightFactor:
@@ -74,7 +74,7 @@ class PowerSGD:
         return RightFactor(place_moment(jax.random.normal(key, shape, jnp.float32), parameter))
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-        """Whether the factors of the leaf at ``path`` would be no smaller than the leaf."""
+        """Returns True if the factors of the leaf at ``path`` would be no smaller than the leaf."""
         if leaf.ndim < 2:
             return True
         layers, *_, columns = self._right_axes(path, leaf)
@@ -82,7 +82,7 @@ class PowerSGD:
         return self.rank * (rows + columns) >= rows * columns
 
     def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
-        """What a memory report should say of the leaf at ``path``."""
+        """Yields notes for the memory report about the leaf at ``path``."""
         if self.keeps_dense(path, leaf):
             yield f"too small for rank {self.rank}, kept dense"
 

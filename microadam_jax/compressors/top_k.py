@@ -73,20 +73,20 @@ class TopK:
             )
 
     def survivors(self, block_size: int) -> int:
-        """How many elements a block of ``block_size`` keeps."""
+        """Counts the selected entries of a block of ``block_size``."""
         if self.density is not None:
             return max(1, math.floor(self.density * block_size + 0.5))
         return min(self.count or 1, block_size)
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-        """Whether the leaf at ``path`` of the parameter tree is too small to compress."""
+        """Returns True if the leaf at ``path`` of the parameter tree is too small to compress."""
         size, row = math.prod(leaf.shape), leaf.shape[-1] if leaf.ndim else 1
         if stacks_first_axis(path, leaf, self.stacked):
             size //= max(1, leaf.shape[0])
         return size < self.min_size or row < self.min_row
 
     def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
-        """What a memory report should say of the leaf at ``path``."""
+        """Yields notes for the memory report about the leaf at ``path``."""
         layout = self.blocks.layout_of(leaf)
         if self.keeps_dense(path, leaf):
             yield "too small to compress, kept dense"

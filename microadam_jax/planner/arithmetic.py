@@ -31,7 +31,7 @@ class Plan:
 
 
 def arithmetic_plan(model: Model, tx: optax.GradientTransformation, mesh: dict[str, int]) -> Plan:
-    """What a model and an optimizer's state take on each device of a mesh.
+    """Counts the bytes of a model and an optimizer's state on each device of a mesh.
 
     Args:
         model: of :func:`stacked_model`.

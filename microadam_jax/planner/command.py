@@ -92,7 +92,7 @@ def print_arithmetic(plans: dict[str, Plan], memory: float | None) -> None:
 
 
 def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None:
-    """What the compiler says, and the collectives of the program."""
+    """Prints the compiler's counts, and the collectives of the program."""
     names = ("parameters", "gradients *", "state", "other temporaries", "total", "fits")
     rows = []
     for name, compiled in plans.items():

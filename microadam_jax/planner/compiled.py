@@ -35,7 +35,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class CompiledPlan:
-    """What the compiler says of one training step, in bytes on each device.
+    """Holds the compiler's counts for one training step, in bytes on each device.
 
     Attributes:
         plan: the arithmetic of parameters, gradients and state.

@@ -32,7 +32,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """How many there are."""
+        """Counts them."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
 
 

@@ -32,7 +32,7 @@ class MatrixDimensionNumbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    r"""Which parameters are matrices, and which side of them a subspace lies in.
+    r"""Selects the parameters that are matrices, and the side of them that is compressed.
 
     Linear maps are known by their names, as for :class:`Partition`, convolutions and kernels
     ``(embed, heads, head_dim)`` among them. A parameter of two axes that no rule names is taken
@@ -137,7 +137,7 @@ class Matrices:
 
 
 class Assigned(NamedTuple):
-    """How a parameter is seen.
+    """Holds the view of a parameter.
 
     Attributes:
         assignment: its rule, where its ``sharing`` knows the linear map.

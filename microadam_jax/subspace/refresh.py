@@ -62,15 +62,15 @@ class Refresh:
 
     @property
     def needs_decay_rates(self) -> bool:
-        """Whether a bias has to be corrected."""
+        """Returns True if a bias has to be corrected."""
         return self.moments == "rotate" or self.momentum_share is not None
 
     def offset(self, index: int, total: int) -> int:
-        """How many steps earlier the parameter ``index`` of ``total`` has its turn."""
+        """Returns by how many steps the parameter ``index`` of ``total`` is refreshed earlier."""
         return index * self.every // total if self.stagger else 0
 
     def due(self, count: jax.Array, offset: int) -> jax.Array:
-        """Whether the step after ``count`` others finds a new basis."""
+        """Returns True if the step after ``count`` others finds a new basis."""
         return (count == 0) | ((count + self.first + offset) % self.every == 0)
 
     def epoch(self, count: jax.Array, offset: int) -> jax.Array:

@@ -52,7 +52,7 @@ class Seeded(NamedTuple):
 
 
 class Subspace(Protocol):
-    """How a subspace of each matrix is found.
+    """Finds a subspace of each matrix.
 
     Attributes:
         Kept: the NamedTuple of what is kept of a basis.
@@ -67,11 +67,11 @@ class Subspace(Protocol):
 
     @property
     def rank(self) -> int:
-        """How many dimensions it has, at most."""
+        """Returns the largest number of dimensions."""
         ...
 
     def size(self, view: MatrixView) -> int:
-        """How many dimensions it has in the matrices of ``view``."""
+        """Returns the number of dimensions in the matrices of ``view``."""
         ...
 
     def layouts(self, size: int) -> Slots:
@@ -131,13 +131,13 @@ class KeepsVectors:
 
 
 def unfound(kept: Arrays) -> jax.Array:
-    """Which matrices have no basis yet, as :func:`none_found` marks them: ``(*batch,)``."""
+    """Marks the matrices without a basis yet, as :func:`none_found` left them: ``(*batch,)``."""
     marks = [jnp.all(x == _mark(x), axis=(-2, -1)) for x in kept]
     return functools.reduce(jnp.logical_and, marks)
 
 
 def none_found(kept: Arrays) -> Arrays:
-    """What is kept where no basis was found: vectors or weights of zeros, and no index."""
+    """Returns what is kept where no basis was found: vectors or weights of zeros, and no index."""
     return tuple(jnp.full_like(x, _mark(x)) for x in kept)
 
 

@@ -16,7 +16,7 @@ from microadam_jax.trees import path_name
 
 
 class AccumulateIntoResidualState(NamedTuple):
-    """How far the step is, and the state in which its gradient is added up.
+    """Counts the micro-batches of a step, whose gradient is added up in the inner state.
 
     Attributes:
         micro_step: int32 scalar, how many micro-batches of the step are in the residual.

@@ -29,7 +29,7 @@ from microadam_jax.trees import KeyPath, columns_of, leaf_key, map_with_path, ro
 
 
 class ErrorFeedbackState(NamedTuple):
-    """What is left to send.
+    """Keeps the residual.
 
     Attributes:
         count: int32 scalar, steps taken.

@@ -26,7 +26,7 @@ class MicroBatch:
     taken: list[KeyPath] = dataclasses.field(default_factory=list)
 
     def share(self, gradient: jax.Array) -> jax.Array:
-        """What ``gradient`` contributes to the mean, float32."""
+        """Returns what ``gradient`` contributes to the mean, in float32."""
         return gradient.astype(jnp.float32) / self.count
 
     def key(self, key: jax.Array) -> jax.Array:

@@ -273,7 +273,7 @@ class _Entered(NamedTuple):
 
 
 class _Rules(NamedTuple):
-    """What happens to one matrix; the attributes are the arguments of the transformation."""
+    """Updates one matrix; the attributes are the arguments of the transformation."""
 
     projection: Projection
     complement: Complement
@@ -371,7 +371,7 @@ class _Rules(NamedTuple):
         return when(due, rotate, lambda: moments)
 
     def _lost(self, due: jax.Array | bool, old: Basis, new: Basis, moments: Arrays) -> jax.Array:
-        """What feedback owes for the part of the momentum that the new basis misses."""
+        """Returns the residual for the part of the momentum outside the new basis."""
         mu = moments[0]
         weight = jnp.asarray(self.b1, jnp.float32) / (1 - jnp.asarray(self.b1, jnp.float32))
 
@@ -408,7 +408,7 @@ class _Rules(NamedTuple):
 
 
 def _is_field(path: KeyPath, value: Any) -> bool:
-    """Whether a state's NamedTuple has it as a field: a parameter may have the same name."""
+    """Returns True if it is a field of a state's NamedTuple; a parameter may have its name."""
     del value
     return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 

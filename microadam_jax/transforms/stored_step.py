@@ -169,7 +169,7 @@ class StoredStep(NamedTuple):
 
     @property
     def arrays(self) -> Any:
-        """What the step computes with."""
+        """Returns the arrays of the step."""
         return self.encoded, self.inputs, self.keys
 
     def given(self, arrays: Any) -> "StoredStep":
@@ -382,10 +382,10 @@ def _shared_array(codec: Codec, encoded: Any) -> jax.Array | None:
 
 
 def _by_row(codec: Codec, encoded: Any) -> Any:
-    """What a codec made, without the array that all rows share."""
+    """Returns quantized arrays without the one that all rows share."""
     return _whole(codec, encoded, None)
 
 
 def _whole(codec: Codec, encoded: Any, shared: jax.Array | None) -> Any:
-    """What a codec made, with the array that all rows share."""
+    """Returns quantized arrays with the one that all rows share."""
     return encoded if codec.shared is None else encoded._replace(**{codec.shared: shared})

@@ -22,7 +22,7 @@ from pallas_kernels.topk_compress import MAX_UNROLLED, topk_compress
 
 
 class TopKFeedback(NamedTuple):
-    """How a leaf is compressed; hashable.
+    """Compresses a leaf; hashable.
 
     Attributes:
         compressor: selects what is sent.
@@ -40,12 +40,12 @@ class TopKFeedback(NamedTuple):
 
     @property
     def is_one_operation(self) -> bool:
-        """Whether residual and Top-K share their blocks."""
+        """Returns True if residual and Top-K share their blocks."""
         return self.codec == Affine4(self.compressor.blocks)
 
     @property
     def survivors(self) -> int:
-        """How many elements of a block are sent."""
+        """Counts the selected entries of a block."""
         return self.compressor.survivors(self.layout.size)
 
     def of_rows(
@@ -97,7 +97,7 @@ class Uncompressed(Deferred):
 
     @property
     def arrays(self) -> Any:
-        """What is computed with."""
+        """Returns the arrays of the computation."""
         # No kernel reads what is wider, such as float64.
         wide = self.gradient.dtype.itemsize > 4
         gradient = self.gradient.astype(jnp.float32) if wide else self.gradient
@@ -186,7 +186,7 @@ def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
 
 
 def goes_by_rows(codec: Codec, gradient: jax.Array) -> bool:
-    """Whether there are rows, and what stays of one depends on no other."""
+    """Returns True if there are rows, and what stays of one depends on no other."""
     return isinstance(codec, RowByRow) and gradient.ndim > 0 and gradient.size > 0
 
 

@@ -7,7 +7,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    r"""How many of the latest updates are kept, and how.
+    r"""Describes a window of the latest updates.
 
     Args:
         length: rows :math:`m`, one for each of the latest steps.

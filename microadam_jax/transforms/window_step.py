@@ -59,7 +59,7 @@ class WindowStep(NamedTuple):
 
     @property
     def arrays(self) -> Any:
-        """What is computed with."""
+        """Returns the arrays of the computation."""
         waiting = None if self.waiting is None else self.waiting.arrays
         return self.target, (self.values, self.indices), waiting
 

@@ -17,7 +17,7 @@ KERNELS = {"mosaic_tpu": mosaic_tpu, "triton": triton}
 
 
 def takes(codecs: Sequence[Any], gradient: jax.Array) -> bool:
-    """Whether None takes a kernel, on TPUs, for moments of these codecs and this leaf."""
+    """Returns True if None takes a kernel, on TPUs, for moments of these codecs and this leaf."""
     return mosaic_tpu.unsupported(codecs, [gradient]) is None
 
 
