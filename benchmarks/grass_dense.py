@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from microadam_jax import grass, grass_dense
+from microadam_jax import grass
+from microadam_jax.selected_gradients import grass_dense
 
 
 def seconds(step: Callable[..., object], *args: object, repeats: int) -> float:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import MODELS, fused_apply, memory_report, microadam, model_shapes, run_with
+from microadam_jax import fused_apply, memory_report, microadam, run_with
 from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
 from microadam_jax.methods import METHODS
-from microadam_jax.models import Shapes
+from microadam_jax.models import MODELS, Shapes, model_shapes
 from microadam_jax.optimizer_names import optimizer
 from microadam_jax.transforms.descent import Fusable
 

@@ -12,8 +12,6 @@ import optax
 
 from benchmarks.sweep import Setting, sweep
 from microadam_jax import (
-    Discard,
-    FeedBack,
     Matrices,
     Refresh,
     apollo,
@@ -23,10 +21,9 @@ from microadam_jax import (
     galore,
     grass,
     ldadam,
-    sampled_rows,
     snsm,
-    top_k_rows,
 )
+from microadam_jax.subspace import Discard, FeedBack, sampled_rows, top_k_rows
 
 RANK = 32  # a quarter of the model's width, as in the papers
 EVERY = 50

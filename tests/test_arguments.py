@@ -12,18 +12,16 @@ from microadam_jax import (
     MicroAdamLayout,
     Refresh,
     Window,
-    affine4,
     apollo_mini,
     galore,
-    gaussian,
     grass,
     memory_report,
     microadam,
     snsm,
-    svd,
     top_k,
-    top_k_rows,
 )
+from microadam_jax.codecs import affine4
+from microadam_jax.subspace import gaussian, svd, top_k_rows
 
 PARAMS = {"mlp": {"kernel": jax.ShapeDtypeStruct((1000, 11008), "float32")}}
 

@@ -9,7 +9,9 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from microadam_jax import Matrices, grass, grass_dense, sampled_rows, top_k_rows
+from microadam_jax import Matrices, grass
+from microadam_jax.selected_gradients import grass_dense
+from microadam_jax.subspace import sampled_rows, top_k_rows
 
 N_IN, N_OUT, BATCH = 6, 10, (3, 4)
 INDICES = {0: jnp.array([[4], [1]]), 1: jnp.array([[7, 0, 3]])}

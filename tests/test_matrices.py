@@ -9,11 +9,7 @@ import optax
 import pytest
 
 from microadam_jax import (
-    Axes,
-    Discard,
-    FeedBack,
     Matrices,
-    MatrixDimensionNumbers,
     Partition,
     apollo,
     apollo_mini,
@@ -22,11 +18,12 @@ from microadam_jax import (
     grass,
     ldadam,
     memory_report,
-    model_shapes,
     snsm,
-    top_k_rows,
-    transformer_rules,
 )
+from microadam_jax.axes import Axes
+from microadam_jax.layer_names import transformer_rules
+from microadam_jax.models import model_shapes
+from microadam_jax.subspace import Discard, FeedBack, MatrixDimensionNumbers, top_k_rows
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 
 GIB = 2**30

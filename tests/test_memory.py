@@ -6,17 +6,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from microadam_jax import (
-    MicroAdamLayout,
-    Window,
-    affine4,
-    memory_report,
-    microadam,
-    model_shapes,
-    top_k,
-)
+from microadam_jax import MicroAdamLayout, Window, memory_report, microadam, top_k
 from microadam_jax.__main__ import main
+from microadam_jax.codecs import affine4
 from microadam_jax.methods import METHODS
+from microadam_jax.models import model_shapes
 
 MATRIX = {"w": jax.ShapeDtypeStruct((64, 4096), jnp.float32)}
 GIB = 2**30

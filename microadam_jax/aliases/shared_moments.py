@@ -66,8 +66,9 @@ def adam_mini(
         The transformation.
 
     Examples:
-        >>> from microadam_jax import Partition, adam_mini, memory_report, model_shapes
-        >>> from microadam_jax import transformer_rules
+        >>> from microadam_jax import Partition, adam_mini, memory_report
+        >>> from microadam_jax.models import model_shapes
+        >>> from microadam_jax.layer_names import transformer_rules
         >>> tx = adam_mini(1e-3, partition=Partition(transformer_rules(heads=32)))
         >>> round(memory_report(tx, model_shapes("llama2-7b")).total / 1e9, 2)  # gigabytes
         26.96
@@ -185,7 +186,8 @@ def adagrad_sn(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import Subsets, adagrad_sn
+        >>> from microadam_jax import adagrad_sn
+        >>> from microadam_jax.subsets import Subsets
         >>> params = {"kernel": jnp.zeros((64, 32)), "scale": jnp.zeros(30)}
         >>> tx = adagrad_sn(1.0, subsets=Subsets("runs", size=8))
         >>> state = tx.init(params)[0]

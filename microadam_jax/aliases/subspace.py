@@ -81,7 +81,8 @@ def grass(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import grass, sampled_rows
+        >>> from microadam_jax import grass
+        >>> from microadam_jax.subspace import sampled_rows
         >>> tx = grass(1e-2, subspace=sampled_rows(2))
         >>> state = tx.init({"kernel": jnp.zeros((4, 8))})
         >>> state[0].basis.indices["kernel"].shape, state[0].inner_state.mu["kernel"].shape

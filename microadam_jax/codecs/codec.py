@@ -128,7 +128,7 @@ def encoded_bytes(codec: Codec | str, shape: tuple[int, ...]) -> int:
         The bytes of all its arrays, exactly.
 
     Examples:
-        >>> from microadam_jax import encoded_bytes
+        >>> from microadam_jax.codecs import encoded_bytes
         >>> encoded_bytes("dynamic4", (1024, 1024)) / 1024**2
         0.53125
     """

@@ -196,7 +196,7 @@ def dynamic8(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import dynamic8
+        >>> from microadam_jax.codecs import dynamic8
         >>> codec = dynamic8()
         >>> x = jnp.array([0.9, -0.9, 0.05, 1e-4])
         >>> print(codec.encode(x).codes)

@@ -156,7 +156,8 @@ def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> Power
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import compress, power_sgd, to_dense
+        >>> from microadam_jax import compress, to_dense
+        >>> from microadam_jax.compressors import power_sgd
         >>> import optax
         >>> tx = optax.chain(compress(power_sgd(rank=1)), to_dense())
         >>> g = jnp.outer(jnp.arange(3.0), jnp.ones(4))  # has rank 1

@@ -54,7 +54,8 @@ class Matrices:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import Matrices, MatrixDimensionNumbers
+        >>> from microadam_jax import Matrices
+        >>> from microadam_jax.subspace import MatrixDimensionNumbers
         >>> gate = ("gating_einsum", MatrixDimensionNumbers(1, 2))  # (2, in, out): a batch of 2
         >>> matrices = Matrices(exclude="lm_head/kernel", dimension_numbers=(gate,))
         >>> params = {"gating_einsum": jnp.zeros((2, 8, 32)), "lm_head": {"kernel": jnp.eye(4)}}

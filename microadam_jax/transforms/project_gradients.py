@@ -114,7 +114,8 @@ def project_gradients(
 
     Examples:
         >>> import jax.numpy as jnp, optax
-        >>> from microadam_jax import Refresh, project_gradients, top_k_rows
+        >>> from microadam_jax import Refresh, project_gradients
+        >>> from microadam_jax.subspace import top_k_rows
         >>> tx = project_gradients(optax.trace(0.9), top_k_rows(2), Refresh(every=10))
         >>> params = {"kernel": jnp.zeros((3, 4))}
         >>> state = tx.init(params)

@@ -69,7 +69,7 @@ def blockwise_step(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import dynamic8
+        >>> from microadam_jax.codecs import dynamic8
         >>> from pallas_kernels.blockwise_codec import blockwise_step
         >>> codec = dynamic8()
         >>> trace = codec.encode(jnp.array([1.0, -0.5]))

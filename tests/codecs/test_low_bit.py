@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microadam_jax import (
-    Blocks,
+from microadam_jax import Blocks
+from microadam_jax.codecs import (
+    RankOne,
+    Scaled,
+    as_codec,
     dynamic4,
     dynamic8,
     encoded_bytes,
@@ -18,7 +21,6 @@ from microadam_jax import (
     rank1_dynamic4,
     rank1_linear4,
 )
-from microadam_jax.codecs import RankOne, Scaled, as_codec
 from microadam_jax.codecs.codec import named_codecs
 from microadam_jax.codecs.minifloat import E4M3, E5M2, MiniFloat
 from tests.oracles import low_bit as oracle

@@ -15,35 +15,30 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
-    Axes,
     Blocks,
     Matrices,
     MicroAdamLayout,
     Partition,
     Refresh,
     Storage,
-    Subsets,
     Window,
     accumulate_into_residual,
     adamw8bit,
-    affine4,
     compress,
-    dynamic4,
-    dynamic8,
     error_feedback,
-    float8,
     microadam,
-    power_sgd,
     project_gradients,
     quantize_state,
-    rank1_linear4,
-    sampled_rows,
     scale_by_window_adam,
-    srht,
     to_dense,
     top_k,
 )
+from microadam_jax.axes import Axes
+from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, rank1_linear4
+from microadam_jax.compressors import power_sgd
 from microadam_jax.methods import METHODS
+from microadam_jax.subsets import Subsets
+from microadam_jax.subspace import sampled_rows, srht
 
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)
 SMALL = MicroAdamLayout(COMPRESSOR, affine4(Blocks(64)), Window(3))

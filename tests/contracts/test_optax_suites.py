@@ -19,7 +19,8 @@ import pytest
 from absl.testing import parameterized
 from optax._src import alias
 
-from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
+from microadam_jax import Blocks, MicroAdamLayout, Window, microadam, top_k
+from microadam_jax.codecs import affine4
 from microadam_jax.methods import METHODS
 
 # The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.

@@ -10,16 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import (
-    Blocks,
-    adamw8bit,
-    dynamic4,
-    dynamic8,
-    float8,
-    linear4,
-    quantize_state,
-    run_with,
-)
+from microadam_jax import Blocks, adamw8bit, quantize_state, run_with
+from microadam_jax.codecs import dynamic4, dynamic8, float8, linear4
 from pallas_kernels.blockwise_codec import blockwise_step
 from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
 

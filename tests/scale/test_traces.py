@@ -4,8 +4,8 @@ import jax
 import optax
 import pytest
 
-from microadam_jax import model_shapes
 from microadam_jax.methods import METHODS
+from microadam_jax.models import model_shapes
 
 LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax import dynamic4, dynamic8, float8, top_k
+from microadam_jax import top_k
+from microadam_jax.codecs import dynamic4, dynamic8, float8
 from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update

@@ -8,16 +8,9 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax import (
-    adam_mini4bit,
-    adamw4bit,
-    adamw8bit,
-    adamw_fp8,
-    fused_apply,
-    model_shapes,
-    run_with,
-)
+from microadam_jax import adam_mini4bit, adamw4bit, adamw8bit, adamw_fp8, fused_apply, run_with
 from microadam_jax.methods import METHODS
+from microadam_jax.models import model_shapes
 from tests.llama_100m import llama_100m
 from tests.targets.main_memory import bytes_moved
 

@@ -11,15 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import (
-    Blocks,
-    MicroAdamLayout,
-    affine4,
-    fused_apply,
-    microadam,
-    run_with,
-    top_k,
-)
+from microadam_jax import Blocks, MicroAdamLayout, fused_apply, microadam, run_with, top_k
+from microadam_jax.codecs import affine4
 from tests.targets.main_memory import bytes_moved
 
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")

@@ -10,12 +10,8 @@ import optax
 import pytest
 
 from microadam_jax import (
-    Discard,
-    FeedBack,
     Matrices,
-    RawRest,
     Refresh,
-    SignOfRest,
     apollo,
     apollo_mini,
     dct_adamw,
@@ -23,13 +19,19 @@ from microadam_jax import (
     galore,
     grass,
     ldadam,
+    snsm,
+)
+from microadam_jax.subspace import (
+    Discard,
+    FeedBack,
+    RawRest,
+    SignOfRest,
+    Subspace,
     orthogonal_gaussian,
     sampled_rows,
-    snsm,
     top_k_rows,
     uniform_rows,
 )
-from microadam_jax.subspace import Subspace
 from tests.oracles.microadam import Floats, Indices
 from tests.oracles.subset_norm import larger_side
 from tests.oracles.subspace import (

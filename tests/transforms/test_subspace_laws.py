@@ -13,28 +13,30 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
-    FeedBack,
     Matrices,
-    NormMatchedRest,
     Refresh,
-    Subsets,
     adam_sn,
-    dct_columns,
     galore,
-    gaussian,
     ldadam,
+    project_gradients,
+    subspace_momentum,
+)
+from microadam_jax.subsets import Subsets
+from microadam_jax.subspace import (
+    FeedBack,
+    NormMatchedRest,
+    Subspace,
+    dct_columns,
+    gaussian,
     orthogonal_gaussian,
     power_iteration,
-    project_gradients,
     randomized_svd,
     sampled_rows,
     srht,
-    subspace_momentum,
     svd,
     top_k_rows,
     uniform_rows,
 )
-from microadam_jax.subspace import Subspace
 from tests.contracts.meshes import AXES, collectives, mesh_of
 from tests.oracles.subspace import (
     leading_singular_vectors,

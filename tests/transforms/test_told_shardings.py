@@ -11,16 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import (
-    Blocks,
-    MicroAdamLayout,
-    Window,
-    affine4,
-    fused_apply,
-    microadam,
-    run_with,
-    top_k,
-)
+from microadam_jax import Blocks, MicroAdamLayout, Window, fused_apply, microadam, run_with, top_k
+from microadam_jax.codecs import affine4
 from tests.contracts.meshes import collectives
 
 BLOCKS = Blocks(256, shards=4)
