@@ -84,6 +84,9 @@ class Config:
     outlives it (optax.MultiSteps would keep one in the optimizer state)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the parameters."""
+    rounding: Literal["nearest", "stochastic", "compensated", "momentum"] = "nearest"
+    """How bfloat16 parameters are rounded after each update: nearest loses updates below half a
+    unit in the last place; the others are those of microadam_jax.round_updates."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of activations; the loss is always float32."""
     remat: bool = False
@@ -143,6 +146,11 @@ class Config:
         if self.batch % self.accumulation:
             raise PretrainError(
                 f"--batch {self.batch} does not split into {self.accumulation} equal micro-batches."
+            )
+        if self.rounding != "nearest" and self.param_dtype != "bfloat16":
+            raise PretrainError(
+                f"--rounding {self.rounding} is for parameters in bfloat16: add --param-dtype "
+                "bfloat16, or leave it out."
             )
         if not 0 <= self.warmup < 1:
             raise PretrainError(

@@ -190,8 +190,13 @@ class Llama(nnx.Module):
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`)."""
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`).
+
+    They are drawn in float32 and then rounded, so that all formats start from the same weights.
+    """
+    drawn = Llama(dataclasses.replace(config, param_dtype="float32"), rngs=nnx.Rngs(seed))
+    params = nnx.to_pure_dict(nnx.state(drawn, nnx.Param))
+    return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
 
 
 def graph_of(config: ModelConfig) -> nnx.GraphDef[Llama]:

@@ -1,5 +1,8 @@
 """Random numbers for stochastic rounding."""
 
+import contextlib
+import contextvars
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -8,6 +11,28 @@ import numpy as np
 
 from pallas_kernels.blockwise_codec.reference import uniform
 from pallas_kernels.key_words import key_words
+
+_layer: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("layer", default=None)
+
+
+@contextlib.contextmanager
+def of_layer(index: jax.Array) -> Generator[None]:
+    """Draws, while it lasts, the numbers of one layer of a stack for a leaf that holds it alone.
+
+    Args:
+        index: int32 scalar, the layer's.
+    """
+    token = _layer.set(index)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
+
+
+def key_of_layer(key: jax.Array | None) -> jax.Array | None:
+    """Returns a key of the layer's own, for kernels, which count positions in the leaf they see."""
+    index = _layer.get()
+    return key if key is None or index is None else jax.random.fold_in(key, index)
 
 
 class Rows(NamedTuple):
@@ -72,6 +97,9 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
             index = start + index // length * step + index % length
         position = position + index * np.uint32(stride % 2**32)
         stride *= whole[axis]
+    layer = _layer.get()
+    if layer is not None:
+        position = position + layer.astype(jnp.uint32) * np.uint32(stride % 2**32)
     return uniform(position.astype(jnp.int32), low, high)
 
 
