@@ -152,6 +152,7 @@ def _require(tx: optax.GradientTransformationExtraArgs, params: Params, layers: 
             "its name."
         )
     len_of_stack(params[layers], layers)
+    StateParts.of(tx, params, layers)
     value = jnp.zeros([], jnp.float32)
     require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, {"value": value})
 
