@@ -12,7 +12,7 @@ import optax
 
 from microadam_jax.boxes import box_path
 from microadam_jax.execution import scope, within
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, path_name, rows_of
 
 Squares = dict[str, jax.Array]
 
@@ -23,6 +23,7 @@ class _Observed:
 
     feeds_back: bool = False
     leaves: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
+    rounded: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
 
 
 class DiagnosticsState(NamedTuple):
@@ -39,6 +40,9 @@ class DiagnosticsState(NamedTuple):
         residual_norm: the norm of the residual as it is stored.
         quantization_error: the norm of what storing changed in the residual, over the norm of
             the residual before.
+        lost_share: of the updates other than zero, the share that rounding to nearest loses: they
+            are below half a unit in the last place of their parameters. NaN in a step without
+            parameters. Behind :func:`round_updates` they are not lost.
         inner_state: of the transformation.
     """
 
@@ -46,6 +50,7 @@ class DiagnosticsState(NamedTuple):
     kept_mass: dict[str, jax.Array]
     residual_norm: dict[str, jax.Array]
     quantization_error: dict[str, jax.Array]
+    lost_share: dict[str, jax.Array]
     inner_state: Any
 
 
@@ -78,6 +83,21 @@ def observe_feedback(
         arrays["error"] = rest - stored
         squares = {name: jnp.sum(jnp.square(x)) for name, x in arrays.items()}
         observed.leaves.append((path, squares))
+
+
+def observe_rounding(path: KeyPath, update: jax.Array, parameter: jax.Array) -> None:
+    """Tells the diagnostics the update of the leaf at ``path`` before it is rounded."""
+    observed: _Observed | None = scope().observed
+    if observed is not None:
+        observed.rounded.append((path, _lost(update, parameter)))
+
+
+def _lost(update: jax.Array, parameter: jax.Array) -> Squares:
+    """Counts the elements that move, and those of them that do not after rounding to nearest."""
+    moves = update != 0
+    new = optax.apply_updates(parameter, update)
+    lost = moves & (new == parameter)
+    return {"moves": jnp.sum(moves, dtype=jnp.float32), "lost": jnp.sum(lost, dtype=jnp.float32)}
 
 
 def with_diagnostics(
@@ -136,6 +156,20 @@ def with_diagnostics(
             sums[group_of(path)] += squares[quantity]
         return sums
 
+    def unrounded(
+        updates: optax.Updates, params: optax.Params | None
+    ) -> list[tuple[KeyPath, Squares]]:
+        if params is None:
+            return []
+        _, rows = rows_of(updates, params)
+        return [(path, _lost(u, p)) for path, u, p in rows]
+
+    def shares(counted: list[tuple[KeyPath, Squares]]) -> dict[str, jax.Array]:
+        if not counted:
+            return dict.fromkeys(names, jnp.full([], jnp.nan, jnp.float32))
+        lost, moves = total(counted, "lost"), total(counted, "moves")
+        return jax.tree.map(lambda part, of: part / jnp.maximum(of, 1), lost, moves)
+
     def init(params: optax.Params) -> DiagnosticsState:
         observed = _Observed()
         with within(observed=observed):
@@ -144,7 +178,7 @@ def with_diagnostics(
         def zeros(defined: bool = observed.feeds_back) -> dict[str, jax.Array]:
             return {name: jnp.zeros([], jnp.float32) for name in names if defined}
 
-        return DiagnosticsState(zeros(True), zeros(), zeros(), zeros(), inner_state)
+        return DiagnosticsState(zeros(True), zeros(), zeros(), zeros(), zeros(True), inner_state)
 
     def update(
         updates: optax.Updates,
@@ -158,8 +192,9 @@ def with_diagnostics(
         leaves = jax.tree.leaves_with_path(updates)
         squares = [(p, {"update": jnp.sum(jnp.square(u.astype(jnp.float32)))}) for p, u in leaves]
         norm = jax.tree.map(jnp.sqrt, total(squares, "update"))
+        lost_share = shares(observed.rounded or unrounded(updates, params))
         if not state.kept_mass:
-            return updates, DiagnosticsState(norm, {}, {}, {}, inner_state)
+            return updates, DiagnosticsState(norm, {}, {}, {}, lost_share, inner_state)
         quantities = ("accumulated", "rest", "stored", "error")
         accumulated, rest, stored, error = (total(observed.leaves, name) for name in quantities)
         return updates, DiagnosticsState(
@@ -167,6 +202,7 @@ def with_diagnostics(
             jax.tree.map(_part_sent, rest, accumulated),
             jax.tree.map(jnp.sqrt, stored),
             jax.tree.map(_relative, error, rest),
+            lost_share,
             inner_state,
         )
 

@@ -24,6 +24,8 @@ class Scope:
         implementation: of operations that have kernels; see :func:`run_with`.
         shardings: of the parameters; see :func:`run_with`.
         asked: where the transformations that ask for ``implementation`` leave their names, or None.
+        layer: the index of the layer that each leaf is, where a stack is updated layer by layer:
+            stochastic rounding then draws what it would for the stack. None for whole leaves.
         micro_batch: the part of a step's gradient that comes in; None if it is all of it.
         observed: where :func:`with_diagnostics` collects what error feedback did, or None.
         notes: where :func:`memory_report` collects notes about leaves, or None.
@@ -33,6 +35,7 @@ class Scope:
     implementation: str | None = None
     shardings: Any = None
     asked: list[str] | None = None
+    layer: Any = None
     micro_batch: Any = None
     observed: Any = None
     notes: dict[str, list[str]] | None = None

@@ -110,7 +110,7 @@ def test_no_test_module_imports_another() -> None:
 
 
 def test_few_names_are_at_the_top() -> None:
-    """Optimizers, transformations and the specs that most need; all else has a module of its own."""
+    """Optimizers, transformations and specs that most need; the others are in submodules."""
     assert len(microadam_jax.__all__) <= 60
 
 

@@ -5,7 +5,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus, load_corpus
 from .interruption import Interruption
-from .metrics import DiagnosticsFile, MetricsFile, Row
+from .metrics import DiagnosticsFile, MetricsFile, Row, largest_lost_share
 from .model import init_params
 from .partitioning import place
 from .processes import joining_flags, leads, require_same, together
@@ -112,6 +112,8 @@ def _train_one(
                 if config.diagnostics:
                     file = DiagnosticsFile(folder / "diagnostics.csv", checkpoints.latest_step)
                     run = functools.partial(run, observe_state=file.append)
+                elif optimizers.loses_updates(config):
+                    run = functools.partial(run, observe_state=_warn_of_lost(label, console))
         if metrics is None:
             return run()
         with progress(console, label, config.steps, metrics.rows) as show:
@@ -121,6 +123,24 @@ def _train_one(
                 show(rows)
 
             return run(rows=metrics.rows, observe=observe)
+
+
+def _warn_of_lost(label: str, console: Console) -> Callable[[int, optax.OptState], None]:
+    """Warns once, when rounding to nearest loses most of the updates."""
+    warned = False
+
+    def look(step: int, state: optax.OptState) -> None:
+        nonlocal warned
+        share = largest_lost_share(state)
+        if share > 0.5 and not warned:
+            warned = True
+            console.print(
+                f"{label}: in step {step} bfloat16 rounds {share:.0%} of the updates of some "
+                "parameters away. --rounding stochastic loses none, on average.",
+                soft_wrap=True,
+            )
+
+    return look
 
 
 def _clear(config: Config, labels: Iterable[str]) -> None:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from microadam_jax.layers import compress_residuals, fp8_linear, fp8_silu_gate
@@ -190,11 +192,41 @@ class Llama(nnx.Module):
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`)."""
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`).
+
+    They are drawn in float32 and then rounded, so that all formats start from the same weights.
+    """
+    drawn = Llama(dataclasses.replace(config, param_dtype="float32"), rngs=nnx.Rngs(seed))
+    params = nnx.to_pure_dict(nnx.state(drawn, nnx.Param))
+    return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
 
 
 def graph_of(config: ModelConfig) -> nnx.GraphDef[Llama]:
     """The structure that `nnx.merge` turns, with weights, back into a callable model."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param)[0]
+
+
+def pieces_of(config: ModelConfig) -> tuple[Callable[..., Any], ...]:
+    """What comes before the layers, one of them, and the loss after them, as plain functions.
+
+    They are those that `microadam_jax.layers.update_in_backward` takes.
+    """
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    embedding, norm, head = (
+        nnx.split(part, nnx.Param)[0] for part in (model.embedding, model.norm, model.head)
+    )
+    block = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+    def before(rest: Params, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(embedding, rest["embedding"])(tokens[:, :-1])
+
+    def layer(weights: Params, x: jax.Array) -> jax.Array:
+        return nnx.merge(block, weights)(x)
+
+    def after(rest: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        x = nnx.merge(norm, rest["norm"])(x)
+        logits = nnx.merge(head, rest["head"])(x).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return before, layer, after

@@ -41,14 +41,24 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
         optimizer = _call(
             label, name, _learning_rate(config, peaks[label]), suited | options[label]
         )
-        if config.clip:
+        # If layers are updated in the backward pass, the training loop clips.
+        if config.clip and not config.update_in_backward:
             optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
-        if config.diagnostics:
+        if config.rounding != "nearest":
+            # Around the clip, which would round gradients once more.
+            optimizer = microadam_jax.round_updates(optimizer, config.rounding, seed=config.seed)
+        if config.diagnostics or loses_updates(config):
             optimizer = microadam_jax.with_diagnostics(
                 optimizer, {"attention": "attention/", "feed-forward": "mlp/"}
             )
         built[label] = optimizer
     return built
+
+
+def loses_updates(config: Config) -> bool:
+    """Returns True if parameters are rounded so that small updates are lost, which is looked at."""
+    looked_at = not config.update_in_backward  # the shares are of all layers together
+    return looked_at and config.param_dtype == "bfloat16" and config.rounding == "nearest"
 
 
 def _names_by_label(text: str) -> dict[str, str]:

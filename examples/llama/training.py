@@ -18,12 +18,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from microadam_jax.layers import update_in_backward
+
 from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus
 from .metrics import Row
-from .model import Llama, Params, graph_of, init_params
-from .partitioning import place
+from .model import Llama, Params, graph_of, init_params, pieces_of
+from .partitioning import Placement, place
 from .processes import anywhere
 
 
@@ -124,10 +126,14 @@ def train(
     held_out = jax.make_array_from_callback(
         held_out_batches.shape, placement.batches, lambda index: held_out_batches[index]
     )
+    if config.update_in_backward:
+        advance = _step_in_backward(config, corpus.vocab, optimizer, placement, param_shapes)
+    else:
+        advance = _step_function(graph, optimizer)
     # Compiled ahead, so that no step's time contains it.
     step_fn = (
         jax.jit(
-            _step_function(graph, optimizer),
+            advance,
             donate_argnums=(0, 1),
             # The loss is whole on each device, for each process to read.
             out_shardings=(*shardings, NamedSharding(placement.mesh, P())),
@@ -222,6 +228,28 @@ def _step_function(
         return optax.apply_updates(params, updates), state, loss
 
     return step
+
+
+def _step_in_backward(
+    config: Config,
+    vocab: int,
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    shapes: Params,
+) -> Callable[..., tuple[Params, optax.OptState, jax.Array]]:
+    training = update_in_backward(
+        optimizer,
+        *pieces_of(config.model(vocab)),
+        clip="global" if config.clip else None,
+        max_norm=config.clip or 1.0,
+        shardings=placement.params,
+    )
+    try:
+        jax.eval_shape(training.init, shapes)
+    except ValueError as error:
+        raise PretrainError(f"--update-in-backward: {error}") from error
+    # The state is the optimizer's own, whichever way it is updated.
+    return lambda params, state, batches: training.step(params, state, batches[0])
 
 
 def _mean_gradient(

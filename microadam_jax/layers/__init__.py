@@ -3,6 +3,7 @@
 The modules of Flax NNX are in ``microadam_jax.layers.nnx``: nothing else here needs Flax.
 """
 
+from microadam_jax.layers.backward_updates import UpdateInBackward, update_in_backward
 from microadam_jax.layers.compress_residuals import compress_residuals
 from microadam_jax.layers.fp8_activation import (
     Fp8Activation,
@@ -22,6 +23,7 @@ __all__ = [
     "Fp8Activation",
     "Fp8ActivationCodes",
     "SavedBytes",
+    "UpdateInBackward",
     "compress_residuals",
     "fp8_activation",
     "fp8_linear",
@@ -30,4 +32,5 @@ __all__ = [
     "fp8_silu",
     "fp8_silu_gate",
     "saved_bytes",
+    "update_in_backward",
 ]

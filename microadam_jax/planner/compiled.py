@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax.execution import run_with
+from microadam_jax.layers import update_in_backward as updating_in_backward
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
-from microadam_jax.planner.llama import Model, loss
+from microadam_jax.planner.llama import Model, loss, pieces
 from microadam_jax.planner.meshes import AXES, ROWS, parameter_shardings
 from microadam_jax.planner.targets import target
 from microadam_jax.state_shardings import state_shardings
@@ -61,6 +62,9 @@ def compiled_plan(
     topology: str,
     batch: int,
     seq: int,
+    *,
+    update_in_backward: bool = False,
+    remat: bool = True,
 ) -> CompiledPlan:
     """Compiles forward pass, backward pass and update for TPUs or GPUs.
 
@@ -71,6 +75,9 @@ def compiled_plan(
         topology: TPUs such as ``"v5e:16x16"``, or a number of GPUs such as ``"h200:8"``.
         batch: sequences in a step.
         seq: tokens in a sequence.
+        update_in_backward: whether each layer is updated inside the backward pass.
+        remat: whether each layer is computed again in the backward pass. One that is updated in it
+            always is.
 
     Raises:
         ValueError: if the compiler is not installed or does not know the topology, if the mesh
@@ -91,9 +98,10 @@ def compiled_plan(
         raise ValueError(f"--batch {batch} does not divide over data times fsdp, {rows}.")
     placed = Mesh(np.reshape(on.devices, tuple(mesh.values())), AXES)
     tx = run_with(tx, shardings=parameter_shardings(model.params, placed))
-    plan = arithmetic_plan(model, tx, mesh)
+    plan = arithmetic_plan(model, tx, mesh, update_in_backward=update_in_backward)
+    in_backward = update_in_backward
     try:
-        program = _compile(model, tx, placed, on.platform, batch, seq)
+        program = _compile(model, tx, placed, on.platform, batch, seq, in_backward, remat)
     except jax.errors.JaxRuntimeError as error:
         sizes = needed_and_available(str(error))
         if sizes is None:
@@ -130,18 +138,24 @@ def _compile(
     platform: str,
     batch: int,
     seq: int,
+    in_backward: bool,
+    remat: bool,
 ) -> Any:
     where = parameter_shardings(model.params, mesh)
     where_state = state_shardings(tx, model.params, where)
 
     def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(params, tokens, mesh)
+        value, gradients = jax.value_and_grad(loss)(params, tokens, mesh, remat=remat)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
     def placed(shapes: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), shapes, shardings)
 
+    if in_backward:
+        training = updating_in_backward(tx, *pieces(mesh), shardings=where)
+        jax.eval_shape(training.init, model.params)  # refuses what cannot work
+        step = training.step
     state = jax.eval_shape(lambda params: tx.init(params), model.params)
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32, sharding=NamedSharding(mesh, P(ROWS)))
     jitted = jax.jit(

@@ -53,7 +53,9 @@ def _tpus(name: str) -> Target:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        # Hosts have four chips unless it is said that one is all there is.
+        one = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
+        devices = topologies.get_topology_desc(name, platform="tpu", **one).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

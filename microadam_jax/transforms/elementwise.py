@@ -76,7 +76,7 @@ def zeros_in(init: Callable[[Any], Any], params: Any) -> Any:
         A tree of the state's structure of booleans; False where the program does not say so.
     """
     program, shapes = jax.make_jaxpr(init, return_shape=True)(params)
-    zeros = _zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
+    zeros = zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
     return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
 
@@ -93,7 +93,7 @@ KEEPS_ZERO = frozenset(
 )
 
 
-def _zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
+def zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
     """For each output of a program whether it is zero, where some arguments are."""
     zero = dict(zip(program.invars, arguments, strict=True))
 
@@ -106,7 +106,7 @@ def _zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
         operands = [is_zero(v) for v in equation.invars]
         if equation.primitive.name in CALLS:
             inner = next(p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr))
-            results = _zero_outputs(inner.jaxpr, operands)
+            results = zero_outputs(inner.jaxpr, operands)
         else:
             keeps = equation.primitive.name in KEEPS_ZERO and all(operands)
             results = [keeps] * len(equation.outvars)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from microadam_jax.boxes import boxed_like
 from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, Storage, Unstored
-from microadam_jax.codecs.rounding import Draw, Rows
+from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath
@@ -244,7 +244,7 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
         one.codecs,
         one.encoded,
         one.inputs,
-        one.keys,
+        tuple(map(key_of_layer, one.keys)),
         replaces=one.replaces,
         implementation="xla" if _plain(one.codecs) else implementation,
         sharding=one.sharding,
