@@ -28,9 +28,9 @@ def prepare(job: Job, method: str, config: Config) -> tuple[Any, Params, Params]
     model = job.make_model(config.seed)
     rngs = nnx.Rngs(config.seed + 1)
     if method in ("qlora", "qst"):
-        quantize_linears(model.backbone)
+        quantize_linears(model.backbone.layers)
     if method in ("lora", "qlora"):
-        replace_linears(model.backbone, lambda base: _with_lora(base, config.rank, rngs))
+        replace_linears(model.backbone.layers, lambda base: _with_lora(base, config.rank, rngs))
     if method == "qst":
         model.side = nnx.data(job.make_side(config, rngs))
     trained = nnx.Param if method == "full" else nnx.All(nnx.Param, _is_new)
