@@ -121,6 +121,7 @@ def test_no_gradient_reaches_the_backbone() -> None:
     model, side = llama("adapter", "residual")
     side.up.kernel[...] += 0.1
     graph, params, rest = nnx.split((model, side), nnx.Param, ...)
+    rest = nnx.to_pure_dict(rest)
 
     def loss(params: Any) -> jax.Array:
         return jnp.square(logits(*nnx.merge(graph, params, rest), TOKENS)).mean()
@@ -135,10 +136,13 @@ def test_no_gradient_reaches_the_backbone() -> None:
 
 @pytest.mark.parametrize("downsample", DOWNSAMPLINGS)
 def test_no_residual_of_the_backbone_is_kept(downsample: str) -> None:
-    model, side = llama(downsample)
+    backbone, side = llama(downsample)
     graph, params = nnx.split(side)
+    backbone_graph, weights = nnx.split(backbone)
+    weights = nnx.to_pure_dict(weights)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(backbone_graph, weights)
         last, up = nnx.merge(graph, params).along(model.layers, model.embedding(tokens))
         return last.sum() + up.sum()
 
@@ -191,7 +195,7 @@ def llama_7b(downsample: str = "adapter") -> tuple[Any, Any, Any, Any]:
     model, side = nnx.eval_shape(make)
     graph, backbone = nnx.split(model)
     side_graph, params = nnx.split(side, nnx.Param)
-    return graph, backbone, side_graph, params
+    return graph, nnx.to_pure_dict(backbone), side_graph, nnx.to_pure_dict(params)
 
 
 def seven_b_loss(params: Any, backbone: Any, tokens: jax.Array) -> jax.Array:
@@ -236,39 +240,26 @@ def test_flops_for_a_token_of_llama_2_7b() -> None:
 
 def test_saved_bytes_of_llama_2_7b() -> None:
     graph, backbone, side_graph, params = llama_7b()
-    arguments = (params, backbone, jax.ShapeDtypeStruct((1, SEQ), jnp.int32))
-
-    def states(params: Any, backbone: Any, tokens: jax.Array) -> jax.Array:
-        model, side = nnx.merge(graph, backbone), nnx.merge(side_graph, params)
-        last, up = side.along(model.layers, model.embedding(tokens))
-        return side.mixed(model.norm(last), up)
-
-    of_side = kept(lambda params: jax.vjp(lambda p: states(p, *arguments[1:]), params)[1], params)
-    wide = {shape: n for shape, n in of_side.items() if shape[-2:] == (SEQ, D)}
-    # N states and the embedding for the downsamplings; two more of d for the mix.
-    assert wide.pop((N, 1, SEQ, D)) == 1
-    assert sum(wide.values()) <= 4
-    assert not [shape for shape in of_side if len(shape) > 2 and shape[-1] in (FF, V)]
-
-
-def kept(pullback: Any, params: Any) -> dict[tuple[int, ...], int]:
-    """How many arrays of each shape a pullback holds."""
-    graph, backbone, side_graph, _ = llama_7b()
-    shapes: dict[tuple[int, ...], int] = {}
 
     def residuals(params: Any, backbone: Any, tokens: jax.Array) -> Any:
-        def states(p: Any) -> jax.Array:
-            model, side = nnx.merge(graph, backbone), nnx.merge(side_graph, p)
+        def states(params: Any) -> jax.Array:
+            model, side = nnx.merge(graph, backbone), nnx.merge(side_graph, params)
             last, up = side.along(model.layers, model.embedding(tokens))
             return side.mixed(model.norm(last), up)
 
         return jax.vjp(states, params)[1]
 
-    del pullback
     tokens = jax.ShapeDtypeStruct((1, SEQ), jnp.int32)
-    for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, backbone, tokens)):
-        shapes[leaf.shape] = shapes.get(leaf.shape, 0) + 1
-    return shapes
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, backbone, tokens))
+    given = {leaf.shape for leaf in jax.tree.leaves(params)}
+    kept = [leaf for leaf in kept if leaf.shape not in given]
+    wide = [leaf.shape for leaf in kept if leaf.ndim > 2 and leaf.shape[-1] >= D]
+    # Read by the downsamplings: N states and the embedding. Read by the mix: its two arguments.
+    assert sorted(wide) == [(1, SEQ, D)] * (len(wide) - 1) + [(N, 1, SEQ, D)]
+    assert len(wide) <= 5
+    narrow = sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in wide)
+    states = 4 * SEQ * D * (N + 1)
+    print(f"states {states / 2**20:.1f} MiB, side network {narrow / 2**20:.1f} MiB")
 
 
 def flops(jaxpr: Any) -> int:
