@@ -10,12 +10,13 @@ import tyro
 from ..llama.config import PretrainError
 
 METHODS = ("full", "lora", "qlora", "qst")
-# Best of a sweep; benchmarks/finetuning_sweep.py and docs/finetuning.md say how it was found.
+# For classification docs/finetuning.md says which of these were chosen by a sweep; the others
+# are starting points.
 RATES: dict[str, dict[str, float]] = {
     "classification": {
         "adamw": 1e-4,
         "adamw8bit": 1e-4,
-        "microadam": 1e-4,
+        "microadam": 3e-4,
         "adam_mini4bit": 1e-4,
         "lora": 1e-3,
         "qlora": 1e-3,

@@ -43,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_layer_norm_rms_eps(EPS)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL)))
-    writer.add_token_merges([])
+    writer.add_token_merges(["Ġ Ċ"])
 
     def add(name: str, *shape: int, kind: str = "Q4_1") -> None:
         x = (rng.standard_normal(shape) / 6).astype(np.float32)
