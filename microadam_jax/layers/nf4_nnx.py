@@ -1,6 +1,7 @@
 """Linear layers of Flax NNX with frozen weights in NF4."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
         1
     """
 
-    def quantized(linear: nnx.Module) -> nnx.Module:
+    def quantized(linear: nnx.Linear | Nf4Linear) -> nnx.Module:
         return linear if isinstance(linear, Nf4Linear) else Nf4Linear(linear, codec)
 
     count = replace_linears(model, quantized)
@@ -95,7 +96,7 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
     return count
 
 
-def replace_linears(model: nnx.Module, make: Callable[[nnx.Module], nnx.Module]) -> int:
+def replace_linears(model: nnx.Module, make: Callable[[Any], nnx.Module]) -> int:
     """Replaces each ``nnx.Linear`` and :class:`Nf4Linear` inside a model, in place.
 
     Args:
