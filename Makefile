@@ -4,7 +4,7 @@
 PYTHON ?= python3
 # Passed on to the script or to pytest: make pytest ARGS="-k topk"
 ARGS ?=
-# cuda or tpu: installs JAX for it before `make pretrain`.
+# cuda or tpu: installs JAX for it before `make pretrain` or `make finetune`.
 ACCELERATOR ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
+.PHONY: help pretrain finetune test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -23,6 +23,9 @@ help: ## Say what can be made
 
 pretrain: $(call installed,examples $(ACCELERATOR)) ## Pre-train a small Llama (flags: ARGS="--help")
 	@$(BIN)/python examples/pretrain_llama.py $(ARGS)
+
+finetune: $(call installed,finetune $(ACCELERATOR)) ## Fine-tune pretrained weights (85 MB to download; flags: ARGS="--help")
+	@$(BIN)/python examples/finetune.py $(ARGS)
 
 test: lint types docs pytest ## All checks: lint, types, docs, then the tests
 

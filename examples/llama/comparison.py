@@ -5,7 +5,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -56,7 +56,7 @@ def compare(config: Config, console: Console) -> bool:
     )
     with together():
         if config.resume is None and leads():
-            _clear(config, chosen)
+            clear(config, chosen)
             configuration.save(config)
     own_console = console
     console = console if leads() else Console(quiet=True)
@@ -143,7 +143,12 @@ def _warn_of_lost(label: str, console: Console) -> Callable[[int, optax.OptState
     return look
 
 
-def _clear(config: Config, labels: Iterable[str]) -> None:
+def clear(config: Config, labels: Iterable[str]) -> None:
+    """Removes what an earlier run left in the directory of results.
+
+    Raises:
+        PretrainError: If that run was interrupted, and is not to be overwritten.
+    """
     summary = config.out / "summary.csv"
     interrupted = any(config.out.glob("*/checkpoints/*")) and not summary.exists()
     if interrupted and not config.overwrite:
@@ -173,12 +178,16 @@ def _on_interruption(config: Config) -> str:
 
 def resume_command(config: Config) -> str:
     """Says how to continue the run, with the flags with which this process joined it."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
     joining = joining_flags(config)
-    resume = [str(python), sys.argv[0], "--resume", str(config.out), *joining]
     each = " on every host"
     if config.process_id is not None:
         each += ", each with its own --process-id"
-    return f"To resume{each if joining else ''}:\n  {shlex.join(resume)}"
+    return f"To resume{each if joining else ''}:\n  {resume_line(config.out, joining)}"
+
+
+def resume_line(out: Path, joining: Sequence[str] = ()) -> str:
+    """The command that continues the run in a directory with this script."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), sys.argv[0], "--resume", str(out), *joining])

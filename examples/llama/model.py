@@ -29,6 +29,10 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     activations: str = "exact"
+    key_heads: int | None = None  # of grouped queries; None has one for each query head
+    rope_base: float = 10_000.0
+    epsilon: float = 1e-6
+    tied: bool = False  # the embedding is the output head too
 
     @property
     def coat(self) -> bool:
@@ -51,6 +55,7 @@ def _linear(config: ModelConfig, n_in: int, n_out: int, std: float, rngs: nnx.Rn
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return (Fp8RMSNorm if config.coat else nnx.RMSNorm)(
         config.hidden,
+        epsilon=config.epsilon,
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
@@ -82,23 +87,27 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Draws the four projections."""
         self.heads, self.activations = config.heads, config.activations
+        self.rope_base = config.rope_base
         hidden = config.hidden
+        narrow = hidden // config.heads * (config.key_heads or config.heads)
         self.query = _linear(config, hidden, hidden, 0.02, rngs)
-        self.key = _linear(config, hidden, hidden, 0.02, rngs)
-        self.value = _linear(config, hidden, hidden, 0.02, rngs)
+        self.key = _linear(config, hidden, narrow, 0.02, rngs)
+        self.value = _linear(config, hidden, narrow, 0.02, rngs)
         self.out = _linear(config, hidden, hidden, _residual_std(config), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mixes positions of `x`, `(batch, position, hidden)`."""
-        split = (*x.shape[:-1], self.heads, -1)
+        channels = x.shape[-1] // self.heads
         query, key, value = (
-            h.reshape(split) for h in _together(x, self.query, self.key, self.value)
+            h.reshape(*x.shape[:-1], -1, channels)
+            for h in _together(x, self.query, self.key, self.value)
         )
         mix = functools.partial(jax.nn.dot_product_attention, is_causal=True)
         if self.activations != "exact":
             # As FlashAttention does, for the backward pass only the inputs are kept.
             mix = jax.checkpoint(mix)
-        return self.out(mix(rotate(query), rotate(key), value).reshape(x.shape))
+        query, key = (rotate(h, self.rope_base) for h in (query, key))
+        return self.out(mix(query, key, value).reshape(x.shape))
 
 
 def _together(x: jax.Array, *layers: nnx.Linear) -> tuple[jax.Array, ...]:
@@ -150,7 +159,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embedding, a scan over stacked layers (layer axis first), final norm and an untied head."""
+    """Embedding, a scan over stacked layers (layer axis first), final norm and a head."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Draws all weights; each layer has random numbers of its own."""
@@ -172,7 +181,9 @@ class Llama(nnx.Module):
         self.remat, self.activations = config.remat, config.activations
         config = dataclasses.replace(config, activations="exact")
         self.norm = _norm(config, rngs)
-        self.head = _linear(config, config.hidden, config.vocab, 0.02, rngs)
+        self.head = (
+            None if config.tied else _linear(config, config.hidden, config.vocab, 0.02, rngs)
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns float32 logits for the token after each position of `tokens`."""
@@ -187,8 +198,12 @@ class Llama(nnx.Module):
         scan = nnx.scan(
             lambda x, block: apply(block, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
         )
-        x = scan(self.embedding(tokens), self.layers)
-        return self.head(self.norm(x)).astype(jnp.float32)
+        return self.logits(self.norm(scan(self.embedding(tokens), self.layers)))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns float32 logits from the normalized last hidden state."""
+        head = self.embedding.attend if self.head is None else self.head
+        return head(x).astype(jnp.float32)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:

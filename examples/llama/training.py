@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -26,7 +25,7 @@ from .data import Corpus
 from .metrics import Row
 from .model import Llama, Params, graph_of, init_params, pieces_of
 from .partitioning import Placement, place
-from .processes import anywhere
+from .steps import run_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,32 +142,21 @@ def train(
     )
     _require_memory(step_fn, config, placement.mesh.size // jax.process_count())
 
-    losses: list[jax.Array] = []
-    clock = time.perf_counter()
-    for step in range(start + 1, config.steps + 1):
-        params, state, loss = step_fn(params, state, next_batch(step - 1))
-        losses.append(loss)
-        done = step == config.steps
-        looking = done or step % config.log_every == 0
-        # Processes stop together, and asking them at every step would make each wait for the rest.
-        stopping = anywhere(stop()) if looking or jax.process_count() == 1 else False
-        evaluating = done or step % config.eval_every == 0
-        saving = done or stopping or step % config.save_every == 0
-        if not (evaluating or saving or looking):
-            continue
-        new = _rows(config, rows, step, jax.device_get(losses), clock)
-        if evaluating:
-            held_out_loss = float(_mean_loss(graph, params, held_out))
-            new[-1] = dataclasses.replace(new[-1], held_out_loss=held_out_loss)
-        rows += new
-        observe(new)
-        observe_state(step, state)
-        if saving and checkpoints:
-            checkpoints.save(step, (params, state))
-        if stopping and not done:
-            return dataclasses.replace(result, finished=False)
-        losses, clock = [], time.perf_counter()
-    return result
+    outcome = run_steps(
+        config,
+        step_fn,
+        params,
+        state,
+        start=start,
+        next_batch=next_batch,
+        held_out_loss=lambda params: _mean_loss(graph, params, held_out),
+        rows=rows,
+        checkpoints=checkpoints,
+        observe=observe,
+        observe_state=observe_state,
+        stop=stop,
+    )
+    return dataclasses.replace(result, rows=outcome.rows, finished=outcome.finished)
 
 
 def _require_memory(step_fn: jax.stages.Compiled, config: Config, devices: int) -> None:
@@ -184,23 +172,6 @@ def _require_memory(step_fn: jax.stages.Compiled, config: Config, devices: int) 
             f"its {config.batch} sequences into more micro-batches than {config.accumulation} with "
             "--accumulation, recompute activations with --remat, or choose a smaller --batch."
         )
-
-
-def _rows(
-    config: Config, before: Sequence[Row], step: int, losses: list[float], clock: float
-) -> list[Row]:
-    seconds = before[-1].seconds if before else 0.0
-    each = (time.perf_counter() - clock) / len(losses)
-    first = step - len(losses) + 1
-    return [
-        Row(
-            step=first + i,
-            tokens=(first + i) * config.batch * config.seq_len,
-            seconds=seconds + (i + 1) * each,
-            loss=float(loss),
-        )
-        for i, loss in enumerate(losses)
-    ]
 
 
 def _loss(graph: nnx.GraphDef[Llama], params: Params, tokens: jax.Array) -> jax.Array:

@@ -259,3 +259,26 @@ DYNAMIC4_UNSIGNED = TableMap(
 )
 LINEAR4_UNSIGNED = TableMap("linear4_unsigned", tuple((k + 1) / 16 for k in range(16)))
 LINEAR4 = TableMap("linear4", tuple((2 * k - 15) / 15 for k in range(16)))
+# Quantiles of a normal distribution, as QLoRA's Appendix E lists them (arXiv 2305.14314): seven
+# below 0, and eight above it.
+NF4 = TableMap(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)

@@ -17,13 +17,24 @@ from microadam_jax.layers.fp8_elementwise import (
     fp8_silu_gate,
 )
 from microadam_jax.layers.fp8_linear import fp8_linear
+from microadam_jax.layers.nf4_linear import nf4_linear
 from microadam_jax.layers.saved_bytes import SavedBytes, saved_bytes
+from microadam_jax.layers.side_network import (
+    adapter,
+    average_pool,
+    fuse,
+    low_rank,
+    max_pool,
+    mix_hidden_states,
+)
 
 __all__ = [
     "Fp8Activation",
     "Fp8ActivationCodes",
     "SavedBytes",
     "UpdateInBackward",
+    "adapter",
+    "average_pool",
     "compress_residuals",
     "fp8_activation",
     "fp8_linear",
@@ -31,6 +42,11 @@ __all__ = [
     "fp8_rms_norm",
     "fp8_silu",
     "fp8_silu_gate",
+    "fuse",
+    "low_rank",
+    "max_pool",
+    "mix_hidden_states",
+    "nf4_linear",
     "saved_bytes",
     "update_in_backward",
 ]

@@ -123,7 +123,7 @@ def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
     for one, other in zip(*map(jax.tree.leaves, (state, expected_state)), strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        assert (np.abs(one - other) > 1e-6 * np.abs(other)).sum() <= 0.001 * one.size + 1
+        assert (np.abs(one - other) > 1e-6 * np.abs(other)).sum() <= 0.01 * one.size + 1
 
 
 def test_tied_embeddings() -> None:
