@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 ARRAY = re.compile(r"([a-z]+)(\d*)[a-z\d]*\[([\d,]*)\]")
 COMPUTATION = re.compile(r"^(?:ENTRY )?(%[\w.-]+) \(.*\{$")
@@ -114,32 +115,52 @@ class Program:
         """
         return self._of(self.entry)
 
+    def listing(self, count: int = 20) -> list[str]:
+        """The launches that move most, a line each."""
+        found: list[tuple[int, str]] = []
+        self._visit(self.entry, 1, found)
+        return [line for _, line in sorted(found, reverse=True)[:count]]
+
+    def _visit(self, computation: str, times: int, found: list[tuple[int, str]]) -> None:
+        for one, part in self._launches(computation):
+            if isinstance(part, str):
+                self._visit(part, times * (_trips(one) if one.operation == "while" else 1), found)
+            else:
+                moved = times * part.moved
+                found.append((moved, f"{moved:>12} bytes {times:>4} x {one.name} {one.result[:80]}"))
+
     @functools.cache  # noqa: B019 -- a program lives as long as one count
     def _of(self, computation: str) -> Totals:
         total = Totals()
-        types = {one.name: one.result for one in self.computations[computation]}
-        for one in self.computations[computation]:
+        for one, part in self._launches(computation):
+            whole = self._of(part) if isinstance(part, str) else part
+            total.add(whole, _trips(one) if one.operation == "while" else 1)
+        return total
+
+    def _launches(self, computation: str) -> Iterator[tuple[Instruction, "Totals | str"]]:
+        """Each instruction that launches something: what it does, or what it calls."""
+        body = self.computations[computation]
+        types, same = {one.name: one.result for one in body}, _same_arrays(body)
+        for one in body:
             if one.operation in NO_LAUNCH:
                 continue
-            if one.operation == "while":
-                total.add(self._of(self._called(one)), _trips(one))
-            elif one.operation in ("call", "async-start"):
-                total.add(self._of(self._called(one)))
+            if one.operation in ("while", "call", "async-start"):
+                yield one, self._called(one)
             elif one.operation == "conditional":
-                total.add(max(map(self._of, _branches(one)), key=lambda branch: branch.moved))
+                yield one, max(_branches(one), key=lambda branch: self._of(branch).moved)
             elif one.operation == "fusion":
-                total.add(self._fusion(one, types))
+                yield one, self._fusion(one, types, same)
             else:
-                read = sum(bytes_of(types[name]) for name in dict.fromkeys(one.operands))
-                total.add(Totals(1, read, bytes_of(one.result)))
-        return total
+                arrays = {same[name]: name for name in one.operands}.values()
+                read = sum(bytes_of(types[name]) for name in arrays)
+                yield one, Totals(1, read, bytes_of(one.result))
 
     def _called(self, one: Instruction) -> str:
         match = CALLED.search(one.line)
         assert match is not None, one.line
         return match[1]
 
-    def _fusion(self, one: Instruction, types: dict[str, str]) -> Totals:
+    def _fusion(self, one: Instruction, types: dict[str, str], same: dict[str, str]) -> Totals:
         """A fusion: of each operand what is read, of each result what is written."""
         body = self.computations[self._called(one)]
         named = {inner.name: inner for inner in body}
@@ -153,12 +174,27 @@ class Program:
                 continue
             number = int(re.search(r"parameter\((\d+)\)", inner.line)[1])  # type: ignore[index]
             operand = one.operands[number]
-            whole = bytes_of(types[operand])
-            read[operand] = min(whole, read.get(operand, 0) + _read(inner.name, whole, users))
+            whole, array = bytes_of(types[operand]), same[operand]
+            read[array] = min(whole, read.get(array, 0) + _read(inner.name, whole, users))
         (root,) = (inner for inner in body if inner.root)
         results = root.operands if root.operation == "tuple" else (root.name,)
         written = sum(_written(name, named) for name in results)
         return Totals(1, sum(read.values()), written)
+
+
+def _same_arrays(body: list[Instruction]) -> dict[str, str]:
+    """For each name of a computation the first name of the same array."""
+    same: dict[str, str] = {}
+    tuples = {one.name: one.operands for one in body if one.operation == "tuple"}
+    for one in body:
+        first = one.name
+        if one.operation == "bitcast":
+            first = same[one.operands[0]]
+        elif one.operation == "get-tuple-element" and one.operands[0] in tuples:
+            number = int(re.search(r"index=(\d+)", one.line)[1])  # type: ignore[index]
+            first = same[tuples[one.operands[0]][number]]
+        same[one.name] = first
+    return same
 
 
 def _operands(rest: str) -> str:
