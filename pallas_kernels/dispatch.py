@@ -16,6 +16,7 @@ LEFT_OUT = {
     "mosaic_gpu": "its division is an approximation, and the oldest JAX that this library runs on "
     "can neither interpret such a kernel nor let it update a state in place"
 }
+GPU_COMPILERS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 CHECKED = (
     "jax.shard_map checks along which axes results vary, which a kernel does not say; give it "
     "check_vma=False"
@@ -120,6 +121,16 @@ def compiles_for_tpus() -> bool:
     """
     compiler = importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ
     return compiler or jax.default_backend() not in ("cpu", "gpu")
+
+
+@functools.cache
+def compiles_for_gpus() -> bool:
+    """True if programs that this process traces may be compiled for GPUs: their compiler is there.
+
+    Elsewhere what only they run would be traced for nothing.
+    """
+    found = any(map(importlib.util.find_spec, GPU_COMPILERS))
+    return found or jax.default_backend() in ("gpu", "cuda", "rocm")
 
 
 def _placement(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+GPUS = ("h100", "h200")  # each has a file of what the compiler is told of it
 GPUS_OF_HOST = 8
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
@@ -33,19 +34,20 @@ def target(name: str) -> Target:
     """The devices that ``--topology`` names.
 
     Args:
-        name: TPUs such as ``"v5e:16x16"``, or a number of H200s such as ``"h200:8"``.
+        name: TPUs such as ``"v5e:16x16"``, or a number of GPUs such as ``"h200:8"``, of
+            which h100 and h200 are known.
 
     Raises:
         ValueError: if the compiler is not installed, or there are no such devices.
     """
-    return _gpus(name) if name.split(":")[0] == "h200" else _tpus(name)
+    return _gpus(name) if name.split(":")[0] in GPUS else _tpus(name)
 
 
 def _tpus(name: str) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"--topology {name} needs the TPU compiler, which runs without a TPU: "
-            "pip install libtpu. (Of GPUs h200 is known, such as h200:8.) Without --topology the "
+            "pip install libtpu. (Of GPUs h100 and h200 are known, as in h200:8.) Without --topology the "
             "table is arithmetic."
         )
     # libtpu looks for the machine's own TPUs, and locks them, unless it is told otherwise.

@@ -93,12 +93,19 @@ def encode(
     Returns:
         ``(..., size / 2)`` uint8 codes, ``low`` and ``high``.
     """
+    level = levels(blocks, low, high, xi)
+    first, second = jnp.split(level, 2, axis=-1)
+    return first | (second << 4), low, high
+
+
+def levels(
+    blocks: jax.Array, low: jax.Array, high: jax.Array, xi: jax.typing.ArrayLike
+) -> jax.Array:
+    """The codes ``(..., size)`` of elements, uint8; see :func:`encode`."""
     step = ((high - low) / LEVELS)[..., None]
     usable = (step > 0) & (step < jnp.inf)
     level = jnp.floor((blocks - low[..., None]) / jnp.where(usable, step, 1) + xi)
-    level = jnp.where(usable, jnp.clip(level, 0, LEVELS), 0).astype(jnp.uint8)
-    first, second = jnp.split(level, 2, axis=-1)
-    return first | (second << 4), low, high
+    return jnp.where(usable, jnp.clip(level, 0, LEVELS), 0).astype(jnp.uint8)
 
 
 def select_top_k(
