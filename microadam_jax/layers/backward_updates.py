@@ -240,7 +240,7 @@ class _Step(NamedTuple):
         return used(self.before, batch), used(self.after, x, batch)
 
     def scale(self, squares: jax.Array, norm: jax.Array | None) -> jax.Array | None:
-        """What gradients are multiplied by; None if by nothing."""
+        """Returns the factor of all gradients; None if there is none."""
         if self.clip in (None, "value"):
             return None
         if self.clip == "layer":

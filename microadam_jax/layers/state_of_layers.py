@@ -21,7 +21,7 @@ def one_layer(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class StateParts:
-    """Which arrays of a flattened state belong to which parameters.
+    """Assigns the arrays of a flattened state to parameters.
 
     Attributes:
         structure: of the state.

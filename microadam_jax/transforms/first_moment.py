@@ -17,7 +17,7 @@ INSTEAD = "Round with 'stochastic' or 'compensated', which need nothing of the o
 
 
 class Response(NamedTuple):
-    r"""What a change of a first moment does, for each element of each parameter.
+    r"""Describes what a change of a first moment does to each element of each parameter.
 
     Attributes:
         decay: :math:`\partial m_t / \partial m_{t-1}`, which is :math:`\beta_1`.
