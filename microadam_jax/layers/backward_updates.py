@@ -16,6 +16,7 @@ from microadam_jax.layers.state_of_layers import (
     require_each_alone,
     subtree,
 )
+from microadam_jax.leaf_loops import once
 from microadam_jax.trees import KeyPath
 
 Clip = Literal["value", "layer", "global", "last_global"]
@@ -324,8 +325,8 @@ class _Backward(NamedTuple):
                     {name: _stacked(weights)},
                     self.parts.stacked,
                 )
-            stack = _put(stack, moved[name], i)
-            own = [_put(array, new[place], i) for place, array in zip(places, own, strict=True)]
+            written = moved[name], [new[place] for place in places]
+            stack, own = _put((stack, own), written, i, turn)
             return stack, own, dx, squares
 
         carry = (stack, [leaves[i] for i in places], dx, jnp.zeros([], jnp.float32))
@@ -394,7 +395,15 @@ def _stacked(weights: Any) -> Any:
     return jax.tree.map(lambda x: x[None], weights)
 
 
-def _put(stack: Any, new: Any, i: jax.Array) -> Any:
-    return jax.tree.map(
-        lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one, i, 0), stack, new
-    )
+def _put(stacks: Any, new: Any, i: jax.Array, turn: jax.Array) -> Any:
+    """Writes a layer in place."""
+    arrays, structure = jax.tree.flatten(stacks)
+    layer = jax.tree.leaves(new)
+
+    def write(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        pairs = zip(before, layer, strict=True)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, one, i, 0) for x, one in pairs)
+
+    # Always true, which the compiler cannot know: a CPU's would fuse what reads a layer with what
+    # writes it, and copy all layers to do so.
+    return structure.unflatten(once(turn >= 0, write, tuple(arrays)))
