@@ -1,7 +1,7 @@
 """The step on stored moments as GPUs run XLA's program: a pass for scales, then one for codes.
 
 XLA does not fuse a reduction with what reads its result. So a leaf's moments are computed twice,
-for the scales of their blocks and for the codes, which is less to read than moments that were written.
+for the scales of their blocks and for the codes, which is less to read than written moments.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ def _encoded(
     if isinstance(codec, Plain):
         return codec.encode(x)
     layout = codec.blocks.layout_of(x)
-    xi = None if key is None else dither(key, x.shape)
+    xi = dither(key, x.shape) if codec.needs_key and key is not None else None
     if codec.bits == 8 and not layout.padding:
         spread = [_of_elements(scale, layout, x.shape) for scale in scales]
         codes = split(codec.codes_of(x, spread, xi), layout).astype(jnp.uint8)
