@@ -1,6 +1,6 @@
 r"""Fine-tunes pretrained weights with several optimizers and methods side by side.
 
-python examples/finetune.py                       # MiniLM on tweets, about ten minutes
+python examples/finetune.py                       # MiniLM on tweets
 python examples/finetune.py --method lora,qlora,qst --steps 500
 python examples/finetune.py --job language        # SmolLM2-135M on questions of arithmetic
 python examples/finetune.py --help

