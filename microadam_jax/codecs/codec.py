@@ -93,13 +93,13 @@ def named_codecs() -> dict[str, Codec]:
         "dynamic4": dynamic4(),
         "dynamic4_unsigned": dynamic4(signed=False),
         "linear4": linear4(signed=True),
-        "linear4_unsigned": linear4(),
+        "linear4_unsigned": linear4(signed=False),
         "rank1_linear4": rank1_linear4(),
         "rank1_dynamic4": rank1_dynamic4(),
         "e4m3": float8("e4m3", expansion=False),
         "e5m2": float8("e5m2", expansion=False),
-        "e4m3_expanded": float8("e4m3"),
-        "e5m2_expanded": float8("e5m2"),
+        "e4m3_expanded": float8("e4m3", expansion=True),
+        "e5m2_expanded": float8("e5m2", expansion=True),
     }
 
 

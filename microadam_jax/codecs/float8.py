@@ -216,7 +216,7 @@ class Float8(RowByRow):
 def float8(
     format: str = "e4m3",  # noqa: A002
     *,
-    expansion: bool = True,
+    expansion: bool = False,
     block: int | Blocks = 128,
     rounding: str = "nearest",
 ) -> Float8:

@@ -243,9 +243,7 @@ def dynamic4(
     )
 
 
-def linear4(
-    block: int | Blocks = 128, *, signed: bool = False, rounding: str = "nearest"
-) -> Scaled:
+def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "nearest") -> Scaled:
     """4 bits on evenly spaced numbers.
 
     Args:

@@ -127,8 +127,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adamw8bit": {"weight_decay": 0.0, "mu_codec": MU8, "nu_codec": NU8},
     "adamw_fp8": {
         "weight_decay": 0.0,
-        "mu_codec": stored(float8(block=64)),
-        "nu_codec": stored(float8(block=64)),
+        "mu_codec": stored(float8(block=64, expansion=True)),
+        "nu_codec": stored(float8(block=64, expansion=True)),
     },
     "adamw4bit": {"mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
     "adamw4bit_factored": {"mu_codec": MU4},

@@ -18,11 +18,11 @@ from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
 BY_128 = Blocks(128, shards=1)
 CODECS = (
     dynamic8(keep_sign=True),
-    linear4(Blocks(256, shards=1)),
+    linear4(Blocks(256, shards=1), signed=False),
     dynamic4(BY_128, rounding="stochastic"),
 )
 FLOATS = (
-    float8("e4m3", block=BY_128),
+    float8("e4m3", block=BY_128, expansion=True),
     float8("e5m2", block=Blocks(256, shards=1), expansion=False, rounding="stochastic"),
 )
 ADAM = dynamic8(keep_sign=True), dynamic8(signed=False)
@@ -100,14 +100,14 @@ def test_blocks_between_registers(shape: tuple[int, ...], size: int) -> None:
     blocks = Blocks(size, shards=1 if size == 512 else 8)
     codecs = (
         dynamic8(blocks, keep_sign=True),
-        linear4(blocks),
+        linear4(blocks, signed=False),
         dynamic4(blocks, rounding="stochastic"),
     )
     agree(*moments_of(shape), codecs, ("mosaic_tpu",))
 
 
 def test_eight_bit_floats_between_registers() -> None:
-    codecs = float8("e4m3"), float8("e5m2", expansion=False, rounding="stochastic")
+    codecs = float8("e4m3", expansion=True), float8("e5m2", expansion=False, rounding="stochastic")
     agree(*moments_of((37, 344)), codecs, ("mosaic_tpu",))
 
 

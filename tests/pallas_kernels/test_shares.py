@@ -19,7 +19,8 @@ from pallas_kernels.topk_compress.mosaic_tpu import unsupported as no_top_k
 from pallas_kernels.window_update.mosaic_tpu import unsupported as no_window
 
 WINDOW = 10  # rows, as microadam has by default
-BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4()}  # its default for nu has scales by rows
+# The default for nu has scales by rows.
+BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4(signed=False)}
 LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
 
 

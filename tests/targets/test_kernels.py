@@ -21,7 +21,7 @@ MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar 
 INTEGERS = dynamic8(keep_sign=True), dynamic4(rounding="stochastic")
 BYTES = dynamic8(keep_sign=True), dynamic8(signed=False, rounding="stochastic")
 NIBBLES = dynamic4(), dynamic4(rounding="stochastic")
-FLOATS = float8("e4m3"), float8("e5m2", rounding="stochastic")
+FLOATS = float8("e4m3", expansion=True), float8("e5m2", rounding="stochastic", expansion=True)
 
 
 def compiled(

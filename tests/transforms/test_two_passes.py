@@ -15,9 +15,12 @@ from pallas_kernels.blockwise_codec.reference import step
 CODECS = {
     "8 bits": (dynamic8(keep_sign=True), dynamic8(signed=False)),
     "8 bits symmetric": (dynamic8(symmetric=True), dynamic8(signed=False, rounding="stochastic")),
-    "4 bits": (dynamic4(), linear4(rounding="stochastic")),
+    "4 bits": (dynamic4(), linear4(rounding="stochastic", signed=False)),
     "floats": (float8("e4m3", expansion=False), float8("e5m2", expansion=False)),
-    "expanded": (float8("e4m3"), float8("e5m2", rounding="stochastic")),
+    "expanded": (
+        float8("e4m3", expansion=True),
+        float8("e5m2", rounding="stochastic", expansion=True),
+    ),
     "8 bits and bfloat16": (dynamic8(), Plain("bfloat16")),
 }
 
