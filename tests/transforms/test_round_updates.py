@@ -277,7 +277,7 @@ SAMPLE = ("microadam", "adam_mini4bit", "adamw8bit", "came")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in METHODS]
+    "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.matrix) for n in METHODS]
 )
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_behind_every_optimizer_of_the_library(name: str, rounding: Any) -> None:
