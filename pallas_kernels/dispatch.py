@@ -123,12 +123,17 @@ def compiles_for_tpus() -> bool:
     return compiler or jax.default_backend() not in ("cpu", "gpu")
 
 
-@functools.cache
-def compiles_for_gpus() -> bool:
-    """True if programs that this process traces may be compiled for GPUs: their compiler is there.
+def compiles_for_gpus(x: jax.Array) -> bool:
+    """True if a program on ``x`` may be compiled for GPUs, and no axis of ``x`` is Explicit.
 
-    Elsewhere what only they run would be traced for nothing.
+    Elsewhere what only GPUs run would be traced for nothing; on Explicit axes that program would
+    have to say how each constant is sharded.
     """
+    return not any(jax.typeof(x).sharding.spec) and _gpu_compiler_is_there()
+
+
+@functools.cache
+def _gpu_compiler_is_there() -> bool:
     found = any(map(importlib.util.find_spec, GPU_COMPILERS))
     return found or jax.default_backend() in ("gpu", "cuda", "rocm")
 

@@ -246,7 +246,7 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
         def in_passes(encoded: Any, inputs: Arrays) -> Any:
             return in_two_passes(one.rule, one.codecs, encoded, inputs, one.keys)
 
-        if not takes_two_passes(one.codecs) or not compiles_for_gpus():
+        if not takes_two_passes(one.codecs) or not compiles_for_gpus(one.inputs[0]):
             return in_loop(encoded, inputs)
         return jax.lax.platform_dependent(
             encoded, inputs, cuda=in_passes, rocm=in_passes, default=in_loop

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from microadam_jax import dynamic4, dynamic8, float8, linear4
-from microadam_jax.codecs import Plain, as_codec
+from microadam_jax.codecs import Plain, as_codec, dynamic4, dynamic8, float8, linear4
 from microadam_jax.transforms.two_passes import in_two_passes, takes_two_passes
 from pallas_kernels.blockwise_codec.reference import step
 
