@@ -49,7 +49,7 @@ pytest: $(call installed,tests) ## Tests, and the examples in docstrings and pag
 
 slow: $(call installed,tests) ## The tests that are too many or too long for `make test`
 	@echo "Slow tests (pytest, Python $(VERSION)) ..."
-	@$(BIN)/python -m pytest -n 2 -m slow tests $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m slow $(or $(ARGS),tests)
 
 matrix: $(call installed,tests) ## Every method in every trainer and on every mesh (minutes)
 	@$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)

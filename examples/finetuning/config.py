@@ -122,7 +122,11 @@ class Config:
     overwrite: bool = False
     """Start anew even if the directory holds an interrupted run."""
 
-    diagnostics = False  # read where optimizers are built; only pre-training has them
+    # Read where optimizers are built; only pre-training has flags for them.
+    diagnostics = False
+    update_in_backward = False
+    rounding = "nearest"
+    param_dtype = "float32"
 
     def check(self) -> None:
         """Compares the settings with each other.
