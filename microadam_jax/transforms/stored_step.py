@@ -14,10 +14,9 @@ from microadam_jax.codecs import Codec, Plain, Storage, Unstored
 from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
-from microadam_jax.transforms.two_passes import in_two_passes, takes_two_passes
 from microadam_jax.trees import KeyPath
 from pallas_kernels.blockwise_codec import blockwise_step, step
-from pallas_kernels.dispatch import compiles_for_gpus, names_kernel
+from pallas_kernels.dispatch import names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
 
@@ -237,20 +236,8 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
     """One leaf: a kernel, or XLA's program for an accelerator."""
 
     def xla(encoded: Any, inputs: Arrays) -> Any:
-        def in_loop(encoded: Any, inputs: Arrays) -> Any:
-            step = one._replace(encoded=encoded, inputs=inputs)
-            return _in_loops([step], lambda works: [on_accelerator(work, piece) for work in works])[
-                0
-            ]
-
-        def in_passes(encoded: Any, inputs: Arrays) -> Any:
-            return in_two_passes(one.rule, one.codecs, encoded, inputs, one.keys)
-
-        if not takes_two_passes(one.codecs) or not compiles_for_gpus(one.inputs[0]):
-            return in_loop(encoded, inputs)
-        return jax.lax.platform_dependent(
-            encoded, inputs, cuda=in_passes, rocm=in_passes, default=in_loop
-        )
+        step = one._replace(encoded=encoded, inputs=inputs)
+        return _in_loops([step], lambda works: [on_accelerator(work, piece) for work in works])[0]
 
     return blockwise_step(
         one.rule,
