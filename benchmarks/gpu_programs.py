@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.launches import Program
 from benchmarks.scale import BASE, build, stacked_layers, table, write
-from microadam_jax import model_shapes
+from microadam_jax.models import model_shapes
 from microadam_jax.planner.targets import target
 from microadam_jax.trees import KeyPath
 
