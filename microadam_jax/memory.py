@@ -13,7 +13,7 @@ import optax
 
 from microadam_jax.execution import scope, within
 from microadam_jax.stacks import layer_axes, layers_of
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, owner_of, path_name
 
 GIB = 2**30
 ADAM_BYTES = 8  # of two float32 moments
@@ -142,7 +142,7 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     taken: Counter[KeyPath] = Counter()
     for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
-        owner = next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in leaves), None)
+        owner = owner_of(path, leaves)
         if owner is not None:
             taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
     axis_of = layer_axes(params)
@@ -205,9 +205,8 @@ def named_leaves(state: Any, params: optax.Params) -> Iterator[tuple[str, Any]]:
     """Each array of the state with the name of its field: its path less its parameter's."""
     parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        field = next(
-            (path[:cut] for cut in range(len(path) + 1) if path[cut:] in parameter_paths), path
-        )
+        owner = owner_of(path, parameter_paths)
+        field = path if owner is None else path[: len(path) - len(owner)]
         yield _field_name(state, field), leaf
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.layers.dependence import dependences
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, owner_of, path_name
 
 Arrays = list[jax.Array]
 
@@ -150,11 +150,6 @@ def require_each_alone(
                 "clip='global' and max_norm here, in place of the transformation; M-FAC, GGT, "
                 "optax.apply_if_finite and others that look at all gradients cannot be used."
             )
-
-
-def owner_of(path: KeyPath, parameters: Container[KeyPath]) -> KeyPath | None:
-    """Returns the path of the parameter that a state array belongs to: the end of its own."""
-    return next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in parameters), None)
 
 
 def len_of_stack(stack: Any, name: str) -> int:

@@ -47,10 +47,7 @@ def _mixing(program: core.Jaxpr) -> str | None:
             continue
         name = equation.primitive.name
         if name in CALLS:
-            inner = [
-                p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")
-            ]
-            found = next(filter(None, (_mixing(getattr(p, "jaxpr", p)) for p in inner)), None)
+            found = next(filter(None, map(_mixing, called_programs(equation))), None)
             if found is not None:
                 return found
         elif name == "broadcast_in_dim":
@@ -59,6 +56,14 @@ def _mixing(program: core.Jaxpr) -> str | None:
         elif name not in POINTWISE or not shapes <= {(), SHAPE}:
             return name
     return None
+
+
+def called_programs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
+    """Returns the programs that an equation calls once; none if it is not one of ``CALLS``."""
+    if equation.primitive.name not in CALLS:
+        return []
+    parameters = equation.params.values()
+    return [getattr(p, "jaxpr", p) for p in parameters if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

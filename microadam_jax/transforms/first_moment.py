@@ -9,7 +9,7 @@ import optax
 from jax.extend import core
 from jax.tree_util import GetAttrKey
 
-from microadam_jax.transforms.elementwise import CALLS, POINTWISE, zero_outputs
+from microadam_jax.transforms.elementwise import POINTWISE, called_programs, zero_outputs
 from microadam_jax.trees import KeyPath, path_name
 
 FIRST_MOMENTS = ("mu", "trace")
@@ -71,10 +71,8 @@ class FirstMoment(NamedTuple):
         moments = [leaves[place] for place in self.places]
 
         def run(moments: list[jax.Array]) -> tuple[Any, Any]:
-            given = list(leaves)
-            for place, moment in zip(self.places, moments, strict=True):
-                given[place] = moment
-            moved, new = inner.update(updates, structure.unflatten(given), params, **extra_args)
+            given = structure.unflatten(self._replaced(leaves, moments))
+            moved, new = inner.update(updates, given, params, **extra_args)
             flat = jax.tree.leaves(new)
             return (jax.tree.leaves(moved), [flat[i] for i in self.places]), (moved, new)
 
@@ -100,12 +98,13 @@ class FirstMoment(NamedTuple):
             errors: :math:`e`, for each parameter.
         """
         leaves, structure = jax.tree.flatten(state)
+        moments = []
         for place, e, decay, update in zip(self.places, errors, *response, strict=True):
             # Where the learning rate is 0 nothing could take up an error, and there is none.
             known = update != 0
             change = jnp.where(known, (1 - decay) * e / jnp.where(known, update, 1), 0)
-            leaves[place] = leaves[place] + change.astype(leaves[place].dtype)
-        return structure.unflatten(leaves)
+            moments.append(leaves[place] + change.astype(leaves[place].dtype))
+        return structure.unflatten(self._replaced(leaves, moments))
 
     def require_elementwise(
         self, inner: optax.GradientTransformationExtraArgs, state: Any, params: optax.Params
@@ -116,17 +115,12 @@ class FirstMoment(NamedTuple):
             ValueError: if an update does not depend on the moment, as that of Lion, which takes
                 its sign, or depends on the moments of other elements, as that of Muon.
         """
-        leaves = jax.tree.leaves(state)
+        leaves, structure = jax.tree.flatten(state)
 
         def linear_part(params: optax.Params, leaves: list[Any]) -> list[Any]:
-            state_now = jax.tree.unflatten(jax.tree.structure(state), leaves)
-
             def run(moments: list[jax.Array]) -> list[jax.Array]:
-                given = list(leaves)
-                for place, moment in zip(self.places, moments, strict=True):
-                    given[place] = moment
-                tree = jax.tree.structure(state_now).unflatten(given)
-                return jax.tree.leaves(inner.update(params, tree, params)[0])
+                given = structure.unflatten(self._replaced(leaves, moments))
+                return jax.tree.leaves(inner.update(params, given, params)[0])
 
             moments = [leaves[place] for place in self.places]
             _, derivative = jax.linearize(run, moments)
@@ -151,6 +145,13 @@ class FirstMoment(NamedTuple):
                     f"error. {INSTEAD}"
                 )
 
+    def _replaced(self, leaves: Sequence[Any], moments: Sequence[jax.Array]) -> list[Any]:
+        """The flattened state with other first moments."""
+        given = list(leaves)
+        for place, moment in zip(self.places, moments, strict=True):
+            given[place] = moment
+        return given
+
 
 def _holds(moment: Any, parameter: Any) -> bool:
     return moment.shape == parameter.shape and moment.dtype in (jnp.float32, jnp.float64)
@@ -169,9 +170,8 @@ def _mixing(program: core.Jaxpr) -> str | None:
     """The first primitive of a linear program that mixes elements, if any does."""
     for equation in program.eqns:
         name = equation.primitive.name
-        inner = [p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
-        if name in CALLS and inner:
-            found = next(filter(None, (_mixing(getattr(p, "jaxpr", p)) for p in inner)), None)
+        if inner := called_programs(equation):
+            found = next(filter(None, map(_mixing, inner)), None)
             if found is not None:
                 return found
         elif name == "broadcast_in_dim":
