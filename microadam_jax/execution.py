@@ -1,4 +1,4 @@
-"""How an optimizer runs, and what its transformations are told, or tell, while they do."""
+"""Runs an optimizer in a scope, in which its transformations are told, and tell, what it takes."""
 
 import contextlib
 import contextvars

@@ -54,7 +54,6 @@ class TopK:
     min_size: int = 4096
     min_row: int = 16
     stacked: str | None = None
-    # A checkpoint does not depend on it, so it is no part of the name of the setting.
 
     def __post_init__(self) -> None:
         if (self.density is None) == (self.count is None):

@@ -1,4 +1,4 @@
-"""Which outputs of a traced program depend on which inputs."""
+"""Tracks the dependence of a traced program's outputs on its inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -13,8 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from microadam_jax import layers
 from microadam_jax.execution import run_with
-from microadam_jax.layers import update_in_backward as updating_in_backward
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
 from microadam_jax.planner.llama import Model, loss, pieces
 from microadam_jax.planner.meshes import AXES, ROWS, parameter_shardings
@@ -99,9 +99,8 @@ def compiled_plan(
     placed = Mesh(np.reshape(on.devices, tuple(mesh.values())), AXES)
     tx = run_with(tx, shardings=parameter_shardings(model.params, placed))
     plan = arithmetic_plan(model, tx, mesh, update_in_backward=update_in_backward)
-    in_backward = update_in_backward
     try:
-        program = _compile(model, tx, placed, on.platform, batch, seq, in_backward, remat)
+        program = _compile(model, tx, placed, on.platform, batch, seq, update_in_backward, remat)
     except jax.errors.JaxRuntimeError as error:
         sizes = needed_and_available(str(error))
         if sizes is None:
@@ -138,7 +137,7 @@ def _compile(
     platform: str,
     batch: int,
     seq: int,
-    in_backward: bool,
+    update_in_backward: bool,
     remat: bool,
 ) -> Any:
     where = parameter_shardings(model.params, mesh)
@@ -152,8 +151,8 @@ def _compile(
     def placed(shapes: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), shapes, shardings)
 
-    if in_backward:
-        training = updating_in_backward(tx, *pieces(mesh), shardings=where)
+    if update_in_backward:
+        training = layers.update_in_backward(tx, *pieces(mesh), shardings=where)
         jax.eval_shape(training.init, model.params)  # refuses what cannot work
         step = training.step
     state = jax.eval_shape(lambda params: tx.init(params), model.params)

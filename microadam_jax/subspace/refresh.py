@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.subspace.basis import PRECISION
-from microadam_jax.subspace.subspace import static
+from microadam_jax.subspace.subspace import if_traced
 
 MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
@@ -48,7 +48,7 @@ class Refresh:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(
                 f"The update interval of a subspace, Refresh.every, must be a positive integer; "
-                f"got {self.every!r}.{static(self.every)}"
+                f"got {self.every!r}.{if_traced(self.every)}"
             )
         if self.first not in (0, 1):
             raise ValueError(f"Refresh.first must be 0 or 1; got {self.first!r}.")

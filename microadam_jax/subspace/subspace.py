@@ -153,12 +153,12 @@ def require_rank(rank: int) -> None:
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(
-            f"The rank of a subspace must be a positive integer; got {rank!r}.{static(rank)}"
+            f"The rank of a subspace must be a positive integer; got {rank!r}.{if_traced(rank)}"
         )
 
 
-def static(value: object) -> str:
-    """Returns what to do where ``value`` is traced and shapes a state; else nothing."""
+def if_traced(value: object) -> str:
+    """Returns a sentence that says what to do if ``value`` is traced; else nothing."""
     if not isinstance(value, jax.core.Tracer | jax.Array):
         return ""
     return (

@@ -75,7 +75,7 @@ def _owed(level: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _in_row(count: int, size: int, n: int) -> jax.Array | None:
-    """Which elements of blocks ``(count, size)`` are some of a row's; None if all are."""
+    """Marks the elements of blocks ``(count, size)`` that belong to a row; None if all do."""
     if count * size == n:
         return None
     block, lane = (jax.lax.broadcasted_iota(jnp.int32, (count, size), i) for i in range(2))
