@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from examples.finetuning.classification import Classification
+from examples.finetuning.comparison import job_of
 from examples.finetuning.config import JOBS, Config
-from examples.finetuning.jobs import Job
 from examples.finetuning.training import train
 from examples.llama import optimizers
 
@@ -61,11 +60,10 @@ def _run(config: Config, label: str, rate: str, out: Path) -> None:
         opt=tuple(option for option in OPTIONS if option.startswith(f"{label}.")),
         lr=(f"{label}={rate}",),
     )
-    job = _job(config)
-    result = train(settings, job, method, optimizers.build(settings)[label])
-    last = [row.loss for row in result.rows][-max(1, len(result.rows) // 10) :]
+    optimizer = optimizers.named(settings, clip=settings.clip)[label]
+    result = train(settings, job_of(config, Console()), method, optimizer)
     line = (
-        *(label, rate, config.seed, config.steps, result.accuracy, sum(last) / len(last)),
+        *(label, rate, config.seed, config.steps, result.accuracy, result.training_loss),
         *(result.held_out_loss, result.state_bytes, result.step_bytes, result.step_seconds),
         "".join("1" if c else "0" for c in result.correct),
     )
@@ -77,14 +75,6 @@ def _run(config: Config, label: str, rate: str, out: Path) -> None:
             writer.writerow(FIELDS)
         writer.writerow(line)
     print(*(f"{x:.4g}" if isinstance(x, float) else x for x in line[:-1]), flush=True)
-
-
-def _job(config: Config) -> Job:
-    if config.job == "classification":
-        return Classification(config, Console())
-    from examples.finetuning.language import Arithmetic
-
-    return Arithmetic(config, Console())
 
 
 def _read(path: Path) -> list[dict[str, str]]:

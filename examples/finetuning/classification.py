@@ -17,7 +17,7 @@ from ..llama.config import PretrainError
 from . import packages
 from .bert import Bert, BertConfig, Block, load_bert, mean_pool, read_config
 from .config import Config
-from .jobs import Batch
+from .jobs import Batch, by_parts
 from .tweets import LABELS, Texts, read_texts, split, tokenize
 
 _ROWS = 64  # of a batch in which accuracy is measured
@@ -123,20 +123,15 @@ class Classification:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
     def correct(self, model_of: Callable[[Any], Classifier], params: Any) -> list[bool]:
-        """Whether the largest logit is the label's."""
+        """Compares the largest logit of each held-out text with its label."""
 
         @jax.jit
         def predict(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
             return jnp.argmax(model_of(params)(tokens, mask), -1)
 
-        found = []
-        for start in range(0, len(self.held_out), _ROWS):
-            part = self.held_out[start : start + _ROWS]
-            missing = [(0, _ROWS - len(part)), (0, 0)]
-            tokens, mask = (np.pad(a, missing) for a in (part.tokens, part.mask))
-            predicted = np.asarray(predict(params, tokens, mask))[: len(part)]
-            found += (predicted == part.labels).tolist()
-        return found
+        texts = self.held_out
+        predicted = by_parts(predict, params, texts.tokens, texts.mask, rows=_ROWS)
+        return (np.array(predicted) == texts.labels).tolist()
 
 
 def side_config(bert: BertConfig, reduction: int) -> BertConfig:

@@ -10,10 +10,10 @@ from microadam_jax.state_format import STATE_FORMAT
 from ..llama import optimizers
 from ..llama.checkpoints import Checkpoints
 from ..llama.comparison import clear, resume_line
+from ..llama.config import save
 from ..llama.interruption import Interruption
 from ..llama.metrics import MetricsFile, Row
 from ..llama.progress import progress
-from . import config as configuration
 from .classification import Classification
 from .config import Config
 from .jobs import Job
@@ -34,13 +34,13 @@ def compare(config: Config, console: Console) -> bool:
     Raises:
         PretrainError: If something in the settings does not fit.
     """
-    chosen = optimizers.build(config.named_optimizers())
-    job = _job(config, console)
+    chosen = optimizers.named(config.named_optimizers(), clip=config.clip)
+    job = job_of(config, console)
     if config.resume is None:
         clear(config, chosen)
         for label in chosen:
             shutil.rmtree(config.out / label, ignore_errors=True)
-        configuration.save(config)
+        save(config)
     console.print(
         f"{config.job}: {config.steps} steps of {config.batch} x {config.seq_len} tokens, accuracy "
         f"on at most {config.held_out} held-out examples; results go to {config.out}",
@@ -87,7 +87,12 @@ def _observe(metrics: MetricsFile, show: object, rows: list[Row]) -> None:
     show(rows)
 
 
-def _job(config: Config, console: Console) -> Job:
+def job_of(config: Config, console: Console) -> Job:
+    """Reads the weights and the examples of a job.
+
+    Raises:
+        PretrainError: If they are not there or not as they should be.
+    """
     if config.job == "classification":
         return Classification(config, console)
     # Imported where it is needed: it needs packages that classification does not.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..llama.config import PretrainError
+from ..llama.config import PretrainError, saved
 
 METHODS = ("full", "lora", "qlora", "qst")
 # For classification docs/finetuning.md says which of these were chosen by a sweep; the others
@@ -80,9 +80,9 @@ class Config:
     reduction: int = 4
     """The side network of qst is this many times narrower than the backbone."""
     downsample: Literal["adapter", "lora", "max", "average"] = "adapter"
-    """How qst brings the backbone's hidden states to its width."""
+    """Maps the backbone's hidden states to the width of qst."""
     mix: Literal["paper", "released", "residual"] = "residual"
-    """How qst mixes its output with the backbone's: paper and residual start from the backbone's
+    """Mixes the output of qst with the backbone's: paper and residual start from the backbone's
     own; paper keeps gradients from the side network until its gate has moved."""
 
     weights: Path | None = None
@@ -121,12 +121,6 @@ class Config:
     """Continue the run in this directory; its other settings need not be repeated."""
     overwrite: bool = False
     """Start anew even if the directory holds an interrupted run."""
-
-    # Read where optimizers are built; only pre-training has flags for them.
-    diagnostics = False
-    update_in_backward = False
-    rounding = "nearest"
-    param_dtype = "float32"
 
     def check(self) -> None:
         """Compares the settings with each other.
@@ -228,28 +222,10 @@ def from_flags(flags: list[str] | None = None) -> Config:
     return config
 
 
-def save(config: Config) -> None:
-    """Writes the configuration into its output directory."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
-
-
 def load(run: Path) -> Config:
     """Reads the configuration of the run in a directory.
 
     Raises:
         PretrainError: If there is none.
     """
-    path = run / "config.json"
-    if not path.is_file():
-        raise PretrainError(f"There is no run to resume in {run}: it has no {path.name}.")
-    values = json.loads(path.read_text())
-    values |= {
-        "out": run,
-        "resume": run,
-        "packages": Path(values["packages"]),
-        "opt": tuple(values["opt"]),
-        "lr": tuple(values["lr"]),
-        **{name: values[name] and Path(values[name]) for name in ("weights", "texts")},
-    }
-    return Config(**values)
+    return Config(**saved(run, ["packages", "weights", "texts"]))

@@ -1,8 +1,10 @@
-"""What a job gives to the training loop."""
+"""The protocol of a job, as the training loop uses it."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from flax import nnx
 
 from microadam_jax.layers.nnx import SideNetwork
@@ -45,5 +47,28 @@ class Job(Protocol):
         ...
 
     def correct(self, model_of: Any, params: Any) -> list[bool]:
-        """Whether each held-out example is answered correctly by `model_of(params)`."""
+        """Returns True for each held-out example that `model_of(params)` answers correctly."""
         ...
+
+
+def by_parts(
+    function: Callable[..., jax.Array], params: Any, *examples: np.ndarray, rows: int
+) -> list[Any]:
+    """Calls a compiled function on all examples, a few at a time.
+
+    Args:
+        function: From parameters and arrays of `rows` examples to a value for each.
+        params: The parameters.
+        *examples: Arrays with an axis of examples in front.
+        rows: Examples in a part; the last part is padded with zeros.
+
+    Returns:
+        The values.
+    """
+    found: list[Any] = []
+    for start in range(0, len(examples[0]), rows):
+        parts = [array[start : start + rows] for array in examples]
+        count = len(parts[0])
+        padded = [np.pad(a, [(0, rows - count), *[(0, 0)] * (a.ndim - 1)]) for a in parts]
+        found += np.asarray(function(params, *padded))[:count].tolist()
+    return found

@@ -22,7 +22,7 @@ from ..llama.config import PretrainError
 from ..llama.model import Block, Llama
 from . import packages
 from .config import Config
-from .jobs import Batch
+from .jobs import Batch, by_parts
 from .smollm import GgufFile
 
 _ROWS = 8  # of a batch in which answers are scored
@@ -200,7 +200,7 @@ class Arithmetic:
         return (losses * weights).sum() / weights.sum()
 
     def correct(self, model_of: Callable[[Any], Answerer], params: Any) -> list[bool]:
-        """Whether greedy decoding gives the answer, and ends after it.
+        """Returns True for each question whose answer greedy decoding gives, and ends after it.
 
         It does exactly if each token of the answer is the most probable one after the true tokens
         before it, which one pass over the whole dialogue tells.
@@ -211,13 +211,8 @@ class Arithmetic:
             predicted = jnp.argmax(model_of(params)(tokens[:, :-1]), -1)
             return jnp.all((predicted == tokens[:, 1:]) | ~answers, axis=1)
 
-        found = []
-        for start in range(0, len(self.held_out), _ROWS):
-            part = self.held_out[start : start + _ROWS]
-            missing = [(0, _ROWS - len(part)), (0, 0)]
-            tokens, answers = (np.pad(a, missing) for a in (part.tokens, part.answers))
-            found += np.asarray(right(params, tokens, answers))[: len(part)].tolist()
-        return found
+        questions = self.held_out
+        return by_parts(right, params, questions.tokens, questions.answers, rows=_ROWS)
 
 
 def _batch(part: Dialogues) -> Batch:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 
 from microadam_jax.layers.nnx import Nf4Linear, quantize_linears, replace_linears
@@ -54,8 +53,3 @@ def _with_lora(base: nnx.Linear | Nf4Linear, rank: int, rngs: nnx.Rngs) -> nnx.L
     adapter = make(rngs)
     adapter.base_module = nnx.data(base)
     return adapter
-
-
-def bytes_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree, or of their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

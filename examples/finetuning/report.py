@@ -1,4 +1,4 @@
-"""What a comparison ends with: one table, the loss curves and their numbers."""
+"""Reports a comparison: one table, the loss curves and their numbers."""
 
 from pathlib import Path
 
@@ -59,7 +59,6 @@ def write_report(results: dict[str, Finetuned], out: Path, console: Console) -> 
 
 
 def _summary(label: str, result: Finetuned) -> dict[str, str | int | float]:
-    last = [row.loss for row in result.rows][-max(1, len(result.rows) // 10) :]
     return {
         "run": label,
         "trained_parameters": result.parameters,
@@ -68,7 +67,7 @@ def _summary(label: str, result: Finetuned) -> dict[str, str | int | float]:
         "state_bytes": result.state_bytes,
         "saved_bytes": result.saved_bytes,
         "step_bytes": result.step_bytes,
-        "training_loss": sum(last) / len(last),
+        "training_loss": result.training_loss,
         "held_out_loss": result.held_out_loss,
         "accuracy": result.accuracy,
         "standard_error": result.standard_error,

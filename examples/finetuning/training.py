@@ -22,15 +22,15 @@ from ..llama.config import PretrainError
 from ..llama.metrics import Row
 from ..llama.partitioning import make_mesh
 from ..llama.steps import run_steps
-from ..llama.training import Result
+from ..llama.training import Result, bytes_of, placed, size_of
 from .config import Config
 from .jobs import Batch, Job
-from .methods import Params, bytes_of, prepare
+from .methods import Params, prepare
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned(Result):
-    """What came of one run; `parameters` are those that were trained.
+    """Holds the result of one run; `parameters` are those that were trained.
 
     Attributes:
         weight_bytes: Bytes of all weights, trained or not.
@@ -48,6 +48,12 @@ class Finetuned(Result):
     def step_bytes(self) -> int:
         """Bytes of everything that a step keeps: weights, gradient, state, saved activations."""
         return self.weight_bytes + self.gradient_bytes + self.state_bytes + self.saved_bytes
+
+    @property
+    def training_loss(self) -> float:
+        """Mean over the last tenth of the steps."""
+        last = [row.loss for row in self.rows][-max(1, len(self.rows) // 10) :]
+        return sum(last) / len(last)
 
     @property
     def accuracy(self) -> float:
@@ -116,7 +122,7 @@ def train(
 
     result = Finetuned(
         rows=list(rows),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        parameters=size_of(params),
         state_bytes=bytes_of(state_shapes),
         finished=True,
         weight_bytes=bytes_of((params, frozen)),
@@ -126,8 +132,7 @@ def train(
 
     start = checkpoints.latest_step if checkpoints else 0
     if checkpoints and start:
-        like = jax.tree.map(lambda s, to: s.update(sharding=to), (shapes, state_shapes), where)
-        params, state = checkpoints.restore(like)
+        params, state = checkpoints.restore(placed((shapes, state_shapes), where))
     else:
         state = jax.jit(optimizer.init, out_shardings=where[1])(params)
     if start == config.steps and folder and (folder / "held_out.json").exists():

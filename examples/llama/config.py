@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -85,7 +86,7 @@ class Config:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the parameters."""
     rounding: Literal["nearest", "stochastic", "compensated", "momentum"] = "nearest"
-    """How bfloat16 parameters are rounded after each update: nearest loses updates below half a
+    """Rounding of bfloat16 parameters after each update: nearest loses updates below half a
     unit in the last place; the others are those of microadam_jax.round_updates."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of activations; the loss is always float32."""
@@ -261,14 +262,28 @@ def from_flags(flags: list[str] | None = None) -> Config:
     return config
 
 
-def save(config: Config) -> None:
+class Settings(Protocol):
+    """A configuration that is kept with its run."""
+
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists the settings as JSON values."""
+        ...
+
+
+def save(config: Settings) -> None:
     """Writes the configuration into its output directory."""
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
 
 
-def load(run: Path) -> Config:
-    """Reads the configuration of the run in a directory.
+def saved(run: Path, paths: Iterable[str]) -> dict[str, Any]:
+    """Reads the settings of the run in a directory, which is to be resumed.
+
+    Args:
+        run: The directory.
+        paths: Names of settings that are paths or None.
 
     Raises:
         PretrainError: If there is none.
@@ -277,12 +292,22 @@ def load(run: Path) -> Config:
     if not path.is_file():
         raise PretrainError(f"There is no run to resume in {run}: it has no {path.name}.")
     values = json.loads(path.read_text())
-    values |= {
+    return values | {
         "out": run,
-        "text": values["text"] and Path(values["text"]),
         "resume": run,
         "opt": tuple(values["opt"]),
         "lr": tuple(values["lr"]),
+        **{name: values[name] and Path(values[name]) for name in paths},
+    }
+
+
+def load(run: Path) -> Config:
+    """Reads the configuration of the run in a directory.
+
+    Raises:
+        PretrainError: If there is none.
+    """
+    values = saved(run, ["text"]) | {
         "coordinator": None,
         "processes": None,
         "process_id": None,

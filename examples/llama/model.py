@@ -223,7 +223,7 @@ def graph_of(config: ModelConfig) -> nnx.GraphDef[Llama]:
 
 
 def pieces_of(config: ModelConfig) -> tuple[Callable[..., Any], ...]:
-    """What comes before the layers, one of them, and the loss after them, as plain functions.
+    """Returns what comes before the layers, one of them, and the loss after them, as functions.
 
     They are those that `microadam_jax.layers.update_in_backward` takes.
     """

@@ -26,7 +26,7 @@ class Schedule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Where the loop ended.
+    """Holds the end of the loop.
 
     Attributes:
         params: The parameters.

@@ -98,14 +98,14 @@ def train(
     param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     state_shapes = jax.eval_shape(optimizer.init, param_shapes)
     shardings = (placement.params, placement.state(optimizer, param_shapes))
-    result = Result(rows, _count(param_shapes), _bytes(state_shapes), finished=True)
+    result = Result(rows, size_of(param_shapes), bytes_of(state_shapes), finished=True)
 
     start = checkpoints.latest_step if checkpoints else 0
     if checkpoints and start == config.steps:  # nothing to do, nor gigabytes to read
         checkpoints.require_same_configuration()
         return result
     if checkpoints and start:
-        params, state = checkpoints.restore(_placed((param_shapes, state_shapes), shardings))
+        params, state = checkpoints.restore(placed((param_shapes, state_shapes), shardings))
     else:
         init = jax.jit(init_params, static_argnums=(0, 1), out_shardings=shardings[0])
         params = init(model, config.seed)
@@ -241,13 +241,16 @@ def _mean_gradient(
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Gives shapes their shardings, as a restore needs them."""
     return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
 
 
-def _count(shapes: Any) -> int:
+def size_of(shapes: Any) -> int:
+    """Counts the elements of arrays, or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _bytes(shapes: Any) -> int:
+def bytes_of(shapes: Any) -> int:
+    """Counts the bytes of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
