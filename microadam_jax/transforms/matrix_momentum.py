@@ -1,5 +1,6 @@
 """Directions of matrices: a momentum that a function of whole matrices turns into an update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.partition import remark_assignment, require_shape, warn_unnamed
 from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
 from microadam_jax.subspace.matrices import Assigned, Matrices
-from microadam_jax.subspace.view import WHOLE
+from microadam_jax.subspace.view import WHOLE, MatrixView
 from microadam_jax.transforms.descent import as_it_is, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.transformation import transformation
@@ -160,17 +161,15 @@ def matrix_momentum(
         for path, n in jax.tree.leaves_with_path(moved):
             assigned = seen[path]
             if assigned.view is not None:
-                static = _Matrix(assigned, direction, eps)
+                static = _Matrix(assigned, direction, eps, jnp.float32(consistent_rms))
                 kinds.append((assigned.view, assigned.assignment.layer_axis, jax.typeof(n)))
                 leaves.append((static, n))
         turned = iter(each_kind(_Matrix.turned, kinds, leaves))
 
         def scale(path: KeyPath, u: jax.Array, target: jax.Array, end: Any) -> tuple[jax.Array]:
-            view = seen[path].view
-            if view is None:
+            if seen[path].view is None:
                 return (u,)
-            size = jnp.float32(consistent_rms) * direction.size(view.rows, view.columns)
-            u = (size * next(turned)).astype(target.dtype)
+            u = next(turned).astype(target.dtype)
             return (end(u, *read_by(end, target)),)
 
         (scaled,) = map_with_path(scale, 1, moved, targets, finish)
@@ -186,25 +185,37 @@ class _Matrix(NamedTuple):
         assigned: its axes.
         direction: of the update.
         eps: given to it.
+        size: the root mean square of the update.
     """
 
     assigned: Assigned
     direction: Direction
     eps: ArrayLike
+    size: jax.Array
 
     def turned(self, x: jax.Array) -> jax.Array:
-        """The directions of the matrices of ``x``, in float32."""
-        assert self.assigned.view is not None
+        """The updates of the matrices of ``x``, layer by layer in the place of ``x``."""
         view, axis = self.assigned.view, self.assigned.assignment.layer_axis
+        assert view is not None
+        sharding = explicit_sharding(x)
+        if axis is None or (sharding is not None and sharding.spec[axis]):
+            return self._of(view, x)
+        shape = *view.shape[:axis], 1, *view.shape[axis + 1 :]
+        layer = dataclasses.replace(view, shape=shape)
+
+        def step(i: jax.Array, x: jax.Array) -> jax.Array:
+            one = self._of(layer, jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+            return jax.lax.dynamic_update_slice_in_dim(x, one, i, axis)
+
+        return jax.lax.fori_loop(0, view.shape[axis], step, x)
+
+    def _of(self, view: MatrixView, x: jax.Array) -> jax.Array:
         folded = view.fold(x.astype(jnp.float32))
         if self.direction.gathered:
             folded = place_on(folded, folded, range(len(view.batch)))
-        sharding = explicit_sharding(folded)
-        if axis is None or (sharding is not None and sharding.spec[view.batch.index(axis)]):
-            return view.unfold(self._of(folded), WHOLE, x)
-        at = view.batch.index(axis)
-        layers = jax.lax.map(self._of, jnp.moveaxis(folded, at, 0))
-        return view.unfold(jnp.moveaxis(layers, 0, at), WHOLE, x)
-
-    def _of(self, x: jax.Array) -> jax.Array:
-        return self.direction.of(x, self.eps)
+        u = (
+            self.size
+            * self.direction.size(view.rows, view.columns)
+            * self.direction.of(folded, self.eps)
+        )
+        return view.unfold(u, WHOLE, x).astype(x.dtype)
