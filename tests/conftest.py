@@ -1,5 +1,6 @@
 """Settings of every test: eight virtual devices, so that meshes can be tested anywhere."""
 
+import collections
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,26 @@ jax.config.update("jax_num_cpu_devices", 8)
 if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For a second Python, after all cases have run with the first."""
+    parser.addoption("--cases", type=int, help="run at most so many cases of a test, evenly spread")
+
+
+@pytest.hookimpl(trylast=True)  # after those of another mark have gone
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves ``--cases`` of each test."""
+    most = config.getoption("--cases")
+    if not most:
+        return
+    of_test = collections.defaultdict(list)
+    for item in items:
+        # Cases of Optax's suites are numbered.
+        of_test[item.nodeid.partition("[")[0].rstrip("0123456789")].append(item)
+    kept = {cases[len(cases) * i // most] for cases in of_test.values() for i in range(most)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session", autouse=True)
