@@ -16,7 +16,7 @@ from pathlib import Path
 
 import optax
 
-from benchmarks.sweep import append, clipped, rows
+from benchmarks.sweep import MODELS, append, clipped, rows
 from examples.llama.config import Config
 from examples.llama.data import load_corpus
 from examples.llama.training import train
@@ -26,10 +26,6 @@ RATE = 1e-3
 OPTIMIZERS = {"adamw": optax.adamw, "adamw_fp8": adamw_fp8}
 # How the layers keep activations, and the optimizer. The last is all of COAT.
 SETTINGS = [("exact", "adamw"), ("fp8", "adamw"), ("coat", "adamw"), ("coat", "adamw_fp8")]
-MODELS = {
-    "tiny": {},
-    "10m": {"hidden": 320, "intermediate": 864, "layers": 8, "heads": 5},
-}
 
 Results = dict[tuple[str, str, int], float]
 

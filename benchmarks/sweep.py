@@ -1,4 +1,4 @@
-"""Pre-trains the tiny model with each setting and learning rate; one table of held-out losses.
+"""Pre-trains a model with each setting and learning rate; one table of held-out losses.
 
 Every run sees the same batches from the same initial weights. Results are appended to a CSV file
 as they come, and a second call goes on where the first stopped.
@@ -7,20 +7,26 @@ as they come, and a second call goes on where the first stopped.
 import argparse
 import csv
 import dataclasses
+import functools
 import itertools
-import statistics
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import optax
 
+from benchmarks import results
+from benchmarks.results import ROOT, Run
 from examples.llama.config import Config
 from examples.llama.data import load_corpus
 from examples.llama.training import train
 
 Setting = Callable[[optax.Schedule], optax.GradientTransformation]
-# From setting, learning rate and seed to bytes per parameter and held-out loss.
-Results = dict[tuple[str, float, int], tuple[float, float]]
+MODELS = {
+    "tiny": {},
+    "10m": {"hidden": 320, "intermediate": 864, "layers": 8, "heads": 5},
+}
 
 
 def sweep(
@@ -35,6 +41,7 @@ def sweep(
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
+    parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument(
         "--seeds", nargs="*", type=int, default=[0], help="of the weights and the batches"
@@ -43,29 +50,24 @@ def sweep(
     parser.add_argument("--rates", nargs="*", type=float, help="for each of the settings")
     args = parser.parse_args()
 
-    config = dataclasses.replace(Config(), steps=args.steps, eval_every=args.steps, log_every=100)
+    config = dataclasses.replace(
+        Config(), steps=args.steps, eval_every=args.steps, log_every=100, **MODELS[args.model]
+    )
     corpus = load_corpus(config)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = read(args.out)
+    done = {(r.setting, r.rate, r.seed, r.model, r.steps) for r in results.read(args.out)}
+    code = commit()
     for seed, name in itertools.product(args.seeds, args.settings):
         for rate in args.rates or rates[name]:
-            if (name, rate, seed) in done:
+            if (name, rate, seed, args.model, args.steps) in done:
                 continue
             tx = clipped(settings[name], rate, args.steps)
             result = train(dataclasses.replace(config, seed=seed), tx, corpus)
-            numbers = (result.state_bytes / result.parameters, result.held_out_loss)
-            done[name, rate, seed] = numbers
-            append(args.out, [name, rate, seed, *numbers])
-            print(name, rate, seed, *numbers, flush=True)
-    print_table(done)
-
-
-def read(path: Path) -> Results:
-    """The results of earlier calls."""
-    return {
-        (name, float(rate), int(seed)): (float(size), float(loss))
-        for name, rate, seed, size, loss in rows(path)
-    }
+            size = result.state_bytes / result.parameters
+            loss = result.held_out_loss
+            run = Run(name, rate, seed, args.model, args.steps, size, loss, jax.__version__, code)
+            results.append(args.out, run)
+            print(*run, flush=True)
+    print("\n".join(results.table(results.read(args.out))))
 
 
 def clipped(setting: Setting, rate: float, steps: int) -> optax.GradientTransformation:
@@ -88,21 +90,11 @@ def append(path: Path, row: Sequence[object]) -> None:
         csv.writer(file).writerow(row)
 
 
-def print_table(results: Results) -> None:
-    """One row for each setting, as Markdown: the losses by learning rate, and the best mean."""
-    print("| setting | bytes/param | learning rate: held-out loss of each seed | best mean |")
-    print("|---|---|---|---|")
-    for name in dict.fromkeys(name for name, _, _ in results):
-        runs = {(rate, seed): run for (n, rate, seed), run in results.items() if n == name}
-        by_rate: dict[float, list[float]] = {}
-        for (rate, _), (_, loss) in sorted(runs.items()):
-            by_rate.setdefault(rate, []).append(loss)
-        size = next(size for size, _ in runs.values())
-        cells = [
-            f"{rate:g}: {' '.join(f'{loss:.3f}' for loss in losses)}"
-            for rate, losses in by_rate.items()
-        ]
-        # Rates that were tried with fewer seeds are no match for a mean.
-        most = max(map(len, by_rate.values()))
-        best = min(statistics.mean(x) for x in by_rate.values() if len(x) == most)
-        print(f"| {name} | {size:.2f} | {', '.join(cells)} | {best:.3f} |")
+def commit() -> str:
+    """Names the commit that is checked out, with a plus sign if files were changed."""
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=ROOT, check=True)
+    try:
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+        return git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

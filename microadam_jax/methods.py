@@ -61,6 +61,7 @@ FOUR_BITS = "Li et al., 4-bit optimizers (arXiv 2309.01507)"
 COAT = "Xi et al., COAT (arXiv 2410.19313)"
 LION = "Chen et al., Lion (arXiv 2302.06675)"
 MUON = "Liu et al., Muon is scalable for LLM training (arXiv 2502.16982)"
+SINKHORN = "Scetbon et al., Gradient multi-normalization (arXiv 2502.06742)"
 EFCP = "Modoranu et al., EFCP (arXiv 2306.06098)"
 MFAC = "Frantar et al., M-FAC (arXiv 2107.03356)"
 GALORE = "Zhao et al., GaLore (arXiv 2403.03507)"
@@ -91,6 +92,7 @@ _ROWS = (
     Method(aliases.adam_mini4bit, "low bits", ADAM_MINI, "1/2 + 4/128 + 4/R"),
     Method(aliases.lion4bit, "low bits", LION, "1/2 + 4/128", 2e-4),
     Method(aliases.muon8bit, "low bits", MUON, "1 + 4/256", 2e-3),
+    Method(aliases.sinkhorn4bit, "low bits", SINKHORN, "1/2 + 4/128", 2e-3),
     Method(aliases.sparse_mfac, "full matrix", EFCP, "1/2 + 8/256 + 32*3*3/256"),
     Method(
         aliases.lowrank_mfac,

@@ -1,5 +1,6 @@
 """A sharding for every state array, from shapes alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -141,7 +142,8 @@ class TestZero:
             _, state = update(jax.device_put(grads, placed), state, sharded)
             _, expected = jax.jit(tx.update)(grads, expected, params)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
-        jax.tree.map(np.testing.assert_array_equal, state, expected)
+        # Scales may be rounded otherwise in another program; codes are the same.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, expected)
 
 
 def test_states_in_host_memory_are_fetched_for_the_step() -> None:

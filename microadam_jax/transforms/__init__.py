@@ -16,11 +16,13 @@ from microadam_jax.transforms.factored_adam import (
 from microadam_jax.transforms.fused_apply import fused_apply
 from microadam_jax.transforms.ggt import scale_by_ggt
 from microadam_jax.transforms.gram_window import GramWindowState
+from microadam_jax.transforms.matrix_momentum import MatrixMomentumState
 from microadam_jax.transforms.mfac import scale_by_mfac
-from microadam_jax.transforms.muon import ScaleByMuonState, scale_by_muon
+from microadam_jax.transforms.muon import scale_by_muon
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
 from microadam_jax.transforms.round_updates import RoundUpdatesState, round_updates
+from microadam_jax.transforms.sinkhorn import scale_by_sinkhorn
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
 from microadam_jax.transforms.subspace_momentum import SubspaceMomentumState, subspace_momentum
 from microadam_jax.transforms.uncorrected_adam import (
@@ -42,13 +44,13 @@ __all__ = [
     "DecayUpdatedWeightsState",
     "ErrorFeedbackState",
     "GramWindowState",
+    "MatrixMomentumState",
     "ProjectGradientsState",
     "QuantizedState",
     "RoundUpdatesState",
     "ScaleByAdamMiniState",
     "ScaleByCameState",
     "ScaleByFactoredAdamState",
-    "ScaleByMuonState",
     "ScaleBySubsetNormState",
     "ScaleByUncorrectedAdamState",
     "ScaleByWindowAdamState",
@@ -69,6 +71,7 @@ __all__ = [
     "scale_by_ggt",
     "scale_by_mfac",
     "scale_by_muon",
+    "scale_by_sinkhorn",
     "scale_by_subset_norm",
     "scale_by_uncorrected_adam",
     "scale_by_window_adam",

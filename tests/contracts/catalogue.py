@@ -135,6 +135,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adam_mini4bit": {"mu_codec": MU4},
     "lion4bit": {"learning_rate": 1e-3, "mu_codec": MU4},
     "muon8bit": {"mu_codec": MU8},
+    "sinkhorn4bit": {"mu_codec": MU4},
     "sparse_mfac": {
         "damping": 1e-2,
         "compressor": COMPRESSOR,
@@ -156,7 +157,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 # Whose updates depend on norms or maxima that elements share.
-NORMS = ("adamw4bit", "muon8bit", "fira", "apollo", "apollo_mini", "snsm")
+NORMS = ("adamw4bit", "muon8bit", "sinkhorn4bit", "fira", "apollo", "apollo_mini", "snsm")
 # Whose composition is that of another; their numbers need a look of their own.
 ALIKE = (
     *("adamw4bit_factored", "adamw_fp8", "adam_mini8bit", "sparse_ggt", "mfac"),
@@ -178,7 +179,7 @@ def entry_of(name: str) -> Entry:
         shares=name in NORMS or "partition" in arguments or method.kind == "full matrix",
         coarse=method.kind == "low bits",
         couples=method.kind == "full matrix",
-        projects=method.kind == "subspace" or name == "muon8bit",
+        projects=method.kind == "subspace" or name in ("muon8bit", "sinkhorn4bit"),
     )
 
 

@@ -1,6 +1,7 @@
-"""Muon in float64 NumPy, one matrix at a time, from arXiv 2502.16982 and its authors' code.
+"""Muon and Sinkhorn in float64 NumPy, one matrix at a time, with Nesterov's momentum.
 
-The paper adds up gradients where this takes their average, and corrects no bias. A matrix's update
+Muon is from arXiv 2502.16982 and its authors' code, Sinkhorn's iteration from arXiv 2502.06742. The
+first adds up gradients where this takes their average, and corrects no bias. A matrix's update
 does not depend on its scale, so they differ only in how Nesterov's step weights gradient and
 momentum. That is Optax's here: both are corrected for the steps that they have seen.
 """
@@ -25,30 +26,46 @@ def orthogonalized(x: Floats) -> Floats:
     return (left * values) @ right
 
 
+def muon(x: Floats) -> Floats:
+    """An orthogonalized matrix whose root mean square is near 1."""
+    return np.sqrt(max(x.shape)) * orthogonalized(x)
+
+
+def sinkhorn(x: Floats) -> Floats:
+    """Brings rows, then columns, to a root mean square of 1, five times."""
+    x = np.array(x)
+    for _ in range(5):
+        for axis in (1, 0):
+            size = np.sqrt(np.mean(x**2, axis, keepdims=True))
+            x = x / np.where(size > 0, size, 1)
+    return x
+
+
 def as_it_is(momentum: Floats) -> Floats:
     """A momentum that is not rounded."""
     return momentum
 
 
 @dataclass
-class MuonOracle:
-    r"""Muon on one matrix, with decoupled weight decay.
+class MatrixMomentumOracle:
+    r"""Muon or Sinkhorn on one matrix, with decoupled weight decay.
 
     .. math::
 
         m &\leftarrow \beta m + (1 - \beta) g \\
         n &= \beta m / (1 - \beta^{t+1}) + (1 - \beta) g / (1 - \beta^t) \\
-        \theta &\leftarrow \theta - \eta
-            (0.2 \sqrt{\max(R, C)} \operatorname{NS}_5(n) + \lambda \theta)
+        \theta &\leftarrow \theta - \eta (0.2 D(n) + \lambda \theta)
 
     Attributes:
         theta: the matrix, which starts as ``params`` and is moved by every step.
+        direction: :math:`D`.
         learning_rate: a number, or a function of the 0-based step.
         store: what becomes of the momentum after a step.
         mu: the momentum.
     """
 
     params: InitVar[npt.ArrayLike]
+    direction: Callable[[Floats], Floats]
     learning_rate: LearningRate = 1e-3
     beta: float = 0.95
     weight_decay: float = 0.0
@@ -67,7 +84,6 @@ class MuonOracle:
         self.mu = self.beta * self.mu + (1 - self.beta) * gradient
         ahead = self.beta * self.mu / (1 - self.beta ** (self.count + 1))
         ahead = ahead + (1 - self.beta) * gradient / (1 - self.beta**self.count)
-        direction = 0.2 * np.sqrt(max(gradient.shape)) * orthogonalized(ahead)
-        self.theta = before - rate * (direction + self.weight_decay * before)
+        self.theta = before - rate * (0.2 * self.direction(ahead) + self.weight_decay * before)
         self.mu = self.store(self.mu)
         return self.theta - before

@@ -1,0 +1,103 @@
+"""Which loss does a byte of state buy? Every optimizer beside a tuned AdamW, on paired seeds.
+
+python -m benchmarks.frontier --out benchmarks/results/frontier.csv --seeds 0 1 2
+
+All have the same learning rate for embeddings and norms, the best for AdamW, and each the best of
+a few for its matrices: most of what is published as a gain over AdamW is the ratio of the two.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from benchmarks.sweep import Setting, sweep
+from microadam_jax import (
+    Refresh,
+    adam_mini,
+    adam_mini4bit,
+    adam_mini8bit,
+    adam_sn,
+    adamw4bit,
+    adamw4bit_factored,
+    adamw8bit,
+    adamw_fp8,
+    came,
+    galore,
+    grass,
+    ldadam,
+    lion4bit,
+    microadam,
+    muon8bit,
+    sinkhorn4bit,
+    snsm,
+)
+from microadam_jax.codecs import dynamic4
+
+OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
+RANK, EVERY = 32, 50
+
+
+def evenly(factory: Callable[..., optax.GradientTransformation], **options: object) -> Setting:
+    """An optimizer without weight decay whose embeddings and norms have AdamW's best rate."""
+
+    def setting(rate: optax.Schedule) -> optax.GradientTransformation:
+        # The schedule's peak, which it reaches after its twentieth part.
+        peak = max(float(rate(step)) for step in range(0, 601, 10))
+        tx = factory(rate, weight_decay=0.0, **options)
+        return optax.chain(tx, optax.masked(optax.scale(OTHERS / peak), other_leaves))
+
+    return setting
+
+
+def other_leaves(params: optax.Params) -> optax.Params:
+    """True for what is no linear map."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", params)
+
+
+def adafactor(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Optax's, with rates that do not depend on the size of parameters."""
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=False,
+        clipping_threshold=None,
+        weight_decay_rate=weight_decay or None,
+    )
+
+
+ADAM, NORMS, LION = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2), (2e-4, 4e-4)
+# Each setting with the learning rates of its matrices.
+SETTINGS: dict[str, tuple[Setting, tuple[float, ...]]] = {
+    "AdamW": (evenly(optax.adamw), ADAM),
+    "Adafactor": (evenly(adafactor), ADAM),
+    "Muon": (evenly(muon8bit, mu_codec="float32"), ADAM),
+    "microadam": (evenly(microadam, layout="pretrain"), ADAM),
+    "adam_mini": (evenly(adam_mini), ADAM),
+    "adam_sn": (evenly(adam_sn), NORMS),
+    "came": (evenly(came), ADAM),
+    "adamw8bit": (evenly(adamw8bit), ADAM),
+    "adamw_fp8": (evenly(adamw_fp8), ADAM),
+    "adamw4bit": (evenly(adamw4bit), ADAM),
+    "adamw4bit_factored": (evenly(adamw4bit_factored), ADAM),
+    "adam_mini8bit": (evenly(adam_mini8bit), ADAM),
+    "adam_mini4bit": (evenly(adam_mini4bit), ADAM),
+    "lion4bit": (evenly(lion4bit), LION),
+    "muon8bit": (evenly(muon8bit), ADAM),
+    "sinkhorn4bit": (evenly(sinkhorn4bit), ADAM),
+    "galore": (evenly(galore, rank=RANK, update_interval=EVERY), NORMS),
+    "grass": (evenly(grass, rank=RANK, update_interval=EVERY), ADAM),
+    "ldadam": (evenly(ldadam, rank=RANK), ADAM),
+    "snsm": (evenly(snsm, rank=RANK, update_interval=Refresh(EVERY)), NORMS),
+    # The search: what was tried and is no optimizer of the library.
+    "Sinkhorn, float32": (evenly(sinkhorn4bit, mu_codec="float32"), ADAM),
+    "Sinkhorn, 4 bits to nearest": (evenly(sinkhorn4bit, mu_codec="dynamic4"), ADAM),
+    "Sinkhorn, beta = 0.9": (evenly(sinkhorn4bit, beta=0.9), ADAM),
+    "Muon, 4 bits": (evenly(muon8bit, mu_codec=dynamic4(rounding="stochastic")), ADAM),
+}
+
+if __name__ == "__main__":
+    sweep(
+        __doc__.splitlines()[0],
+        {name: setting for name, (setting, _) in SETTINGS.items()},
+        {name: rates for name, (_, rates) in SETTINGS.items()},
+    )

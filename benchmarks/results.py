@@ -1,0 +1,144 @@
+"""Losses of pre-training runs, in CSV files of the repository, and the tables made of them.
+
+python -m benchmarks.results    # writes each table into the page that has its place
+
+A place is a pair of comments, ``<!-- table of benchmarks/results/frontier.csv -->`` and ``<!-- end
+of table -->``; pages whose table is another than that of its file are not built.
+"""
+
+import csv
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PLACE = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+BASELINE = "AdamW"
+
+
+class Run(NamedTuple):
+    """What came of one run.
+
+    Attributes:
+        setting: the optimizer and what is special about it.
+        rate: the peak learning rate.
+        seed: of the weights and the batches.
+        model: of ``benchmarks.sweep``.
+        steps: of the optimizer.
+        size: bytes of state per parameter.
+        loss: on the held-out text after the last step, nats per token.
+        jax: the version.
+        commit: of this repository, with a plus sign if files were changed.
+    """
+
+    setting: str
+    rate: float
+    seed: int
+    model: str
+    steps: int
+    size: float
+    loss: float
+    jax: str
+    commit: str
+
+
+def read(path: Path) -> list[Run]:
+    """Reads the runs of earlier calls, if there were any."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        fields = Run.__annotations__
+        return [
+            Run(**{name: fields[name](text) for name, text in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def append(path: Path, run: Run) -> None:
+    """Adds a run to a file, which is made with a header if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(Run._fields)
+        writer.writerow(run)
+
+
+def best(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
+    """Returns the runs of each setting at its best learning rate, by seed.
+
+    Rates that were tried with fewer seeds than another are not compared with it.
+    """
+    grouped: dict[str, dict[float, dict[int, Run]]] = {}
+    for run in runs:
+        grouped.setdefault(run.setting, {}).setdefault(run.rate, {})[run.seed] = run
+    chosen = {}
+    for setting, by_rate in grouped.items():
+        most = max(map(len, by_rate.values()))
+        full = [by_seed for by_seed in by_rate.values() if len(by_seed) == most]
+        chosen[setting] = min(full, key=_mean)
+    return chosen
+
+
+def difference(runs: dict[int, Run], baseline: dict[int, Run]) -> tuple[float, float]:
+    """Returns the mean difference of the losses of equal seeds, and its standard error.
+
+    NaN where there are no such seeds, or too few for an error.
+    """
+    gaps = [run.loss - baseline[seed].loss for seed, run in runs.items() if seed in baseline]
+    mean = statistics.mean(gaps) if gaps else math.nan
+    return mean, statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """Returns a Markdown table of the best rates, largest state first, beside AdamW's."""
+    chosen = best(runs)
+    lines = [
+        "| setting | bytes per parameter | learning rate | seeds | held-out loss | beside AdamW |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting in sorted(chosen, key=lambda name: -_size(chosen[name])):
+        by_seed = chosen[setting]
+        gap, error = difference(by_seed, chosen.get(BASELINE, {}))
+        cell = "" if setting == BASELINE or math.isnan(gap) else f"{gap:+.3f}"
+        if cell and not math.isnan(error):
+            cell += f" ± {error:.3f}"
+        rate = next(iter(by_seed.values())).rate
+        lines.append(
+            f"| {setting} | {_size(by_seed):.2f} | {rate:g} | {len(by_seed)} "
+            f"| {_mean(by_seed):.3f} | {cell} |"
+        )
+    return lines
+
+
+def renewed(markdown: str) -> str:
+    """Returns a page with the tables that its files give."""
+
+    def place(match: re.Match[str]) -> str:
+        return "\n".join([match[1], *table(read(ROOT / match[2])), "", match[3]])
+
+    return PLACE.sub(place, markdown)
+
+
+def _mean(runs: dict[int, Run]) -> float:
+    return statistics.mean(run.loss for run in runs.values())
+
+
+def _size(runs: dict[int, Run]) -> float:
+    return next(iter(runs.values())).size
+
+
+def main() -> None:
+    for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
+        before = page.read_text()
+        if (after := renewed(before)) != before:
+            page.write_text(after)
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

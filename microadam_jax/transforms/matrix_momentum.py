@@ -1,0 +1,221 @@
+"""Directions of matrices: a momentum that a function of whole matrices turns into an update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.leaf_loops import each_kind
+from microadam_jax.leafwise import Arrays, Leaf, leafwise
+from microadam_jax.partition import remark_assignment, require_shape, warn_unnamed
+from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
+from microadam_jax.subspace.matrices import Assigned, Matrices
+from microadam_jax.subspace.view import WHOLE, MatrixView
+from microadam_jax.transforms.descent import as_it_is, finishes, read_by
+from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import transformation
+from microadam_jax.trees import KeyPath, map_with_path
+
+
+class MatrixMomentumState(NamedTuple):
+    """A momentum for each parameter, and second moments for what is no matrix.
+
+    Attributes:
+        count: int32 scalar, steps taken.
+        mu: momenta of the parameters' shapes, in float32 or as ``mu_codec`` stores them.
+        nu: float32 second moments of Adam-mini's blocks; a single byte for a matrix.
+    """
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+
+
+class Direction(NamedTuple):
+    """How the momentum of a matrix becomes its update.
+
+    Attributes:
+        of: from matrices ``(..., rows, columns)`` in float32 and ``eps`` to others of that shape.
+        size: from rows and columns to the number that brings these to a root mean square of 1.
+        gathered: True if a device needs whole matrices for it.
+    """
+
+    of: Callable[[jax.Array, ArrayLike], jax.Array]
+    size: Callable[[int, int], float]
+    gathered: bool
+
+
+def matrix_momentum(
+    direction: Direction,
+    *,
+    name: str,
+    beta: ArrayLike,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    consistent_rms: ArrayLike,
+    matrices: Matrices,
+    mu_codec: Storage | Codec | str | None,
+    seed: ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Moves matrices along a function of Nesterov's momentum, and all others as Adam-mini does.
+
+    With a direction :math:`D` and the number :math:`s` that brings it to a root mean square of 1,
+
+    .. math::
+
+        m_t &= \beta m_{t-1} + (1 - \beta)\, g_t \\
+        n_t &= \beta \frac{m_t}{1 - \beta^{t+1}} + (1 - \beta) \frac{g_t}{1 - \beta^t} \\
+        u_t &= c\, s\, D(n_t)
+
+    The layers of a stack are matrices of their own and go one after another, so that only one of
+    them has temporaries.
+
+    Args:
+        direction: :math:`D` and :math:`s`.
+        name: of the transformation, for warnings.
+        beta: :math:`\beta`, in [0, 1): the decay of a matrix's momentum.
+        b1: the decay of other parameters' first moment, in [0, 1).
+        b2: the decay of other parameters' second moment, in [0, 1).
+        eps: given to :math:`D`, and Adam-mini's.
+        consistent_rms: :math:`c`, the root mean square of a matrix's update.
+        matrices: which parameters are matrices.
+        mu_codec: stores :math:`m` in few bits; None keeps it in float32.
+        seed: of a codec that rounds stochastically.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32.
+        ValueError: if ``mu_codec`` has no negative numbers; in ``update``, if the state was made
+            for other matrices or stored otherwise.
+    """
+    storage = Unstored() if mu_codec is None else as_storage(mu_codec).signed("mu")
+
+    def init(leaf: Leaf) -> tuple[jax.Array]:
+        if leaf.layout.view is not None:
+            return (unused_factor(leaf.value),)
+        remark_assignment(leaf.path, leaf.layout.assignment)
+        return (leaf.zeros(leaf.layout.assignment.sharing.moment_shape),)
+
+    def inspect(leaves: list[Leaf]) -> None:
+        others = [leaf.layout.assignment for leaf in leaves if leaf.layout.view is None]
+        warn_unnamed(name, [(assignment, assignment.bytes) for assignment in others])
+
+    def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
+        if leaf.layout.view is not None:
+            require_shape(leaf.path, nu, (1,) * leaf.value.ndim)
+            return (nu,), ()
+        blocks = leaf.layout.assignment.sharing
+        require_shape(leaf.path, nu, blocks.moment_shape)
+        nu = moving_average(b2, nu, blocks.mean(leaf.squares))
+        return (nu,), (blocks.spread(jnp.sqrt(nu / one_minus_power(b2, leaf.t))) + eps,)
+
+    def rule(t: jax.Array, g: jax.Array, mu: jax.Array, *root: jax.Array) -> Arrays:
+        if root:
+            mu = moving_average(b1, mu, g)
+            return mu / one_minus_power(b1, t) / root[0], mu
+        mu = moving_average(beta, mu, g)
+        ahead = mu / one_minus_power(beta, t + 1)
+        return moving_average(beta, ahead, g / one_minus_power(beta, t)), mu
+
+    momentum = leafwise(
+        MatrixMomentumState,
+        {"mu": storage},
+        rule,
+        init,
+        reduce,
+        matrices.assign,
+        inspect=inspect,
+        hyperparams={"beta": beta, "b1": b1, "b2": b2, "eps": eps},
+        seed=seed,
+    )
+
+    def update(
+        updates: optax.Updates,
+        state: MatrixMomentumState,
+        params: optax.Params | None = None,
+        *,
+        finish: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MatrixMomentumState]:
+        assign = matrices.assign(updates)
+        seen = {path: assign(path, g) for path, g in jax.tree.leaves_with_path(updates)}
+        targets = updates if params is None else params
+        finish = finishes(finish, updates)
+
+        def of_others(path: KeyPath, g: jax.Array, end: Any) -> tuple[Any]:
+            del g
+            return (end if seen[path].view is None else as_it_is,)
+
+        (early,) = map_with_path(of_others, 1, updates, finish)
+        found: Any = momentum.update(updates, state, params, finish=early, **extra_args)
+        moved, state = found
+        kinds, leaves = [], []
+        for path, n in jax.tree.leaves_with_path(moved):
+            assigned = seen[path]
+            if assigned.view is not None:
+                static = _Matrix(assigned, direction, eps, jnp.float32(consistent_rms))
+                kinds.append((assigned.view, assigned.assignment.layer_axis, jax.typeof(n)))
+                leaves.append((static, n))
+        turned = iter(each_kind(_Matrix.turned, kinds, leaves))
+
+        def scale(path: KeyPath, u: jax.Array, target: jax.Array, end: Any) -> tuple[jax.Array]:
+            if seen[path].view is None:
+                return (u,)
+            u = next(turned).astype(target.dtype)
+            return (end(u, *read_by(end, target)),)
+
+        (scaled,) = map_with_path(scale, 1, moved, targets, finish)
+        return scaled, state
+
+    return transformation(momentum.init, update, consistent_rms=consistent_rms)
+
+
+class _Matrix(NamedTuple):
+    """A parameter of one matrix or several.
+
+    Attributes:
+        assigned: its axes.
+        direction: of the update.
+        eps: given to it.
+        size: the root mean square of the update.
+    """
+
+    assigned: Assigned
+    direction: Direction
+    eps: ArrayLike
+    size: jax.Array
+
+    def turned(self, x: jax.Array) -> jax.Array:
+        """The updates of the matrices of ``x``, layer by layer in the place of ``x``."""
+        view, axis = self.assigned.view, self.assigned.assignment.layer_axis
+        assert view is not None
+        sharding = explicit_sharding(x)
+        if axis is None or (sharding is not None and sharding.spec[axis]):
+            return self._of(view, x)
+        shape = *view.shape[:axis], 1, *view.shape[axis + 1 :]
+        layer = dataclasses.replace(view, shape=shape)
+
+        def step(i: jax.Array, x: jax.Array) -> jax.Array:
+            one = self._of(layer, jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+            return jax.lax.dynamic_update_slice_in_dim(x, one, i, axis)
+
+        return jax.lax.fori_loop(0, view.shape[axis], step, x)
+
+    def _of(self, view: MatrixView, x: jax.Array) -> jax.Array:
+        folded = view.fold(x.astype(jnp.float32))
+        if self.direction.gathered:
+            folded = place_on(folded, folded, range(len(view.batch)))
+        u = (
+            self.size
+            * self.direction.size(view.rows, view.columns)
+            * self.direction.of(folded, self.eps)
+        )
+        return view.unfold(u, WHOLE, x).astype(x.dtype)
