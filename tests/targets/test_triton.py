@@ -1,0 +1,90 @@
+"""Triton's kernels: interpreted on the CPU against the reference, and compiled without a GPU."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.topk_compress import jax_triton, reference
+from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: pip install microadam-jax[triton], on Python 3.12 or newer",
+)
+ROOT = pathlib.Path(__file__).parents[2]
+CASES: dict[str, tuple[str, tuple[int, ...], int, int]] = {
+    "blocks of 256": ("normal", (3, 1024), 256, 3),
+    "padded": ("tied", (3, 700), 256, 3),
+    "blocks of 172": ("normal", (3, 344), 172, 2),
+    "not finite": ("not finite", (2, 512), 256, 3),
+}
+TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+
+
+def exact(gradient: jax.Array, residual: Any, k: int) -> list[Any]:
+    """The reference, with codes from divisions of arrays of equal shapes.
+
+    XLA divides by a broadcast array on CPUs as it multiplies by its inverse, which takes elements
+    halfway between two levels to the other one. Triton's interpreter divides, and so do GPUs.
+    """
+    values, indices, _, low, high = reference.compress(gradient, *residual, k=k)
+    size, n = 2 * residual[0].shape[-1], gradient.shape[-1]
+    x = jnp.pad(gradient, [(0, 0), (0, low.shape[-1] * size - n)]).reshape(*low.shape, size)
+    x = x + reference.decode(*residual)
+    in_row = jnp.arange(low.shape[-1] * size).reshape(-1, size) < n
+    x = jnp.put_along_axis(x, indices, 0.0, axis=-1, inplace=False)
+    x = jnp.where(in_row, x, x[..., :1])
+    low_of, high_of = (jnp.broadcast_to(y[..., None], x.shape) for y in (low, high))
+    level = reference.levels(x[..., None], low_of, high_of, 0.5)[..., 0]
+    first, second = jnp.split(level, 2, axis=-1)
+    return [values, indices, first | (second << 4), low, high]
+
+
+def test_interpreted_it_gives_the_bits_of_the_reference(tmp_path: pathlib.Path) -> None:
+    wanted = {}
+    for name, (kind, shape, size, k) in CASES.items():
+        gradient, residual = jnp.asarray(blocks_of(kind, shape)), residual_of(shape, size=size)
+        wanted[name] = exact(gradient, residual, k)
+        arrays = dict(zip(("codes", "low", "high"), map(np.asarray, residual), strict=True))
+        np.savez(tmp_path / f"{name}.npz", gradient=gradient, k=k, **arrays)
+    files = [str(tmp_path / f"{name}.npz") for name in CASES]
+    command = [sys.executable, "-m", "tests.targets.triton_interpreter", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    for name, file in zip(CASES, files, strict=True):
+        found = np.load(file)
+        for what, x in zip(("values", "indices", "codes", "low", "high"), wanted[name], strict=True):
+            np.testing.assert_array_equal(found[what], x, err_msg=f"{name}: {what}")
+
+
+@pytest.mark.parametrize("size", [172, 256])
+@pytest.mark.parametrize("device", TARGETS, ids=str)
+def test_it_compiles_without_a_gpu(device: tuple[str, Any, int], size: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pallas_kernels.topk_compress.triton_source import compiled_kernel
+
+    known = jax_triton.constants(43 * size, 43, size // 2, 4096 * 43, 3)
+    pointers = dict(zip(compiled_kernel.arg_names, "*fp32 *u8 *fp32 *fp32 *fp32 *i32".split(), strict=False))
+    signature = pointers | dict.fromkeys(known, "constexpr")
+    source = ASTSource(compiled_kernel, signature=signature, constexprs=known)
+    program = triton.compile(source, target=GPUTarget(*device), options=jax_triton.OPTIONS)
+    if device[0] == "cuda":
+        text = program.asm["ptx"]
+        # Divisions are rounded, and no product is fused with a sum.
+        assert "div.rn.f32" in text
+        assert "div.full" not in text
+        assert "fma" not in text
+    else:
+        assert program.asm["hsaco"]
+        assert ".vgpr_spill_count: 0" in program.asm["amdgcn"]
