@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
+.PHONY: help gpu-report pretrain test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -53,6 +53,9 @@ matrix: $(call installed,tests) ## Every method in every trainer and on every me
 
 scale: $(call installed,tests) ## Every optimizer on the trees of real models (hours; ARGS="--help")
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
+
+gpu-report: $(call installed,examples cuda) ## Measure on this machine's GPU, and write the tables of times
+	@$(BIN)/python -m benchmarks.gpu_report --write $(ARGS)
 
 # An environment of its own: with these plugins, JAX would look for their devices in every test.
 test-targets: ## Compile the kernels for TPUs and a GPU, neither of which need be there

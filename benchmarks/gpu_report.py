@@ -2,7 +2,7 @@
 
 make gpu-report                                    # on a machine with a GPU
 python -m benchmarks.gpu_report --parts step --again
-JAX_PLATFORMS=cpu python -m benchmarks.gpu_report --small --out /tmp/report   # what CPUs can rehearse
+JAX_PLATFORMS=cpu python -m benchmarks.gpu_report --small --out /tmp/report   # CPUs can do it
 
 Four parts, each in a process of its own, whose rows are kept in ``--out``: a part that is there is
 not run again. ``--write`` puts the tables into docs/performance.md and says which implementation
@@ -225,7 +225,10 @@ def step(small: bool, bandwidth: float | None) -> Iterator[Row]:
         for dtype in dtypes:
             shapes = model_shapes(model, dtype)
             if small:
-                shapes, size = {"h": {"0": {"kernel": jax.ShapeDtypeStruct((64, 768), dtype)}}}, "49k"
+                shapes, size = (
+                    {"h": {"0": {"kernel": jax.ShapeDtypeStruct((64, 768), dtype)}}},
+                    "49k",
+                )
             for name, implementation, fused in runs(small):
                 row = {
                     "device": device(),
@@ -251,9 +254,7 @@ def runs(small: bool) -> Iterator[tuple[str, str | None, bool]]:
                 yield name, implementation, fused
 
 
-def timed(
-    tx: Any, name: str, shapes: Any, fused: bool, bandwidth: float | None
-) -> Row:
+def timed(tx: Any, name: str, shapes: Any, fused: bool, bandwidth: float | None) -> Row:
     """The times of an optimizer, whose minimal bytes are those of a step that is fused."""
     apply = fused_apply(tx) if fused else None
 
@@ -286,10 +287,26 @@ def timed(
 
 def pretrain(small: bool, _: float | None) -> Iterator[Row]:
     """Held-out losses after training for some steps."""
-    size = ["--steps", "4", "--batch", "2", "--seq-len", "16"] if small else [
-        "--preset", "60m", "--steps", "400", "--batch", "32", "--seq-len", "256",
-        "--tokenizer", "bpe", "--vocab-size", "32000", "--compute-dtype", "bfloat16",
-    ]
+    size = (
+        ["--steps", "4", "--batch", "2", "--seq-len", "16"]
+        if small
+        else [
+            "--preset",
+            "60m",
+            "--steps",
+            "400",
+            "--batch",
+            "32",
+            "--seq-len",
+            "256",
+            "--tokenizer",
+            "bpe",
+            "--vocab-size",
+            "32000",
+            "--compute-dtype",
+            "bfloat16",
+        ]
+    )
     out = ROOT / "runs" / "gpu_report_pretrain"
     command = [sys.executable, "examples/pretrain_llama.py", "--optimizer", PRETRAINED, *size]
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Counts the kernels that a compiled GPU program launches, and the bytes that each reads and writes.
+"""Counts the kernels that a compiled GPU program launches, and the bytes that they move.
 
 The text of the optimized program has one instruction for each launch: a fusion, a copy, a custom
 call. Loops are counted as often as they run. A fusion reads of an operand what its slices take and
@@ -17,7 +17,9 @@ COMPUTATION = re.compile(r"^(?:ENTRY )?(%[\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^  (ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CALLED = re.compile(r"(?:calls|to_apply|body)=(%[\w.-]+)")
-BRANCHES = re.compile(r"(?:true_computation|false_computation)=(%[\w.-]+)|branch_computations=\{(.*?)\}")
+BRANCHES = re.compile(
+    r"(?:true_computation|false_computation)=(%[\w.-]+)|branch_computations=\{(.*?)\}"
+)
 # Names for arrays that are there, and the ends of what counts where it begins.
 NO_LAUNCH = {
     "after-all",
@@ -103,7 +105,9 @@ class Program:
                     self.entry = match[1]
             elif match := INSTRUCTION.match(line):
                 operands = tuple(re.findall(r"%[\w.-]+", _operands(match[5])))
-                body.append(Instruction(match[2], match[3], match[4], operands, line, bool(match[1])))
+                body.append(
+                    Instruction(match[2], match[3], match[4], operands, line, bool(match[1]))
+                )
         if not self.entry:
             raise ValueError("This is not the text of a compiled program: it has no ENTRY.")
 
@@ -127,7 +131,9 @@ class Program:
                 self._visit(part, times * (_trips(one) if one.operation == "while" else 1), found)
             else:
                 moved = times * part.moved
-                found.append((moved, f"{moved:>12} bytes {times:>4} x {one.name} {one.result[:80]}"))
+                found.append(
+                    (moved, f"{moved:>12} bytes {times:>4} x {one.name} {one.result[:80]}")
+                )
 
     @functools.cache  # noqa: B019 -- a program lives as long as one count
     def _of(self, computation: str) -> Totals:

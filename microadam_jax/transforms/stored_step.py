@@ -14,9 +14,9 @@ from microadam_jax.codecs import Codec, Plain, Storage, Unstored
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
+from microadam_jax.transforms.two_passes import in_two_passes, takes_two_passes
 from microadam_jax.trees import KeyPath
 from pallas_kernels.blockwise_codec import blockwise_step, step
-from microadam_jax.transforms.two_passes import in_two_passes, takes_two_passes
 from pallas_kernels.dispatch import compiles_for_gpus, names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]

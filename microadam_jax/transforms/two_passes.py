@@ -1,7 +1,7 @@
 """The step on stored moments as GPUs run XLA's program: a pass for scales, then one for codes.
 
-XLA does not fuse a reduction with what reads its result. So a leaf's moments are computed twice, for
-the scales of their blocks and for the codes, which is less to read than moments that were written.
+XLA does not fuse a reduction with what reads its result. So a leaf's moments are computed twice,
+for the scales of their blocks and for the codes: that is less to read than moments written before.
 """
 
 from collections.abc import Sequence

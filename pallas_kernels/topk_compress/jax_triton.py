@@ -80,7 +80,8 @@ def constants(n: int, count: int, half: int, total: int, k: int) -> dict[str, An
     """
     tile = gpu_blocks.per_program(2 * half)
     width = gpu_blocks.padded(half)
-    return dict(total=total, count=count, n=n, half=half, width=width, tile=tile, k=k)
+    blocks = {"total": total, "count": count, "n": n, "half": half}
+    return {**blocks, "width": width, "tile": tile, "k": k}
 
 
 def programs(total: int, half: int) -> int:

@@ -1,7 +1,7 @@
 """The error-feedback step in one pass on GPUs, as a Triton kernel.
 
-A program has a few blocks. Their two halves are two arrays, as the two codes of a byte are. Importing
-this module needs Triton.
+A program has a few blocks. Their two halves are two arrays, as the two codes of a byte are.
+Importing this module needs Triton.
 """
 
 import triton

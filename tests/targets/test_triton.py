@@ -61,7 +61,9 @@ def test_interpreted_it_gives_the_bits_of_the_reference(tmp_path: pathlib.Path) 
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
     for name, file in zip(CASES, files, strict=True):
         found = np.load(file)
-        for what, x in zip(("values", "indices", "codes", "low", "high"), wanted[name], strict=True):
+        for what, x in zip(
+            ("values", "indices", "codes", "low", "high"), wanted[name], strict=True
+        ):
             np.testing.assert_array_equal(found[what], x, err_msg=f"{name}: {what}")
 
 
@@ -75,7 +77,8 @@ def test_it_compiles_without_a_gpu(device: tuple[str, Any, int], size: int) -> N
     from pallas_kernels.topk_compress.triton_source import compiled_kernel
 
     known = jax_triton.constants(43 * size, 43, size // 2, 4096 * 43, 3)
-    pointers = dict(zip(compiled_kernel.arg_names, "*fp32 *u8 *fp32 *fp32 *fp32 *i32".split(), strict=False))
+    types = ["*fp32", "*u8", "*fp32", "*fp32", "*fp32", "*i32"]
+    pointers = dict(zip(compiled_kernel.arg_names, types, strict=False))
     signature = pointers | dict.fromkeys(known, "constexpr")
     source = ASTSource(compiled_kernel, signature=signature, constexprs=known)
     program = triton.compile(source, target=GPUTarget(*device), options=jax_triton.OPTIONS)

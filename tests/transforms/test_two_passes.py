@@ -35,7 +35,9 @@ def rule(moments: Any, inputs: Any) -> Any:
 def test_it_gives_the_bits_of_the_reference(codecs: Any, shape: tuple[int, ...]) -> None:
     random = np.random.default_rng(0)
     keys = [jax.random.key(1), jax.random.key(2)]
-    zeros = [jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, "float32")) for codec in codecs]
+    zeros = [
+        jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, "float32")) for codec in codecs
+    ]
     encoded = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
     one = jax.jit(lambda encoded, inputs: step(rule, codecs, encoded, inputs, keys))
     two = jax.jit(lambda encoded, inputs: in_two_passes(rule, codecs, encoded, inputs, keys))
