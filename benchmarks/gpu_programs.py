@@ -5,8 +5,8 @@ JAX_PLATFORMS=cpu python -m benchmarks.gpu_programs --trees gpt2 --only microada
 JAX_PLATFORMS=cpu python -m benchmarks.gpu_programs --layers 12 --write
 
 The step is the jitted update and ``optax.apply_updates``, parameters and state donated, compiled
-for an H100 by the real compiler. Bytes are counted in the compiled program (``benchmarks.launches``),
-each array once for each kernel that reads or writes it. It needs the extra ``targets``.
+for an H100 by the real compiler. Bytes are counted in the program (``benchmarks.launches``), each
+array once for each kernel that reads or writes it. It needs the extra ``targets``.
 ``--write`` puts the table into docs/performance.md.
 """
 

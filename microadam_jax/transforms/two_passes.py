@@ -91,7 +91,10 @@ def _encoded(
     if isinstance(codec, Plain):
         return codec.encode(x)
     layout = codec.blocks.layout_of(x)
-    xi = dither(key, x.shape) if codec.needs_key else None
+    xi = None
+    if codec.needs_key:
+        assert key is not None
+        xi = dither(key, x.shape)
     if codec.bits == 8 and not layout.padding:
         spread = [_of_elements(scale, layout, x.shape) for scale in scales]
         codes = split(codec.codes_of(x, spread, xi), layout).astype(jnp.uint8)

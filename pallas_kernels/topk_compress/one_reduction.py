@@ -5,6 +5,8 @@ reads it again in each round. Here one reduction finds all that a block's codes 
 operands, like those of the codes, are computed where they are read.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ NONE = np.int32(-(2**31))  # the rank of no element: below that of padding, whic
 INFINITE = np.int32(0x7F800000)  # the bits of infinity, which stand for those of a NaN too
 NOWHERE = np.int32(2**31 - 1)  # the index of no element
 
-Entry = tuple[jax.Array, jax.Array, jax.Array]  # a rank, an index and a value
+Entry = tuple[jax.Array, ...]  # a rank, an index and a value
 
 
 def compress(
@@ -92,7 +94,7 @@ def _selected(
         rank, x = jnp.where(in_row, rank, -1), jnp.where(in_row, x, 0.0)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
-    def everywhere(value: np.generic) -> jax.Array:
+    def everywhere(value: Any) -> jax.Array:
         return jnp.full(x.shape, value)
 
     nothing = NONE, NOWHERE, np.float32(0)
