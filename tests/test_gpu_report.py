@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_it_says_what_none_should_take() -> None:
-    rows: dict[str, list[gpu_report.Row]] = dict.fromkeys(gpu_report.PARTS, [])
+    rows: dict[str, list[gpu_report.Row]] = {part: [] for part in gpu_report.PARTS}
     assert "XLA" in gpu_report.verdict(rows)
     times = [("None", 2.0), ("triton", 1.5)]
     rows["step"] = [{"optimizer": "microadam", "implementation": i, "ms": ms} for i, ms in times]

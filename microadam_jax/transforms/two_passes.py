@@ -56,13 +56,22 @@ def in_two_passes(
     ]
     # Behind a barrier the moments are computed again, and not written here to be read there.
     encoded, inputs, scales = jax.lax.optimization_barrier((encoded, inputs, scales))
-    output, new = stepped(encoded, inputs)
+    arguments = list(zip(codecs, encoded, scales, keys, strict=True))
+    halved: dict[int, Any] = {}
     if any(map(_shares_bytes, codecs)):
-        # Half as many bytes as elements: what makes them is a kernel of its own.
-        _, again = stepped(*jax.lax.optimization_barrier((encoded, inputs)))
-        kernels = zip(codecs, new, again, strict=True)
-        new = [theirs if _shares_bytes(codec) else x for codec, x, theirs in kernels]
-    return output, tuple(map(_encoded, codecs, encoded, new, scales, keys))
+        # Half as many bytes as elements: what makes them is a kernel of its own. It comes first, as
+        # the output may take the gradient's place.
+        _, new = stepped(encoded, inputs)
+        for i, (codec, before, scale, key) in enumerate(arguments):
+            if _shares_bytes(codec):
+                halved[i] = _encoded(codec, before, new[i], scale, key)
+        encoded, inputs, halved = jax.lax.optimization_barrier((encoded, inputs, halved))
+    output, new = stepped(encoded, inputs)
+    stored = (
+        halved[i] if i in halved else _encoded(codec, before, new[i], scale, key)
+        for i, (codec, before, scale, key) in enumerate(arguments)
+    )
+    return output, tuple(stored)
 
 
 def _shares_bytes(codec: Any) -> bool:

@@ -12,7 +12,7 @@ from benchmarks.scale import build
 MOST = {
     "optax.adamw": (1.001, 4),
     "adam_mini": (1.01, 6),
-    "microadam": (1.45, 20),
+    "microadam": (1.55, 20),
     "adamw8bit": (1.4, 12),
     "adam_mini4bit": (1.65, 20),
     "adamw_fp8": (2.5, 22),
@@ -32,4 +32,4 @@ def test_a_step_moves_few_bytes(name: str, h200: Mesh) -> None:
     assert 0.99 <= ratio <= share
     assert totals.launches <= launches
     if name != "adamw_fp8":  # XLA writes its moments
-        assert temporaries < 0.7
+        assert temporaries < 1
