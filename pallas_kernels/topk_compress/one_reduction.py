@@ -92,10 +92,12 @@ def _selected(
     rank = jnp.minimum(bits, INFINITE)
     if in_row is not None:
         rank, x = jnp.where(in_row, rank, -1), jnp.where(in_row, x, 0.0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
     def everywhere(value: Any) -> jax.Array:
-        return jnp.full(x.shape, value)
+        # Sharded as x on Explicit axes: each operand says how its result is.
+        return jnp.full_like(x, value, dtype=value.dtype)
+
+    lane = everywhere(np.int32(0)) + jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
     nothing = NONE, NOWHERE, np.float32(0)
     extremes = np.float32(np.inf), np.float32(-np.inf), np.bool_(False)

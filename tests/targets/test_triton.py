@@ -16,7 +16,7 @@ from tests.pallas_kernels.blocks_of_every_kind import blocks_of, residual_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: pip install microadam-jax[triton], on Python 3.12 or newer",
+    reason="Triton is not installed: make test-targets installs it",
 )
 ROOT = pathlib.Path(__file__).parents[2]
 CASES: dict[str, tuple[str, tuple[int, ...], int, int]] = {

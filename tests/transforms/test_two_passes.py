@@ -1,16 +1,23 @@
 """XLA's program for GPUs computes what the reference does; here it runs on the CPU."""
 
+import functools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from microadam_jax import dynamic4, dynamic8, float8, linear4
+from microadam_jax import affine4, dynamic4, dynamic8, float8, linear4
 from microadam_jax.codecs import Plain, as_codec
 from microadam_jax.transforms.two_passes import in_two_passes, takes_two_passes
 from pallas_kernels.blockwise_codec.reference import step
+from pallas_kernels.topk_compress import one_reduction
+
+COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 
 CODECS = {
     "8 bits": (dynamic8(keep_sign=True), dynamic8(signed=False)),
@@ -69,3 +76,33 @@ def test_blocks_of_zeros_and_of_what_is_not_finite() -> None:
 def test_scales_that_all_rows_share_need_another_pass() -> None:
     assert not takes_two_passes([as_codec("rank1_linear4")])
     assert takes_two_passes([as_codec("e4m3"), as_codec("float32")])
+
+
+@pytest.mark.parametrize("types", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("spec", [P("x", "y"), P(None, ("x", "y"))], ids=str)
+def test_on_a_mesh_nothing_moves(spec: P, types: AxisType) -> None:
+    """Both of XLA's programs for GPUs, which no test runs where there is none."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(types,) * 2)
+
+    def placed(x: Any) -> jax.Array:
+        return jax.device_put(jnp.zeros(x.shape, x.dtype), NamedSharding(mesh, spec))
+
+    shape = jax.ShapeDtypeStruct((4, 2048), jnp.float32)
+    codec, residual = dynamic4(rounding="stochastic"), affine4().zeros(shape)
+    moment = codec.Encoded(*map(placed, jax.eval_shape(codec.zeros, shape)))
+
+    def step_of(moment: Any, gradient: jax.Array) -> Any:
+        key = jax.random.key(0)
+        return in_two_passes(
+            lambda m, g: (m[0] + g[0], [m[0] + g[0]]), [codec], [moment], [gradient], [key]
+        )
+
+    gradient = placed(shape)
+    compress = jax.jit(functools.partial(one_reduction.compress, k=3))
+    with jax.set_mesh(mesh):
+        programs = (
+            jax.jit(step_of).lower(moment, gradient).compile(),
+            compress.lower(gradient, *map(placed, residual)).compile(),
+        )
+    for program in programs:
+        assert COLLECTIVE.findall(program.as_text()) == []
