@@ -4,7 +4,7 @@
 PYTHON ?= python3
 # Passed on to the script or to pytest: make pytest ARGS="-k topk"
 ARGS ?=
-# cuda or tpu: installs JAX for it before `make pretrain`.
+# cuda or tpu: installs JAX for it before `make pretrain` or `make finetune`.
 ACCELERATOR ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help gpu-report pretrain test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
+.PHONY: help gpu-report pretrain finetune test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -23,6 +23,9 @@ help: ## Say what can be made
 
 pretrain: $(call installed,examples $(ACCELERATOR)) ## Pre-train a small Llama (flags: ARGS="--help")
 	@$(BIN)/python examples/pretrain_llama.py $(ARGS)
+
+finetune: $(call installed,finetune $(ACCELERATOR)) ## Fine-tune pretrained weights (85 MB to download; flags: ARGS="--help")
+	@$(BIN)/python examples/finetune.py $(ARGS)
 
 test: lint types docs pytest ## All checks: lint, types, docs, then the tests
 
@@ -46,7 +49,7 @@ pytest: $(call installed,tests) ## Tests, and the examples in docstrings and pag
 
 slow: $(call installed,tests) ## The tests that are too many or too long for `make test`
 	@echo "Slow tests (pytest, Python $(VERSION)) ..."
-	@$(BIN)/python -m pytest -n 2 -m slow tests $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m slow $(or $(ARGS),tests)
 
 matrix: $(call installed,tests) ## Every method in every trainer and on every mesh (minutes)
 	@$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)

@@ -21,13 +21,12 @@ from microadam_jax import (
     MicroAdamLayout,
     Window,
     accumulate_into_residual,
-    affine4,
     error_feedback,
     microadam,
     to_dense,
     top_k,
 )
-from microadam_jax.codecs import Codec, as_codec
+from microadam_jax.codecs import Codec, affine4, as_codec
 
 MICRO_BATCHES = 4
 COMPRESSOR = top_k(density=30 / 256)

@@ -5,9 +5,9 @@ JAX_PLATFORMS=cpu python -m benchmarks.gpu_programs --trees gpt2 --only microada
 JAX_PLATFORMS=cpu python -m benchmarks.gpu_programs --layers 12 --write
 
 The step is the jitted update and ``optax.apply_updates``, parameters and state donated, compiled
-for an H100 by the real compiler. Bytes are counted in the program (``benchmarks.launches``), each
-array once for each kernel that reads or writes it. It needs the extra ``targets``.
-``--write`` puts the table into docs/performance.md.
+for an H100 by the real compiler. Bytes are counted in the compiled program
+(``benchmarks.launches``), each array once for each kernel that reads or writes it. It needs the
+extra ``targets``. ``--write`` puts the table into docs/performance.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.launches import Program
 from benchmarks.scale import BASE, build, stacked_layers, table, write
-from microadam_jax import model_shapes
+from microadam_jax.models import model_shapes
 from microadam_jax.planner.targets import target
 from microadam_jax.trees import KeyPath
 

@@ -33,17 +33,9 @@ import optax
 
 from benchmarks.gpu_programs import minimum
 from benchmarks.scale import BASE, table, write
-from microadam_jax import (
-    MODELS,
-    MicroAdamLayout,
-    Window,
-    dynamic4,
-    dynamic8,
-    float8,
-    fused_apply,
-    model_shapes,
-    top_k,
-)
+from microadam_jax import MicroAdamLayout, Window, fused_apply, top_k
+from microadam_jax.codecs import dynamic4, dynamic8, float8
+from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.methods import METHODS
 from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress

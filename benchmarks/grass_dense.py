@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from microadam_jax import Refresh, grass, grass_dense, top_k_rows
+from microadam_jax import grass
+from microadam_jax.selected_gradients import grass_dense
 
 
 def seconds(step: Callable[..., object], *args: object, repeats: int) -> float:
@@ -39,7 +40,7 @@ def main() -> None:
     params = [
         jax.random.normal(key, (args.width, args.width)) / args.width**0.5 for key in keys[1:]
     ]
-    tx = grass(1e-3, subspace=top_k_rows(args.rows), refresh=Refresh(10**6, moments="reset"))
+    tx = grass(1e-3, rank=args.rows, update_interval=10**6)
 
     def step(x: jax.Array, params: list[jax.Array], state: tuple, *, selected: bool) -> object:
         def loss(params: list[jax.Array]) -> jax.Array:

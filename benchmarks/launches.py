@@ -1,4 +1,4 @@
-"""Counts the kernels that a compiled GPU program launches, and the bytes that they move.
+"""Counts the kernels that a compiled GPU program launches, and the bytes that each moves.
 
 The text of the optimized program has one instruction for each launch: a fusion, a copy, a custom
 call. Loops are counted as often as they run. A fusion reads of an operand what its slices take and
@@ -42,7 +42,7 @@ SAME_ARRAY = {"bitcast", "copy", "reshape"}
 
 @dataclasses.dataclass
 class Totals:
-    """What a program does, or a part of it.
+    """Counts the work of a program, or of a part of it.
 
     Attributes:
         launches: kernels and copies.
@@ -112,7 +112,7 @@ class Program:
             raise ValueError("This is not the text of a compiled program: it has no ENTRY.")
 
     def totals(self) -> Totals:
-        """What one run does.
+        """Counts the work of one run.
 
         Raises:
             ValueError: if a loop does not say how often it runs.
@@ -204,7 +204,7 @@ def _same_arrays(body: list[Instruction]) -> dict[str, str]:
 
 
 def _operands(rest: str) -> str:
-    """What stands between the parentheses of an operation, of the line from there on."""
+    """Returns the text between the parentheses of an operation, given the line from there on."""
     depth = 1
     for i, character in enumerate(rest):
         depth += (character == "(") - (character == ")")

@@ -19,12 +19,11 @@ from microadam_jax import (
     adamw4bit_factored,
     adamw8bit,
     adamw_fp8,
-    dynamic4,
-    linear4,
     lion4bit,
     muon8bit,
 )
 from microadam_jax.blocks import merge, split
+from microadam_jax.codecs import dynamic4, linear4
 from microadam_jax.codecs.scaled import Scaled, ScaledCodes
 
 RATES = (1e-3, 2e-3)

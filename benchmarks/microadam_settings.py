@@ -8,15 +8,8 @@ import dataclasses
 import optax
 
 from benchmarks.sweep import sweep
-from microadam_jax import (
-    MicroAdamLayout,
-    Window,
-    affine4,
-    error_feedback,
-    microadam,
-    to_dense,
-    top_k,
-)
+from microadam_jax import MicroAdamLayout, Window, error_feedback, microadam, to_dense, top_k
+from microadam_jax.codecs import affine4
 
 
 def layout(k: int, window: int | Window, **residual: str) -> MicroAdamLayout:

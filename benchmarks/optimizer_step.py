@@ -10,7 +10,6 @@ and DCT-AdamW's, which come in every step.
 """
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import platform
@@ -23,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import MODELS, fused_apply, memory_report, microadam, model_shapes
+from microadam_jax import fused_apply, memory_report, microadam, run_with
 from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
 from microadam_jax.methods import METHODS
-from microadam_jax.models import Shapes
+from microadam_jax.models import MODELS, Shapes, model_shapes
 from microadam_jax.optimizer_names import optimizer
 from microadam_jax.transforms.descent import Fusable
 
@@ -113,14 +112,8 @@ def optimizers(only: tuple[str, ...]) -> Iterator[tuple[str, optax.GradientTrans
         for implementation in ("xla", *KERNELS[jax.default_backend()]):
             name = f"microadam, {layout_name}, {implementation}"
             if name.startswith(only):
-                chosen = dataclasses.replace(
-                    layout,
-                    compressor=dataclasses.replace(
-                        layout.compressor, implementation=implementation
-                    ),
-                    window=dataclasses.replace(layout.window, implementation=implementation),
-                )
-                yield name, microadam(1e-3, layout=chosen)
+                tx = microadam(1e-3, layout=layout)
+                yield name, run_with(tx, implementation=implementation)
 
 
 def in_two_passes(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import MODELS, model_shapes
 from microadam_jax.methods import METHODS
+from microadam_jax.models import MODELS, model_shapes
 
 BASE = "optax.adamw"
 SHORT = ("microadam", "adam_mini", "adamw8bit", "adam_mini4bit", "adamw_fp8", "adamw4bit_factored")

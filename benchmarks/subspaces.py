@@ -12,25 +12,18 @@ import optax
 
 from benchmarks.sweep import Setting, sweep
 from microadam_jax import (
-    Discard,
-    FeedBack,
     Matrices,
     Refresh,
     apollo,
     apollo_mini,
     dct_adamw,
-    dct_columns,
     fira,
     galore,
-    gaussian,
     grass,
     ldadam,
-    power_iteration,
-    sampled_rows,
     snsm,
-    svd,
-    top_k_rows,
 )
+from microadam_jax.subspace import Discard, FeedBack, sampled_rows, top_k_rows
 
 RANK = 32  # a quarter of the model's width, as in the papers
 EVERY = 50
@@ -59,30 +52,26 @@ def quarter(rate: optax.Schedule) -> optax.GradientTransformation:
 SETTINGS: dict[str, Setting] = {
     "AdamW": plainly(optax.adamw),
     "AdamW, matrices at a quarter": quarter,
-    "GaLore": plainly(galore, subspace=svd(RANK), refresh=Refresh(EVERY)),
-    "Fira": plainly(fira, subspace=svd(RANK), refresh=Refresh(EVERY)),
-    "APOLLO": plainly(apollo, subspace=gaussian(RANK), refresh=Refresh(EVERY)),
-    "APOLLO-Mini": plainly(apollo_mini, refresh=Refresh(EVERY)),
-    "SNSM": plainly(snsm, subspace=svd(RANK), refresh=Refresh(EVERY, first=1, moments="reset")),
+    "GaLore": plainly(galore, rank=RANK, update_interval=EVERY),
+    "Fira": plainly(fira, rank=RANK, update_interval=EVERY),
+    "APOLLO": plainly(apollo, rank=RANK, update_interval=EVERY),
+    "APOLLO-Mini": plainly(apollo_mini, update_interval=EVERY),
+    "SNSM": plainly(snsm, rank=RANK, update_interval=EVERY),
     "SNSM, moments rotated": plainly(
-        snsm, subspace=svd(RANK), refresh=Refresh(EVERY, first=1, moments="rotate_first")
+        snsm, rank=RANK, update_interval=Refresh(EVERY, first=1, moments="rotate_first")
     ),
     "SNSM, rows": plainly(
         snsm,
+        update_interval=EVERY,
         subspace=top_k_rows(RANK),
-        refresh=Refresh(EVERY, first=1, moments="reset"),
         matrices=Matrices(side="larger", square="out"),
     ),
-    "Grass": plainly(grass, subspace=top_k_rows(RANK), refresh=Refresh(EVERY, moments="reset")),
-    "Grass, sampled": plainly(
-        grass, subspace=sampled_rows(RANK), refresh=Refresh(EVERY, moments="reset")
-    ),
-    "LDAdam": plainly(ldadam, subspace=power_iteration(RANK)),
-    "LDAdam, bfloat16 feedback": plainly(
-        ldadam, subspace=power_iteration(RANK), complement=FeedBack(dtype="bfloat16")
-    ),
-    "LDAdam, no feedback": plainly(ldadam, subspace=power_iteration(RANK), complement=Discard()),
-    "DCT-AdamW": plainly(dct_adamw, subspace=dct_columns(RANK)),
+    "Grass": plainly(grass, rank=RANK, update_interval=EVERY),
+    "Grass, sampled": plainly(grass, subspace=sampled_rows(RANK), update_interval=EVERY),
+    "LDAdam": plainly(ldadam, rank=RANK),
+    "LDAdam, bfloat16 feedback": plainly(ldadam, rank=RANK, complement=FeedBack(dtype="bfloat16")),
+    "LDAdam, no feedback": plainly(ldadam, rank=RANK, complement=Discard()),
+    "DCT-AdamW": plainly(dct_adamw, rank=RANK),
 }
 ADAM, SCALED, ROWS, NORMS = (1e-3, 2e-3), (5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2), (1e-2, 2e-2, 5e-2)
 GRIDS = {

@@ -39,7 +39,7 @@ def print_memory(model: str, *, fields: bool = False) -> None:
     shapes = model_shapes(model)
     optimizers = {text: optimizer(text) for text in OTHER_SETTINGS}
     for name, method in METHODS.items():
-        label = name if method.subspace is None else f"{name}, rank {RANK}"
+        label = f"{name}, rank {RANK}" if method.at_rank(RANK) else name
         optimizers[label] = method.factory(method.learning_rate, **method.at_rank(RANK))
     reports = {label: memory_report(tx, shapes) for label, tx in optimizers.items()}
     paper = reports[PAPER]

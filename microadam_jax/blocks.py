@@ -124,7 +124,7 @@ def as_blocks_of(row: jax.Array, count: int) -> jax.Array:
 
 
 def in_row(layout: BlockLayout) -> jax.Array:
-    """Which elements of the blocks ``(count, size)`` belong to the row: False on padding."""
+    """Marks the elements of blocks ``(count, size)`` that belong to the row: False on padding."""
     shape = layout.count, layout.size
     block, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
     # Not their position in the row, which may exceed int32.

@@ -33,7 +33,7 @@ def box_path(path: KeyPath) -> KeyPath:
 
 
 def is_box(node: Any) -> bool:
-    """Whether ``node`` is a box of Linen or a variable of NNX."""
+    """Returns True if ``node`` is a box of Linen or a variable of NNX."""
     return hasattr(node, "unbox") or hasattr(node, "get_metadata")
 
 

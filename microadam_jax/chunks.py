@@ -142,7 +142,7 @@ class Chunks(NamedTuple):
     def _place(
         self, whole: tuple[int, ...], numbers: Numbers
     ) -> tuple[list[jax.Array | int], list[int]]:
-        """Where in the cut array a chunk begins, and its size there."""
+        """Returns where in the cut array a chunk begins, and its size there."""
         axes = self._axes(whole)
         starts = [0 if axis is None else numbers[axis] * length for _, axis, length in axes]
         return starts, [length for _, _, length in axes]

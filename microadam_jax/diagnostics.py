@@ -1,10 +1,8 @@
 """What compression does to each group of parameters, recorded in the state."""
 
-import contextlib
-import contextvars
 import dataclasses
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,22 +11,19 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.boxes import box_path
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.execution import scope, within
+from microadam_jax.trees import KeyPath, path_name, rows_of
 
 Squares = dict[str, jax.Array]
 
 
 @dataclasses.dataclass
 class _Observed:
-    """What the links tell of one call: whether one feeds back, and the squares of its leaves."""
+    """Collects from one call if a transformation feeds back, and the squares of its leaves."""
 
     feeds_back: bool = False
     leaves: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
-
-
-_observed: contextvars.ContextVar[_Observed | None] = contextvars.ContextVar(
-    "observed", default=None
-)
+    rounded: list[tuple[KeyPath, Squares]] = dataclasses.field(default_factory=list)
 
 
 class DiagnosticsState(NamedTuple):
@@ -45,6 +40,9 @@ class DiagnosticsState(NamedTuple):
         residual_norm: the norm of the residual as it is stored.
         quantization_error: the norm of what storing changed in the residual, over the norm of
             the residual before.
+        lost_share: of the updates other than zero, the share that rounding to nearest loses: they
+            are below half a unit in the last place of their parameters. NaN in a step without
+            parameters. Behind :func:`round_updates` they are not lost.
         inner_state: of the transformation.
     """
 
@@ -52,17 +50,18 @@ class DiagnosticsState(NamedTuple):
     kept_mass: dict[str, jax.Array]
     residual_norm: dict[str, jax.Array]
     quantization_error: dict[str, jax.Array]
+    lost_share: dict[str, jax.Array]
     inner_state: Any
 
 
 def observing() -> bool:
-    """Whether links should tell what they do."""
-    return _observed.get() is not None
+    """Returns True if links should tell what they do."""
+    return scope().observed is not None
 
 
 def announce_feedback() -> None:
     """Tells the diagnostics, while a state is made, that there will be something to observe."""
-    observed = _observed.get()
+    observed: _Observed | None = scope().observed
     if observed is not None:
         observed.feeds_back = True
 
@@ -78,12 +77,27 @@ def observe_feedback(
         rest: the part of it that was not sent.
         stored: what the codec made of the rest.
     """
-    observed = _observed.get()
+    observed: _Observed | None = scope().observed
     if observed is not None:
         arrays = {"accumulated": accumulated, "rest": rest, "stored": stored}
         arrays["error"] = rest - stored
         squares = {name: jnp.sum(jnp.square(x)) for name, x in arrays.items()}
         observed.leaves.append((path, squares))
+
+
+def observe_rounding(path: KeyPath, update: jax.Array, parameter: jax.Array) -> None:
+    """Tells the diagnostics the update of the leaf at ``path`` before it is rounded."""
+    observed: _Observed | None = scope().observed
+    if observed is not None:
+        observed.rounded.append((path, _lost(update, parameter)))
+
+
+def _lost(update: jax.Array, parameter: jax.Array) -> Squares:
+    """Counts the elements that move, and those of them that do not after rounding to nearest."""
+    moves = update != 0
+    new = optax.apply_updates(parameter, update)
+    lost = moves & (new == parameter)
+    return {"moves": jnp.sum(moves, dtype=jnp.float32), "lost": jnp.sum(lost, dtype=jnp.float32)}
 
 
 def with_diagnostics(
@@ -142,14 +156,29 @@ def with_diagnostics(
             sums[group_of(path)] += squares[quantity]
         return sums
 
+    def unrounded(
+        updates: optax.Updates, params: optax.Params | None
+    ) -> list[tuple[KeyPath, Squares]]:
+        if params is None:
+            return []
+        _, rows = rows_of(updates, params)
+        return [(path, _lost(u, p)) for path, u, p in rows]
+
+    def shares(counted: list[tuple[KeyPath, Squares]]) -> dict[str, jax.Array]:
+        if not counted:
+            return dict.fromkeys(names, jnp.full([], jnp.nan, jnp.float32))
+        lost, moves = total(counted, "lost"), total(counted, "moves")
+        return jax.tree.map(lambda part, of: part / jnp.maximum(of, 1), lost, moves)
+
     def init(params: optax.Params) -> DiagnosticsState:
-        with _observing() as observed:
+        observed = _Observed()
+        with within(observed=observed):
             inner_state = inner.init(params)
 
         def zeros(defined: bool = observed.feeds_back) -> dict[str, jax.Array]:
             return {name: jnp.zeros([], jnp.float32) for name in names if defined}
 
-        return DiagnosticsState(zeros(True), zeros(), zeros(), zeros(), inner_state)
+        return DiagnosticsState(zeros(True), zeros(), zeros(), zeros(), zeros(True), inner_state)
 
     def update(
         updates: optax.Updates,
@@ -157,13 +186,15 @@ def with_diagnostics(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DiagnosticsState]:
-        with _observing() as observed:
+        observed = _Observed()
+        with within(observed=observed):
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         leaves = jax.tree.leaves_with_path(updates)
         squares = [(p, {"update": jnp.sum(jnp.square(u.astype(jnp.float32)))}) for p, u in leaves]
         norm = jax.tree.map(jnp.sqrt, total(squares, "update"))
+        lost_share = shares(observed.rounded or unrounded(updates, params))
         if not state.kept_mass:
-            return updates, DiagnosticsState(norm, {}, {}, {}, inner_state)
+            return updates, DiagnosticsState(norm, {}, {}, {}, lost_share, inner_state)
         quantities = ("accumulated", "rest", "stored", "error")
         accumulated, rest, stored, error = (total(observed.leaves, name) for name in quantities)
         return updates, DiagnosticsState(
@@ -171,21 +202,12 @@ def with_diagnostics(
             jax.tree.map(_part_sent, rest, accumulated),
             jax.tree.map(jnp.sqrt, stored),
             jax.tree.map(_relative, error, rest),
+            lost_share,
             inner_state,
         )
 
     # The state's type is narrower than any state, which is all that Optax promises to pass.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
-
-
-@contextlib.contextmanager
-def _observing() -> Generator[_Observed]:
-    observed = _Observed()
-    token = _observed.set(observed)
-    try:
-        yield observed
-    finally:
-        _observed.reset(token)
 
 
 def _part_sent(rest: jax.Array, accumulated: jax.Array) -> jax.Array:

@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Storage, Unstored
+from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import apart
-from microadam_jax.sharding import moment_zeros, require_named, told
+from microadam_jax.sharding import moment_zeros
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.stored_step import (
     Arrays,
@@ -27,7 +28,6 @@ from microadam_jax.transforms.stored_step import (
 )
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, columns_of, leaf_keys, rows_of
-from pallas_kernels.dispatch import check_implementation
 
 # From a tree of leaves to a function from a leaf's path and the leaf to what is known of its axes.
 Layout = Callable[[Any], Callable[[KeyPath, Any], Any]]
@@ -81,8 +81,6 @@ def leafwise(
     inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
     hyperparams: Mapping[str, Any] | None = None,
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a transformation from what a method does to one parameter.
 
@@ -98,8 +96,6 @@ def leafwise(
         inspect: called in ``init`` with all parameters, to warn of some or to refuse them.
         hyperparams: by name what the rule needs in float32.
         seed: of codecs that round stochastically.
-        implementation: of steps on stored moments; see :func:`quantize_state`.
-        shardings: of the parameters; see :func:`quantize_state`.
 
     Returns:
         The transformation.
@@ -110,8 +106,6 @@ def leafwise(
     """
     storages = tuple(moments.values())
     small = len(State._fields) - 1 - len(storages)
-    check_implementation(State.__name__.removesuffix("State"), implementation)
-    require_named(shardings)
 
     def init_fn(params: optax.Params) -> Any:
         layout_of = layout(params)
@@ -134,7 +128,7 @@ def leafwise(
         del extra_args
         count, kept, arrays = state[0], state[1 : 1 + len(storages)], state[1 + len(storages) :]
         t = jnp.asarray(optax.safe_increment(count))
-        layout_of, placed = layout(updates), told(shardings, updates)
+        layout_of, placed = layout(updates), scope().shardings_by_path(updates)
         fields = [
             StoredField.of(storage, updates, field, name, lambda: leaf_keys(seed, count, updates))
             for storage, field, name in zip(storages, kept, moments, strict=True)
@@ -162,6 +156,7 @@ def leafwise(
             run = rule_for(end, target, len(inputs))
             read, slots = (g, *inputs, *read_by(end, target)), tuple(stored[small:])
             steps.append(LeafStep(path, run, read, slots, replaced_by(end), placed.get(path)))
+        implementation = scope().implementation_for(State.__name__.removesuffix("State"))
         stepped = step_fields(fields, steps, implementation)
         results = [(u, *new, *own) for (u, *own), new in zip(stepped, reduced, strict=True)]
         scaled, *new = columns_of(treedef, results, 1 + small + len(columns))

@@ -1,46 +1,41 @@
 """How many bytes an optimizer keeps, from shapes alone."""
 
-import contextlib
-import contextvars
 import dataclasses
 import math
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.execution import scope, within
 from microadam_jax.stacks import layer_axes, layers_of
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, owner_of, path_name
 
 GIB = 2**30
 ADAM_BYTES = 8  # of two float32 moments
 SMALL = 4096  # elements of a layer; what a smaller one takes does not matter
 ROUNDING = 16  # bytes: counts, and the single bytes of arrays that a leaf does not need
 
-_remarks: contextvars.ContextVar[dict[str, list[str]] | None] = contextvars.ContextVar(
-    "remarks", default=None
-)
-
 
 def remark(path: KeyPath, text: str) -> None:
     """Tells the memory report being made, if any, something about the leaf at ``path``."""
-    remarks = _remarks.get()
-    if remarks is not None:
-        remarks[text].append(path_name(path))
+    notes = scope().notes
+    if notes is not None:
+        notes[text].append(path_name(path))
 
 
 def is_reporting() -> bool:
     """Returns True while a memory report is being made, which remarks are for and warnings not."""
-    return _remarks.get() is not None
+    return scope().notes is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What an optimizer keeps for a tree of parameters.
+    """Counts the bytes that an optimizer keeps for a tree of parameters.
 
     Printing it gives a table; an AdamW of the same parameters stands beside it.
 
@@ -66,7 +61,7 @@ class MemoryReport:
 
     @property
     def adamw(self) -> dict[str, int]:
-        """What AdamW's two moments would take for the same parameters, by their dtype."""
+        """Returns the bytes of AdamW's two moments for the same parameters, by their dtype."""
         return {"AdamW, float32": 8 * self.parameters, "AdamW, bfloat16": 4 * self.parameters}
 
     def __str__(self) -> str:
@@ -116,7 +111,8 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
         AdamW, float32                         134,217,728  0.125       8.0000
         AdamW, bfloat16                         67,108,864  0.062       4.0000
     """
-    with _recording() as remarks:
+    remarks: dict[str, list[str]] = defaultdict(list)
+    with within(notes=remarks):
         # A fresh function each time: eval_shape would answer a known one from its cache,
         # without running it, and no remark would be heard.
         state = jax.eval_shape(lambda params: tx.init(params), params)
@@ -146,7 +142,7 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     taken: Counter[KeyPath] = Counter()
     for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
-        owner = next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in leaves), None)
+        owner = owner_of(path, leaves)
         if owner is not None:
             taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
     axis_of = layer_axes(params)
@@ -205,23 +201,12 @@ def _row(name: str, size: int, parameters: int) -> tuple[str, ...]:
     return name, f"{size:,}", f"{size / GIB:.3f}", f"{size / max(1, parameters):.4f}"
 
 
-@contextlib.contextmanager
-def _recording() -> Generator[dict[str, list[str]]]:
-    remarks: dict[str, list[str]] = defaultdict(list)
-    token = _remarks.set(remarks)
-    try:
-        yield remarks
-    finally:
-        _remarks.reset(token)
-
-
 def named_leaves(state: Any, params: optax.Params) -> Iterator[tuple[str, Any]]:
     """Each array of the state with the name of its field: its path less its parameter's."""
     parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        field = next(
-            (path[:cut] for cut in range(len(path) + 1) if path[cut:] in parameter_paths), path
-        )
+        owner = owner_of(path, parameter_paths)
+        field = path if owner is None else path[: len(path) - len(owner)]
         yield _field_name(state, field), leaf
 
 

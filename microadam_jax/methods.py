@@ -12,14 +12,6 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from microadam_jax import aliases
-from microadam_jax.subspace import (
-    Subspace,
-    dct_columns,
-    gaussian,
-    power_iteration,
-    svd,
-    top_k_rows,
-)
 
 Factory = Callable[..., optax.GradientTransformation]
 Kind = Literal["window", "shared moments", "low bits", "full matrix", "subspace"]
@@ -36,7 +28,6 @@ class Method(NamedTuple):
             Python's arithmetic; L is the larger of R and C, s the smaller, r the rank.
         learning_rate: to pre-train a small model with, as ``examples/pretrain_llama.py`` does.
         options: for the same, where the defaults are those of a paper that fine-tunes.
-        subspace: from a rank to the method's ``subspace``; None if it takes no rank.
     """
 
     factory: Factory
@@ -45,7 +36,6 @@ class Method(NamedTuple):
     bytes_per_parameter: str
     learning_rate: float = 1e-3
     options: Mapping[str, Any] = MappingProxyType({})
-    subspace: Callable[[int], Subspace] | None = None
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -54,7 +44,12 @@ class Method(NamedTuple):
 
     def at_rank(self, rank: int) -> dict[str, Any]:
         """Returns the option that sets the rank; no option if the method takes none."""
-        return {} if self.subspace is None else {"subspace": self.subspace(rank)}
+        return {"rank": rank} if "rank" in self.parameters else {}
+
+    @property
+    def static_args(self) -> tuple[str, ...]:
+        """Names the integers that shape a state, for ``optax.inject_hyperparams``."""
+        return tuple(name for name in ("rank", "update_interval") if name in self.parameters)
 
 
 MICROADAM = "Modoranu et al., MicroAdam (arXiv 2405.15593)"
@@ -105,25 +100,13 @@ _ROWS = (
     ),
     Method(aliases.sparse_ggt, "full matrix", EFCP, "1/2 + 8/256 + 32*3*3/256"),
     Method(aliases.mfac, "full matrix", MFAC, "4*32"),
-    Method(aliases.galore, "subspace", GALORE, "4*(2*L*r + s*r)/(R*C)", 1e-2, subspace=svd),
-    Method(aliases.fira, "subspace", FIRA, "4*(2*L*r + s*r)/(R*C)", 1e-2, subspace=svd),
-    Method(aliases.apollo, "subspace", APOLLO, "4*2*L*r/(R*C)", 1e-2, subspace=gaussian),
+    Method(aliases.galore, "subspace", GALORE, "4*(2*L*r + s*r)/(R*C)", 1e-2),
+    Method(aliases.fira, "subspace", FIRA, "4*(2*L*r + s*r)/(R*C)", 1e-2),
+    Method(aliases.apollo, "subspace", APOLLO, "4*2*L*r/(R*C)", 1e-2),
     Method(aliases.apollo_mini, "subspace", APOLLO, "4*2*L/(R*C)", 1e-2),
-    Method(aliases.grass, "subspace", GRASS, "4*(2*L*r + r)/(R*C)", subspace=top_k_rows),
-    Method(
-        aliases.ldadam,
-        "subspace",
-        LDADAM,
-        "4*(2*L*r + s*r + L*s)/(R*C)",
-        subspace=power_iteration,
-    ),
-    Method(
-        aliases.dct_adamw,
-        "subspace",
-        DCT_ADAMW,
-        "4*(2*L*r + r)/(R*C)",
-        subspace=dct_columns,
-    ),
-    Method(aliases.snsm, "subspace", SUBSET_NORM, "4*(L*r + s*r + L)/(R*C)", 1e-2, subspace=svd),
+    Method(aliases.grass, "subspace", GRASS, "4*(2*L*r + r)/(R*C)"),
+    Method(aliases.ldadam, "subspace", LDADAM, "4*(2*L*r + s*r + L*s)/(R*C)"),
+    Method(aliases.dct_adamw, "subspace", DCT_ADAMW, "4*(2*L*r + r)/(R*C)"),
+    Method(aliases.snsm, "subspace", SUBSET_NORM, "4*(L*r + s*r + L)/(R*C)", 1e-2),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({row.factory.__name__: row for row in _ROWS})

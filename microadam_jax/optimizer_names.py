@@ -77,12 +77,11 @@ def option_value(text: str) -> Any:
         return text  # a bare word is a string: layout=paper
 
 
-def optimizer(text: str, shardings: Any = None) -> optax.GradientTransformation:
+def optimizer(text: str) -> optax.GradientTransformation:
     """Returns an optimizer from ``"name"`` or ``"name:option=value:..."``.
 
     Args:
         text: such as ``"microadam:layout=pretrain"``, ``"adamw:mu_dtype=bfloat16"`` or ``"muon"``.
-        shardings: of the parameters, for optimizers that take it.
 
     Returns:
         The optimizer, at a learning rate of 0.001.
@@ -97,8 +96,6 @@ def optimizer(text: str, shardings: Any = None) -> optax.GradientTransformation:
     name, *settings = text.split(":")
     pairs = (setting.partition("=") for setting in settings)
     factory = factory_named(name, {key: option_value(value) for key, _, value in pairs})
-    if "shardings" in inspect.signature(factory).parameters:
-        factory = functools.partial(factory, shardings=shardings)
     try:
         return factory(1e-3)
     except TypeError as error:

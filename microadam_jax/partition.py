@@ -27,7 +27,7 @@ LONG_VECTOR = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What a partition does to one parameter.
+    """Records what a partition does to one parameter.
 
     Attributes:
         path: the parameter's path, ``"layers/0/attention/query/kernel"``.
@@ -92,7 +92,8 @@ class Partition:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import Partition, explain_partition, transformer_rules
+        >>> from microadam_jax import Partition, explain_partition
+        >>> from microadam_jax.layer_names import transformer_rules
         >>> rules = (("adapter/w", "in | out -> out"), *transformer_rules(heads=4))
         >>> params = {"adapter": {"w": jnp.zeros((8, 16))}, "mixer": jnp.zeros((8, 8))}
         >>> print(explain_partition(params, Partition(rules)))
@@ -203,7 +204,7 @@ class Partition:
 
 @dataclasses.dataclass(frozen=True)
 class PartitionReport:
-    """What a partition does to each parameter of a tree; printing it gives a table.
+    """Records what a partition does to each parameter of a tree; prints as a table.
 
     Attributes:
         assignments: one for each parameter, in the tree's order.
@@ -251,7 +252,8 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
         The report; print it.
 
     Examples:
-        >>> from microadam_jax import explain_partition, model_shapes
+        >>> from microadam_jax import explain_partition
+        >>> from microadam_jax.models import model_shapes
         >>> report = explain_partition(model_shapes("llama2-7b"))
         >>> print(report.assignments[0].rule, report.unnamed)
         token embed -> token ()

@@ -40,7 +40,7 @@ def grass_dense(x: jax.Array, kernel: jax.Array, indices: jax.Array, axis: int =
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from microadam_jax import grass_dense
+        >>> from microadam_jax.selected_gradients import grass_dense
         >>> x, kernel = jnp.ones((4, 3)), jnp.ones((3, 2))
         >>> loss = lambda kernel: grass_dense(x, kernel, jnp.array([0, 2])).sum()
         >>> print(jax.grad(loss)(kernel))

@@ -215,10 +215,10 @@ def require_named(shardings: Any) -> None:
             )
 
 
-def told(
+def shardings_by_path(
     shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[KeyPath, NamedSharding]:
-    """Where each leaf of ``tree`` lies, by path; empty if ``shardings`` is None.
+    """Maps the path of each leaf of ``tree`` to its sharding; empty if ``shardings`` is None.
 
     Args:
         shardings: None, or a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
@@ -256,7 +256,7 @@ def unused_factor(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def known_sharding(parameter: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
-    """Where ``parameter`` lies; None if that is up to the compiler, or to ``jax.shard_map``."""
+    """Returns the sharding of ``parameter``; None if the compiler or ``jax.shard_map`` has it."""
     if isinstance(parameter, jax.core.Tracer):
         sharding = jax.typeof(parameter).sharding
     else:

@@ -1,6 +1,5 @@
 """What a saved state was made with, so that another optimizer does not take it for its own."""
 
-import contextvars
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -8,26 +7,23 @@ from typing import Any
 import jax
 import optax
 
+from microadam_jax.execution import scope, within
 from microadam_jax.memory import named_leaves
 
 # Raised when arrays of the same names, shapes and dtypes come to mean something else.
 STATE_FORMAT = 1
 
-_settings: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-    "settings", default=None
-)
-
 
 def setting(name: str, value: object) -> None:
     """Tells the state format being made, if any, a setting that the state depends on."""
-    settings = _settings.get()
+    settings = scope().settings
     if settings is not None:
         again = sum(known.split(" #")[0] == name for known in settings)
         settings[f"{name} #{again + 1}" if again else name] = str(value)
 
 
 def state_format(tx: optax.GradientTransformation, params: optax.Params) -> dict[str, Any]:
-    """What the state of ``tx`` depends on, as JSON to save beside it.
+    """Returns what the state of ``tx`` depends on, as JSON to save beside it.
 
     A restore into other shapes fails with two shapes, which do not say what to change, and one
     into other dtypes may cast without a word. Save this with each checkpoint, and call
@@ -50,12 +46,9 @@ def state_format(tx: optax.GradientTransformation, params: optax.Params) -> dict
         ('10 in bfloat16', 'uint8: 81,920')
     """
     settings: dict[str, str] = {}
-    token = _settings.set(settings)
-    try:
+    with within(settings=settings):
         # A fresh function each time: eval_shape would answer a known one without running it.
         state = jax.eval_shape(lambda params: tx.init(params), params)
-    finally:
-        _settings.reset(token)
     dtypes: dict[str, dict[str, None]] = defaultdict(dict)
     numbers: dict[str, int] = defaultdict(int)
     for field, leaf in named_leaves(state, params):

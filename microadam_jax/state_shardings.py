@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from microadam_jax.boxes import without_boxes
 from microadam_jax.sharding import fitted, shards_along
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, owner_of, path_name
 
 # What arrays may take on a device beyond their share before anything is said: few can act on less.
 UNNOTICED_BYTES = 2**20
@@ -81,12 +81,12 @@ def state_shardings(
         _require_axis(mesh, zero_axis)
         shapes: dict[KeyPath, list[tuple[int, ...]]] = {path: [leaf.shape] for path, leaf in leaves}
         for path, leaf in jax.tree.leaves_with_path(state):
-            if (owner := _owner(path, shardings)) is not None:
+            if (owner := owner_of(path, shardings)) is not None:
                 shapes[owner].append(leaf.shape)
         shardings = {path: _cut(shardings[path], zero_axis, own) for path, own in shapes.items()}
 
     def place(path: KeyPath, leaf: Any) -> NamedSharding:
-        owner = _owner(path, shardings)
+        owner = owner_of(path, shardings)
         if owner is None:
             return NamedSharding(mesh, PartitionSpec())
         sharding = fitted(shardings[owner], leaf.shape)
@@ -97,7 +97,7 @@ def state_shardings(
     for (path, leaf), sharding in zip(
         jax.tree.leaves_with_path(state), jax.tree.leaves(placed), strict=True
     ):
-        if (owner := _owner(path, asked)) is not None:
+        if (owner := owner_of(path, asked)) is not None:
             extra[path_name(path)] = _extra_bytes(leaf, asked[owner], sharding, zero_axis)
     _warn_of(extra)
     return placed
@@ -106,7 +106,7 @@ def state_shardings(
 def _extra_bytes(
     leaf: jax.ShapeDtypeStruct, asked: NamedSharding, found: NamedSharding, zero_axis: str | None
 ) -> float:
-    """What ``leaf`` takes of a device beyond what it would take, were it cut as was asked."""
+    """Returns the bytes of a device that ``leaf`` takes beyond those of its shard as asked for."""
     wish = _pieces(leaf.shape, asked)
     if zero_axis is not None and zero_axis not in jax.tree.leaves([*asked.spec]):
         wish *= asked.mesh.shape[zero_axis]
@@ -134,11 +134,6 @@ def _warn_of(extra: Mapping[str, float]) -> None:
             "another axis of these parameters, or this one over fewer devices.",
             stacklevel=3,
         )
-
-
-def _owner(path: KeyPath, parameters: Container[KeyPath]) -> KeyPath | None:
-    """The path of the parameter that a state array belongs to: the end of the array's own."""
-    return next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in parameters), None)
 
 
 def _cut(sharding: NamedSharding, name: str, shapes: Sequence[tuple[int, ...]]) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Which elements of a parameter share a norm."""
+"""Assigns elements of a parameter to subsets that share a norm."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from microadam_jax.stacks import layers_of
 
 @dataclasses.dataclass(frozen=True)
 class Subsets:
-    r"""Which elements of a parameter share a norm.
+    r"""Assigns elements of a parameter to subsets that share a norm.
 
     Args:
         rule: ``"larger"``, the recommended one: of a linear map, one subset for each index of
@@ -82,7 +82,7 @@ class RunBlocks:
 
     @property
     def blocks(self) -> int:
-        """How many runs there are."""
+        """Counts the segments."""
         return math.prod(self.moment_shape)
 
     def mean(self, x: jax.Array) -> jax.Array:

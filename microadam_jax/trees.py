@@ -1,7 +1,7 @@
 """Mapping over parameter-shaped trees with several results per leaf."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,11 @@ def columns_of(treedef: Any, rows: Sequence[tuple[Any, ...]], results: int) -> t
     """Gathers ``results`` values of each leaf in as many trees of the structure ``treedef``."""
     by_result = zip(*rows, strict=True) if rows else [()] * results
     return tuple(treedef.unflatten(values) for values in by_result)
+
+
+def owner_of(path: KeyPath, parameters: Container[KeyPath]) -> KeyPath | None:
+    """Returns the path of the parameter that a state array belongs to: the end of its own."""
+    return next((path[cut:] for cut in range(len(path) + 1) if path[cut:] in parameters), None)
 
 
 def path_name(path: KeyPath) -> str:

@@ -123,12 +123,17 @@ def compiles_for_tpus() -> bool:
     return compiler or jax.default_backend() not in ("cpu", "gpu")
 
 
-@functools.cache
-def compiles_for_gpus() -> bool:
-    """True if programs that this process traces may be compiled for GPUs: their compiler is there.
+def compiles_for_gpus(x: jax.Array) -> bool:
+    """True if a program on ``x`` may be compiled for GPUs, and no axis of ``x`` is Explicit.
 
-    Elsewhere what only they run would be traced for nothing.
+    Elsewhere what only GPUs run would be traced for nothing; on Explicit axes that program would
+    have to say how each constant is sharded.
     """
+    return not any(jax.typeof(x).sharding.spec) and _gpu_compiler_is_there()
+
+
+@functools.cache
+def _gpu_compiler_is_there() -> bool:
     found = any(map(importlib.util.find_spec, GPU_COMPILERS))
     return found or jax.default_backend() in ("gpu", "cuda", "rocm")
 
@@ -158,13 +163,13 @@ def _placement(
         return None
     return (
         "the mesh has Auto axes, so the placement of the arrays is not known, and a kernel does "
-        "not partition itself; give shardings=, or use Explicit axes, which jax.make_mesh makes by "
-        "default"
+        "not partition itself; give run_with(tx, shardings=...), or use Explicit axes, which "
+        "jax.make_mesh makes by default"
     )
 
 
 def _varying_is_checked(mesh: AbstractMesh) -> bool:
-    """Whether jax.shard_map was given ``check_vma``, as by default: then types say what varies."""
+    """Returns True if jax.shard_map has ``check_vma``, as by default: types say what varies."""
     one = jnp.zeros(())
     return jax.typeof(jax.lax.pcast(one, mesh.manual_axes, to="varying")) != jax.typeof(one)
 

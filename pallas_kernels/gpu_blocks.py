@@ -32,7 +32,7 @@ def unsupported(shape: tuple[int, ...], size: int, entries: int) -> str | None:
 
 
 def per_program(size: int) -> int:
-    """How many blocks of ``size`` a program has."""
+    """Counts the blocks of ``size`` that a program has."""
     return max(1, ELEMENTS // padded(size))
 
 
@@ -70,7 +70,7 @@ def root(x: jax.Array, interpret: bool) -> jax.Array:
 
 
 def exact(interpret: bool) -> Mapping[str, Callable[..., jax.Array]]:
-    """What to evaluate in place of primitives that Triton approximates or lacks, by name."""
+    """Maps primitives that Triton approximates or lacks to their replacements, by name."""
 
     def div(x: jax.Array, y: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.integer):

@@ -78,7 +78,7 @@ def rounded_up(number: int, multiple: int) -> int:
 
 
 def are_filled(count: int) -> bool:
-    """Whether ``count`` blocks of a row fill the compiler's own tiles, of eight or of four.
+    """Returns True if ``count`` blocks of a row fill the compiler's own tiles, of eight or of four.
 
     Then it lays out the blocks of a state next to the rows' last axis; otherwise that would pad
     them, and what it chooses depends on the dtype.
@@ -87,7 +87,7 @@ def are_filled(count: int) -> bool:
 
 
 def cost(operations: int, arrays: Sequence[Any]) -> pl.CostEstimate:
-    """What a kernel costs that reads or writes each of ``arrays`` once, for XLA's schedule.
+    """Estimates the cost of a kernel that reads or writes each of ``arrays`` once, for XLA.
 
     Args:
         operations: arithmetic operations.

@@ -12,8 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microadam_jax import Axes, Fused
-from microadam_jax.axes import ELEMENTWISE, AxesError, Shape, Sharing, Sides, elementwise
+from microadam_jax.axes import (
+    ELEMENTWISE,
+    Axes,
+    AxesError,
+    Fused,
+    Shape,
+    Sharing,
+    Sides,
+    elementwise,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from microadam_jax import Matrices, Refresh, grass, grass_dense, sampled_rows, top_k_rows
+from microadam_jax import Matrices, grass
+from microadam_jax.selected_gradients import grass_dense
+from microadam_jax.subspace import sampled_rows, top_k_rows
 
 N_IN, N_OUT, BATCH = 6, 10, (3, 4)
 INDICES = {0: jnp.array([[4], [1]]), 1: jnp.array([[7, 0, 3]])}
@@ -56,8 +58,9 @@ def test_another_axis_is_refused() -> None:
 def test_grass_goes_the_same_way_with_it(side: Any, subspace: Any) -> None:
     """The whole gradient in steps with new rows, and the selected ones in the others."""
     x, kernel, weights = arrays()
-    refresh, axis = Refresh(3, moments="reset"), 0 if side == "in" else 1
-    tx = grass(1e-1, subspace=subspace, refresh=refresh, matrices=Matrices(side=side))
+    axis = 0 if side == "in" else 1
+    matrices = Matrices(side=side)
+    tx = grass(1e-1, update_interval=3, subspace=subspace, matrices=matrices)
 
     def train(selected: bool) -> jax.Array:
         params = {"kernel": kernel}

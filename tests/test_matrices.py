@@ -9,27 +9,21 @@ import optax
 import pytest
 
 from microadam_jax import (
-    Axes,
-    Discard,
-    FeedBack,
     Matrices,
-    MatrixDimensionNumbers,
     Partition,
     apollo,
     apollo_mini,
     fira,
     galore,
-    gaussian,
     grass,
     ldadam,
     memory_report,
-    model_shapes,
-    power_iteration,
     snsm,
-    svd,
-    top_k_rows,
-    transformer_rules,
 )
+from microadam_jax.axes import Axes
+from microadam_jax.layer_names import transformer_rules
+from microadam_jax.models import model_shapes
+from microadam_jax.subspace import Discard, FeedBack, MatrixDimensionNumbers, top_k_rows
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 
 GIB = 2**30
@@ -122,18 +116,18 @@ def test_a_batch_folds_and_unfolds() -> None:
 @pytest.mark.parametrize(
     ("tx", "published"),
     [
-        (galore(1e-2, subspace=svd(512)), 1.942),
-        (fira(1e-2, subspace=svd(512)), 1.942),
-        (ldadam(1e-3, subspace=power_iteration(512)), 4.192),
-        (ldadam(1e-3, subspace=power_iteration(512), complement=Discard()), 1.942),
-        (snsm(1e-2, subspace=svd(512)), 1.169),
+        (galore(1e-2, rank=512), 1.942),
+        (fira(1e-2, rank=512), 1.942),
+        (ldadam(1e-3, rank=512), 4.192),
+        (ldadam(1e-3, rank=512, complement=Discard()), 1.942),
+        (snsm(1e-2, rank=512), 1.169),
         (snsm(1e-2, subspace=top_k_rows(512), matrices=Matrices(**LARGER)), 0.576),
-        (grass(1e-2, subspace=top_k_rows(512)), 1.614),
+        (grass(1e-2, rank=512), 1.614),
         (
-            grass(1e-2, subspace=top_k_rows(512), matrices=Matrices(exclude=HEAD, **LARGER)),
+            grass(1e-2, rank=512, matrices=Matrices(exclude=HEAD, **LARGER)),
             1.145,
         ),
-        (apollo(1e-2, subspace=gaussian(512)), 1.614),
+        (apollo(1e-2, rank=512), 1.614),
         (apollo_mini(1e-2), 0.491),
     ],
 )
@@ -162,17 +156,17 @@ def test_the_report_says_what_is_not_compressed_and_what_is_gathered() -> None:
         "small": {"kernel": jax.ShapeDtypeStruct((16, 64), jnp.float32)},
         "sharded": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=spec)},
     }
-    remarks = memory_report(galore(1e-2, subspace=svd(16)), params).remarks
+    remarks = memory_report(galore(1e-2, rank=16), params).remarks
     assert remarks == {
         "gradient gathered every 200 steps for a new basis": ("sharded/kernel",),
         "rank 16 of 16 rows, not compressed": ("small/kernel",),
     }
-    assert not memory_report(grass(1e-2, subspace=top_k_rows(8)), params).remarks
+    assert not memory_report(grass(1e-2, rank=8), params).remarks
 
 
 def test_heads_may_be_part_of_the_compressed_side() -> None:
     rules = (("proj", Axes("heads head_dim | embed -> embed")),)
-    tx = galore(1e-2, subspace=svd(2), matrices=Matrices(partition=Partition(rules)))
+    tx = galore(1e-2, rank=2, matrices=Matrices(partition=Partition(rules)))
     state = tx.init({"proj": jnp.zeros((2, 4, 16))})
     assert state[0].basis.vectors["proj"].shape == (2, 4, 2)
     assert state[0].inner_state.mu["proj"].shape == (1, 2, 16)

@@ -6,17 +6,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from microadam_jax import (
-    MicroAdamLayout,
-    Window,
-    affine4,
-    memory_report,
-    microadam,
-    model_shapes,
-    top_k,
-)
+from microadam_jax import MicroAdamLayout, Window, memory_report, microadam, top_k
 from microadam_jax.__main__ import main
+from microadam_jax.codecs import affine4
 from microadam_jax.methods import METHODS
+from microadam_jax.models import model_shapes
 
 MATRIX = {"w": jax.ShapeDtypeStruct((64, 4096), jnp.float32)}
 GIB = 2**30
@@ -109,7 +103,7 @@ def test_the_command_prints_the_table_of_the_readme(capsys: pytest.CaptureFixtur
     pattern = r"^\| (`\w.*) \| ([\d.]+) \| ([\d.]+) GiB \|$"
     for cell, size, total in re.findall(pattern, README.read_text(), re.M):
         for code in re.findall(r"`([^`]+)`", cell):
-            label = re.sub(r"\(subspace=\w+\((\d+)\)\)", r", rank \1", code)
+            label = re.sub(r"\(rank=(\d+)\)", r", rank \1", code)
             label = re.sub(r'\((\w+)="(\w+)"\)', r":\1=\2", label)
             assert rows[label][0] == total, label
             assert abs(float(rows[label][1]) - float(size)) <= 0.0051, label

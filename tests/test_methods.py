@@ -1,8 +1,10 @@
 """The table of methods, and that neither code nor pages forget a row of it."""
 
+import inspect
 import math
 import pathlib
 import re
+import types
 
 import jax
 import pytest
@@ -105,3 +107,16 @@ def test_no_test_module_imports_another() -> None:
     pattern = re.compile(r"^(from tests\S*\.test_|from tests\S* import test_|import tests)", re.M)
     tests = (ROOT / "tests").rglob("*.py")
     assert [path for path in tests if pattern.search(path.read_text())] == []
+
+
+def test_few_names_are_at_the_top() -> None:
+    """Optimizers, transformations and specs that most need; the others are in submodules."""
+    assert len(microadam_jax.__all__) <= 60
+
+
+def test_how_an_optimizer_runs_stands_in_no_signature() -> None:
+    """``run_with`` says it."""
+    for name in microadam_jax.__all__:
+        public = getattr(microadam_jax, name)
+        if name != "run_with" and not isinstance(public, types.ModuleType):
+            assert not {"implementation", "shardings"} & set(inspect.signature(public).parameters)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from microadam_jax import Axes, Matrices, Partition, explain_partition, transformer_rules
+from microadam_jax import Matrices, Partition, explain_partition
+from microadam_jax.axes import Axes
+from microadam_jax.layer_names import transformer_rules
 
 Shape = tuple[int, ...]
 

@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from microadam_jax import (
-    Matrices,
-    Partition,
-    Storage,
-    Subsets,
-    explain_partition,
-    power_sgd,
-    rank1_linear4,
-    top_k,
-    transformer_rules,
-)
+from microadam_jax import Matrices, Partition, Storage, explain_partition, top_k
+from microadam_jax.codecs import rank1_linear4
+from microadam_jax.compressors import power_sgd
+from microadam_jax.layer_names import transformer_rules
 from microadam_jax.stacks import STACKED, layer_axes
+from microadam_jax.subsets import Subsets
 from microadam_jax.trees import path_name
 
 Shape = tuple[int, ...]

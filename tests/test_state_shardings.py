@@ -12,14 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import (
-    adam_mini,
-    adamw8bit,
-    came,
-    memory_report,
-    microadam,
-    state_shardings,
-)
+from microadam_jax import adam_mini, adamw8bit, came, memory_report, microadam, state_shardings
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")

@@ -5,7 +5,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus, load_corpus
 from .interruption import Interruption
-from .metrics import DiagnosticsFile, MetricsFile, Row
+from .metrics import DiagnosticsFile, MetricsFile, Row, largest_lost_share
 from .model import init_params
 from .partitioning import place
 from .processes import joining_flags, leads, require_same, together
@@ -56,7 +56,7 @@ def compare(config: Config, console: Console) -> bool:
     )
     with together():
         if config.resume is None and leads():
-            _clear(config, chosen)
+            clear(config, chosen)
             configuration.save(config)
     own_console = console
     console = console if leads() else Console(quiet=True)
@@ -112,6 +112,8 @@ def _train_one(
                 if config.diagnostics:
                     file = DiagnosticsFile(folder / "diagnostics.csv", checkpoints.latest_step)
                     run = functools.partial(run, observe_state=file.append)
+                elif optimizers.loses_updates(config):
+                    run = functools.partial(run, observe_state=_warn_of_lost(label, console))
         if metrics is None:
             return run()
         with progress(console, label, config.steps, metrics.rows) as show:
@@ -123,7 +125,30 @@ def _train_one(
             return run(rows=metrics.rows, observe=observe)
 
 
-def _clear(config: Config, labels: Iterable[str]) -> None:
+def _warn_of_lost(label: str, console: Console) -> Callable[[int, optax.OptState], None]:
+    """Warns once, when rounding to nearest loses most of the updates."""
+    warned = False
+
+    def look(step: int, state: optax.OptState) -> None:
+        nonlocal warned
+        share = largest_lost_share(state)
+        if share > 0.5 and not warned:
+            warned = True
+            console.print(
+                f"{label}: in step {step} bfloat16 rounds {share:.0%} of the updates of some "
+                "parameters away. --rounding stochastic loses none, on average.",
+                soft_wrap=True,
+            )
+
+    return look
+
+
+def clear(config: Config, labels: Iterable[str]) -> None:
+    """Removes what an earlier run left in the directory of results.
+
+    Raises:
+        PretrainError: If that run was interrupted, and is not to be overwritten.
+    """
     summary = config.out / "summary.csv"
     interrupted = any(config.out.glob("*/checkpoints/*")) and not summary.exists()
     if interrupted and not config.overwrite:
@@ -153,12 +178,16 @@ def _on_interruption(config: Config) -> str:
 
 def resume_command(config: Config) -> str:
     """Says how to continue the run, with the flags with which this process joined it."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
     joining = joining_flags(config)
-    resume = [str(python), sys.argv[0], "--resume", str(config.out), *joining]
     each = " on every host"
     if config.process_id is not None:
         each += ", each with its own --process-id"
-    return f"To resume{each if joining else ''}:\n  {shlex.join(resume)}"
+    return f"To resume{each if joining else ''}:\n  {resume_line(config.out, joining)}"
+
+
+def resume_line(out: Path, joining: Sequence[str] = ()) -> str:
+    """The command that continues the run in a directory with this script."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), sys.argv[0], "--resume", str(out), *joining])

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -84,10 +85,16 @@ class Config:
     outlives it (optax.MultiSteps would keep one in the optimizer state)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the parameters."""
+    rounding: Literal["nearest", "stochastic", "compensated", "momentum"] = "nearest"
+    """Rounding of bfloat16 parameters after each update: nearest loses updates below half a
+    unit in the last place; the others are those of microadam_jax.round_updates."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of activations; the loss is always float32."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing its activations."""
+    update_in_backward: bool = False
+    """Update each layer as soon as the backward pass has its gradient, so that the gradients of
+    all are never there together; layers are recomputed, and --clip takes a second backward pass."""
     activations: Literal["exact", "fp8", "coat"] = "exact"
     """Store activations for the backward pass: exact, as they are; fp8, in 8 bits, from exact
     values; coat, in 8 bits, of which the forward pass computes too, as COAT does."""
@@ -144,6 +151,26 @@ class Config:
             raise PretrainError(
                 f"--batch {self.batch} does not split into {self.accumulation} equal micro-batches."
             )
+        if self.rounding != "nearest" and self.param_dtype != "bfloat16":
+            raise PretrainError(
+                f"--rounding {self.rounding} is for parameters in bfloat16: add --param-dtype "
+                "bfloat16, or leave it out."
+            )
+        if self.update_in_backward:
+            unusable = [
+                flag
+                for flag, used in {
+                    "--accumulation": self.accumulation > 1,
+                    "--diagnostics": self.diagnostics,
+                    "--activations fp8": self.activations == "fp8",
+                }.items()
+                if used
+            ]
+            if unusable:
+                raise PretrainError(
+                    f"--update-in-backward leaves no gradients of all layers to add up or to look "
+                    f"at, and recomputes activations: leave out {' and '.join(unusable)}."
+                )
         if not 0 <= self.warmup < 1:
             raise PretrainError(
                 f"--warmup {self.warmup} must be a share of the steps, at least 0 and below 1."
@@ -235,14 +262,28 @@ def from_flags(flags: list[str] | None = None) -> Config:
     return config
 
 
-def save(config: Config) -> None:
+class Settings(Protocol):
+    """A configuration that is kept with its run."""
+
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists the settings as JSON values."""
+        ...
+
+
+def save(config: Settings) -> None:
     """Writes the configuration into its output directory."""
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
 
 
-def load(run: Path) -> Config:
-    """Reads the configuration of the run in a directory.
+def saved(run: Path, paths: Iterable[str]) -> dict[str, Any]:
+    """Reads the settings of the run in a directory, which is to be resumed.
+
+    Args:
+        run: The directory.
+        paths: Names of settings that are paths or None.
 
     Raises:
         PretrainError: If there is none.
@@ -251,12 +292,22 @@ def load(run: Path) -> Config:
     if not path.is_file():
         raise PretrainError(f"There is no run to resume in {run}: it has no {path.name}.")
     values = json.loads(path.read_text())
-    values |= {
+    return values | {
         "out": run,
-        "text": values["text"] and Path(values["text"]),
         "resume": run,
         "opt": tuple(values["opt"]),
         "lr": tuple(values["lr"]),
+        **{name: values[name] and Path(values[name]) for name in paths},
+    }
+
+
+def load(run: Path) -> Config:
+    """Reads the configuration of the run in a directory.
+
+    Raises:
+        PretrainError: If there is none.
+    """
+    values = saved(run, ["text"]) | {
         "coordinator": None,
         "processes": None,
         "process_id": None,

@@ -55,7 +55,7 @@ class MetricsFile:
 class DiagnosticsFile:
     """What compression did to each group of parameters, in a CSV file."""
 
-    FIELDS = ("update_norm", "kept_mass", "residual_norm", "quantization_error")
+    FIELDS = ("update_norm", "kept_mass", "residual_norm", "quantization_error", "lost_share")
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Opens a file, and forgets what it says about steps after `last_step`."""
@@ -73,6 +73,16 @@ class DiagnosticsFile:
                 [step, group, *(float(field[group]) if field else "" for field in fields)]
                 for group in fields[0]
             )
+
+
+def largest_lost_share(state: optax.OptState) -> float:
+    """Returns the largest share, among groups of parameters, of updates that rounding loses.
+
+    Args:
+        state: of `microadam_jax.with_diagnostics`.
+    """
+    shares = optax.tree_utils.tree_get(state, "lost_share")
+    return max(map(float, shares.values()))
 
 
 def _read(path: Path) -> list[Row]:

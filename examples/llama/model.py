@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from microadam_jax.layers import compress_residuals, fp8_linear, fp8_silu_gate
@@ -27,6 +29,10 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     activations: str = "exact"
+    key_heads: int | None = None  # of grouped queries; None has one for each query head
+    rope_base: float = 10_000.0
+    epsilon: float = 1e-6
+    tied: bool = False  # the embedding is the output head too
 
     @property
     def coat(self) -> bool:
@@ -49,6 +55,7 @@ def _linear(config: ModelConfig, n_in: int, n_out: int, std: float, rngs: nnx.Rn
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return (Fp8RMSNorm if config.coat else nnx.RMSNorm)(
         config.hidden,
+        epsilon=config.epsilon,
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
@@ -80,23 +87,27 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Draws the four projections."""
         self.heads, self.activations = config.heads, config.activations
+        self.rope_base = config.rope_base
         hidden = config.hidden
+        narrow = hidden // config.heads * (config.key_heads or config.heads)
         self.query = _linear(config, hidden, hidden, 0.02, rngs)
-        self.key = _linear(config, hidden, hidden, 0.02, rngs)
-        self.value = _linear(config, hidden, hidden, 0.02, rngs)
+        self.key = _linear(config, hidden, narrow, 0.02, rngs)
+        self.value = _linear(config, hidden, narrow, 0.02, rngs)
         self.out = _linear(config, hidden, hidden, _residual_std(config), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mixes positions of `x`, `(batch, position, hidden)`."""
-        split = (*x.shape[:-1], self.heads, -1)
+        channels = x.shape[-1] // self.heads
         query, key, value = (
-            h.reshape(split) for h in _together(x, self.query, self.key, self.value)
+            h.reshape(*x.shape[:-1], -1, channels)
+            for h in _together(x, self.query, self.key, self.value)
         )
         mix = functools.partial(jax.nn.dot_product_attention, is_causal=True)
         if self.activations != "exact":
             # As FlashAttention does, for the backward pass only the inputs are kept.
             mix = jax.checkpoint(mix)
-        return self.out(mix(rotate(query), rotate(key), value).reshape(x.shape))
+        query, key = (rotate(h, self.rope_base) for h in (query, key))
+        return self.out(mix(query, key, value).reshape(x.shape))
 
 
 def _together(x: jax.Array, *layers: nnx.Linear) -> tuple[jax.Array, ...]:
@@ -148,7 +159,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embedding, a scan over stacked layers (layer axis first), final norm and an untied head."""
+    """Embedding, a scan over stacked layers (layer axis first), final norm and a head."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Draws all weights; each layer has random numbers of its own."""
@@ -170,7 +181,9 @@ class Llama(nnx.Module):
         self.remat, self.activations = config.remat, config.activations
         config = dataclasses.replace(config, activations="exact")
         self.norm = _norm(config, rngs)
-        self.head = _linear(config, config.hidden, config.vocab, 0.02, rngs)
+        self.head = (
+            None if config.tied else _linear(config, config.hidden, config.vocab, 0.02, rngs)
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns float32 logits for the token after each position of `tokens`."""
@@ -185,16 +198,50 @@ class Llama(nnx.Module):
         scan = nnx.scan(
             lambda x, block: apply(block, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
         )
-        x = scan(self.embedding(tokens), self.layers)
-        return self.head(self.norm(x)).astype(jnp.float32)
+        return self.logits(self.norm(scan(self.embedding(tokens), self.layers)))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns float32 logits from the normalized last hidden state."""
+        head = self.embedding.attend if self.head is None else self.head
+        return head(x).astype(jnp.float32)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`)."""
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    """Draws the initial weights as a plain nested dict of arrays (trace it with `jax.jit`).
+
+    They are drawn in float32 and then rounded, so that all formats start from the same weights.
+    """
+    drawn = Llama(dataclasses.replace(config, param_dtype="float32"), rngs=nnx.Rngs(seed))
+    params = nnx.to_pure_dict(nnx.state(drawn, nnx.Param))
+    return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
 
 
 def graph_of(config: ModelConfig) -> nnx.GraphDef[Llama]:
     """The structure that `nnx.merge` turns, with weights, back into a callable model."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param)[0]
+
+
+def pieces_of(config: ModelConfig) -> tuple[Callable[..., Any], ...]:
+    """Returns what comes before the layers, one of them, and the loss after them, as functions.
+
+    They are those that `microadam_jax.layers.update_in_backward` takes.
+    """
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    embedding, norm, head = (
+        nnx.split(part, nnx.Param)[0] for part in (model.embedding, model.norm, model.head)
+    )
+    block = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+    def before(rest: Params, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(embedding, rest["embedding"])(tokens[:, :-1])
+
+    def layer(weights: Params, x: jax.Array) -> jax.Array:
+        return nnx.merge(block, weights)(x)
+
+    def after(rest: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        x = nnx.merge(norm, rest["norm"])(x)
+        logits = nnx.merge(head, rest["head"])(x).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return before, layer, after

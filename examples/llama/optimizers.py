@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,23 @@ DEFAULT_LEARNING_RATE = 1e-3  # of the optimizers of Optax
 RANK = 32  # a quarter of this model's width
 
 
-def build(config: Config) -> dict[str, optax.GradientTransformation]:
-    """Builds the optimizers a configuration names, with their learning rates and clipping.
+class Named(Protocol):
+    """The settings that say which optimizers there are."""
+
+    optimizer: str
+    opt: tuple[str, ...]
+    lr: tuple[str, ...]
+    schedule: Literal["constant", "cosine", "linear"]
+    warmup: float
+    steps: int
+
+
+def named(config: Named, *, clip: float) -> dict[str, optax.GradientTransformation]:
+    """Builds the optimizers that a configuration names, with their learning rates.
 
     Args:
         config: The configuration.
+        clip: The global norm to which gradients are clipped first; 0 for no clip.
 
     Returns:
         The optimizers by label, in the order of the configuration.
@@ -41,14 +53,42 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
         optimizer = _call(
             label, name, _learning_rate(config, peaks[label]), suited | options[label]
         )
-        if config.clip:
-            optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
-        if config.diagnostics:
+        if clip:
+            optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+        built[label] = optimizer
+    return built
+
+
+def build(config: Config) -> dict[str, optax.GradientTransformation]:
+    """Builds the optimizers of a pre-training run, with clipping, rounding and diagnostics.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The optimizers by label, in the order of the configuration.
+
+    Raises:
+        PretrainError: If a name, an option or a value is not understood.
+    """
+    # If layers are updated in the backward pass, the training loop clips.
+    built = named(config, clip=0 if config.update_in_backward else config.clip)
+    for label, optimizer in built.items():
+        if config.rounding != "nearest":
+            # Around the clip, which would round gradients once more.
+            optimizer = microadam_jax.round_updates(optimizer, config.rounding, seed=config.seed)
+        if config.diagnostics or loses_updates(config):
             optimizer = microadam_jax.with_diagnostics(
                 optimizer, {"attention": "attention/", "feed-forward": "mlp/"}
             )
         built[label] = optimizer
     return built
+
+
+def loses_updates(config: Config) -> bool:
+    """Returns True if parameters are rounded so that small updates are lost, which is looked at."""
+    looked_at = not config.update_in_backward  # the shares are of all layers together
+    return looked_at and config.param_dtype == "bfloat16" and config.rounding == "nearest"
 
 
 def _names_by_label(text: str) -> dict[str, str]:
@@ -100,7 +140,7 @@ def _require_label(option: str, flag: str, label: str, labels: Iterable[str]) ->
         )
 
 
-def _learning_rate(config: Config, peak: float) -> float | optax.Schedule:
+def _learning_rate(config: Named, peak: float) -> float | optax.Schedule:
     warmup = round(config.warmup * config.steps)
     rest = config.steps - warmup
     if config.schedule == "constant" and not warmup:

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +31,15 @@ def write_report(
         console: Where the table goes.
     """
     lines = [_summary(label, result, bytes_per_token) for label, result in results.items()]
-    _write_csv(out / "summary.csv", list(lines[0]), [list(line.values()) for line in lines])
+    write_csv(out / "summary.csv", list(lines[0]), [list(line.values()) for line in lines])
     names = [field.name for field in dataclasses.fields(Row)]
-    _write_csv(
+    write_csv(
         out / "metrics.csv",
         ["optimizer", *names],
         [[label, *dataclasses.astuple(row)] for label, res in results.items() for row in res.rows],
     )
-    _plot(results, out / "loss_by_step.png", "optimizer step", lambda row: row.step)
-    _plot(results, out / "loss_by_time.png", "training time (s)", lambda row: row.seconds)
+    plot_losses(results, out / "loss_by_step.png", "optimizer step", lambda row: row.step)
+    plot_losses(results, out / "loss_by_time.png", "training time (s)", lambda row: row.seconds)
     _print_table(lines, console)
 
 
@@ -55,7 +55,8 @@ def _summary(label: str, result: Result, bytes_per_token: float) -> dict[str, st
     }
 
 
-def _write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
+def write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
+    """Writes a table with a header."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
@@ -83,9 +84,14 @@ def _print_table(lines: list[dict[str, str | int | float]], console: Console) ->
     console.print(table)
 
 
-def _plot(
-    results: dict[str, Result], path: Path, x_label: str, x_of: Callable[[Row], float]
+def plot_losses(
+    results: Mapping[str, Result],
+    path: Path,
+    x_label: str,
+    x_of: Callable[[Row], float],
+    y_label: str = "loss (nats per token)",
 ) -> None:
+    """Draws training and held-out losses of all results over `x_of` their rows."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     training, held_out = figure.subplots(1, 2, sharex=True, sharey=True)
     for (label, result), colour in zip(results.items(), _COLOURS * len(results), strict=False):
@@ -105,7 +111,7 @@ def _plot(
         )
     _finish(training, f"Training, mean over {width} steps", x_label)
     _finish(held_out, "Held-out text", x_label)
-    training.set_ylabel("loss (nats per token)")
+    training.set_ylabel(y_label)
     figure.savefig(path, dpi=150)
 
 

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,13 +17,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from microadam_jax.layers import update_in_backward
+
 from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus
 from .metrics import Row
-from .model import Llama, Params, graph_of, init_params
-from .partitioning import place
-from .processes import anywhere
+from .model import Llama, Params, graph_of, init_params, pieces_of
+from .partitioning import Placement, place
+from .steps import run_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +98,14 @@ def train(
     param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     state_shapes = jax.eval_shape(optimizer.init, param_shapes)
     shardings = (placement.params, placement.state(optimizer, param_shapes))
-    result = Result(rows, _count(param_shapes), _bytes(state_shapes), finished=True)
+    result = Result(rows, size_of(param_shapes), bytes_of(state_shapes), finished=True)
 
     start = checkpoints.latest_step if checkpoints else 0
     if checkpoints and start == config.steps:  # nothing to do, nor gigabytes to read
         checkpoints.require_same_configuration()
         return result
     if checkpoints and start:
-        params, state = checkpoints.restore(_placed((param_shapes, state_shapes), shardings))
+        params, state = checkpoints.restore(placed((param_shapes, state_shapes), shardings))
     else:
         init = jax.jit(init_params, static_argnums=(0, 1), out_shardings=shardings[0])
         params = init(model, config.seed)
@@ -124,10 +125,14 @@ def train(
     held_out = jax.make_array_from_callback(
         held_out_batches.shape, placement.batches, lambda index: held_out_batches[index]
     )
+    if config.update_in_backward:
+        advance = _step_in_backward(config, corpus.vocab, optimizer, placement, param_shapes)
+    else:
+        advance = _step_function(graph, optimizer)
     # Compiled ahead, so that no step's time contains it.
     step_fn = (
         jax.jit(
-            _step_function(graph, optimizer),
+            advance,
             donate_argnums=(0, 1),
             # The loss is whole on each device, for each process to read.
             out_shardings=(*shardings, NamedSharding(placement.mesh, P())),
@@ -137,32 +142,21 @@ def train(
     )
     _require_memory(step_fn, config, placement.mesh.size // jax.process_count())
 
-    losses: list[jax.Array] = []
-    clock = time.perf_counter()
-    for step in range(start + 1, config.steps + 1):
-        params, state, loss = step_fn(params, state, next_batch(step - 1))
-        losses.append(loss)
-        done = step == config.steps
-        looking = done or step % config.log_every == 0
-        # Processes stop together, and asking them at every step would make each wait for the rest.
-        stopping = anywhere(stop()) if looking or jax.process_count() == 1 else False
-        evaluating = done or step % config.eval_every == 0
-        saving = done or stopping or step % config.save_every == 0
-        if not (evaluating or saving or looking):
-            continue
-        new = _rows(config, rows, step, jax.device_get(losses), clock)
-        if evaluating:
-            held_out_loss = float(_mean_loss(graph, params, held_out))
-            new[-1] = dataclasses.replace(new[-1], held_out_loss=held_out_loss)
-        rows += new
-        observe(new)
-        observe_state(step, state)
-        if saving and checkpoints:
-            checkpoints.save(step, (params, state))
-        if stopping and not done:
-            return dataclasses.replace(result, finished=False)
-        losses, clock = [], time.perf_counter()
-    return result
+    outcome = run_steps(
+        config,
+        step_fn,
+        params,
+        state,
+        start=start,
+        next_batch=next_batch,
+        held_out_loss=lambda params: _mean_loss(graph, params, held_out),
+        rows=rows,
+        checkpoints=checkpoints,
+        observe=observe,
+        observe_state=observe_state,
+        stop=stop,
+    )
+    return dataclasses.replace(result, rows=outcome.rows, finished=outcome.finished)
 
 
 def _require_memory(step_fn: jax.stages.Compiled, config: Config, devices: int) -> None:
@@ -178,23 +172,6 @@ def _require_memory(step_fn: jax.stages.Compiled, config: Config, devices: int) 
             f"its {config.batch} sequences into more micro-batches than {config.accumulation} with "
             "--accumulation, recompute activations with --remat, or choose a smaller --batch."
         )
-
-
-def _rows(
-    config: Config, before: Sequence[Row], step: int, losses: list[float], clock: float
-) -> list[Row]:
-    seconds = before[-1].seconds if before else 0.0
-    each = (time.perf_counter() - clock) / len(losses)
-    first = step - len(losses) + 1
-    return [
-        Row(
-            step=first + i,
-            tokens=(first + i) * config.batch * config.seq_len,
-            seconds=seconds + (i + 1) * each,
-            loss=float(loss),
-        )
-        for i, loss in enumerate(losses)
-    ]
 
 
 def _loss(graph: nnx.GraphDef[Llama], params: Params, tokens: jax.Array) -> jax.Array:
@@ -224,6 +201,28 @@ def _step_function(
     return step
 
 
+def _step_in_backward(
+    config: Config,
+    vocab: int,
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    shapes: Params,
+) -> Callable[..., tuple[Params, optax.OptState, jax.Array]]:
+    training = update_in_backward(
+        optimizer,
+        *pieces_of(config.model(vocab)),
+        clip="global" if config.clip else None,
+        max_norm=config.clip or 1.0,
+        shardings=placement.params,
+    )
+    try:
+        jax.eval_shape(training.init, shapes)
+    except ValueError as error:
+        raise PretrainError(f"--update-in-backward: {error}") from error
+    # The state is the optimizer's own, whichever way it is updated.
+    return lambda params, state, batches: training.step(params, state, batches[0])
+
+
 def _mean_gradient(
     graph: nnx.GraphDef[Llama], params: Params, micro_batches: jax.Array
 ) -> tuple[jax.Array, Params]:
@@ -242,13 +241,16 @@ def _mean_gradient(
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Gives shapes their shardings, as a restore needs them."""
     return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
 
 
-def _count(shapes: Any) -> int:
+def size_of(shapes: Any) -> int:
+    """Counts the elements of arrays, or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _bytes(shapes: Any) -> int:
+def bytes_of(shapes: Any) -> int:
+    """Counts the bytes of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

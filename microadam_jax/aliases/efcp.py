@@ -115,7 +115,8 @@ def lowrank_mfac(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import lowrank_mfac, power_sgd
+        >>> from microadam_jax import lowrank_mfac
+        >>> from microadam_jax.compressors import power_sgd
         >>> params = {"w": jnp.zeros((64, 256))}
         >>> tx = lowrank_mfac(learning_rate=1e-3, compressor=power_sgd(rank=2))
         >>> state = tx.init(params)

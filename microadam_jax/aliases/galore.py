@@ -19,6 +19,8 @@ from microadam_jax.subspace import (
     ScaledGradient,
     Subspace,
     gaussian,
+    of_rank,
+    refresh_every,
     svd,
 )
 from microadam_jax.transforms import (
@@ -41,8 +43,9 @@ def galore(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = svd(128),
-    refresh: Refresh = Refresh(200),
+    rank: int = 128,
+    update_interval: int | Refresh = 200,
+    subspace: Subspace | None = None,
     complement: Complement = Discard(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
@@ -69,19 +72,28 @@ def galore(
         scale: :math:`\alpha`, of projected matrices.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found; the rank is there.
-        refresh: :math:`T` and what becomes of the moments.
+        rank: :math:`r`, or the smaller side of a matrix if that is less.
+        update_interval: :math:`T` in steps; or a :class:`Refresh`, which also says what becomes
+            of the moments, which are kept otherwise.
+        subspace: finds :math:`P` in another way, with a rank of its own, as
+            ``randomized_svd(64)`` does; None for ``svd(rank)``.
         complement: what is done with the rest of the gradient; nothing in GaLore.
         matrices: which parameters are projected; the smaller side is compressed.
 
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax
-        >>> from microadam_jax import galore, memory_report, svd
+        >>> from microadam_jax import galore, memory_report
         >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
-        >>> report = memory_report(galore(1e-2, subspace=svd(256)), params)
+        >>> report = memory_report(galore(1e-2, rank=256), params)
         >>> round(report.bytes_per_parameter, 2)  # (2 r n + r n) / n^2 float32 numbers
         3.0
 
@@ -90,8 +102,8 @@ def galore(
     return optax.chain(
         project_gradients(
             scale_by_uncorrected_adam(b1, b2, eps),
-            subspace,
-            refresh,
+            of_rank(rank, subspace, svd(128)),
+            refresh_every(update_interval, Refresh()),
             complement,
             scale=scale,
             matrices=matrices,
@@ -113,8 +125,9 @@ def fira(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = svd(128),
-    refresh: Refresh = Refresh(200),
+    rank: int = 128,
+    update_interval: int | Refresh = 200,
+    subspace: Subspace | None = None,
     complement: Complement = NormMatchedRest(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
@@ -140,18 +153,27 @@ def fira(
         scale: :math:`\alpha`; 0.25, and 0.0625 in the paper's largest models.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found; the rank is there.
-        refresh: how often, and what becomes of the moments.
+        rank: :math:`r`, or the smaller side of a matrix if that is less.
+        update_interval: steps between bases; or a :class:`Refresh`, which also says what becomes
+            of the moments, which are kept otherwise.
+        subspace: finds :math:`P` in another way, with a rank of its own, as
+            ``randomized_svd(64)`` does; None for ``svd(rank)``.
         complement: what is done with the rest of the gradient.
         matrices: which parameters are projected; the smaller side is compressed.
 
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import fira, svd
-        >>> tx = fira(1e-2, subspace=svd(2))
+        >>> from microadam_jax import fira
+        >>> tx = fira(1e-2, rank=2)
         >>> state = tx.init({"kernel": jnp.zeros((8, 4))})
         >>> state[0].complement.previous_norm["kernel"].shape
         (1, 1)
@@ -166,8 +188,9 @@ def fira(
         scale,
         weight_decay,
         mask,
+        rank=rank,
+        update_interval=update_interval,
         subspace=subspace,
-        refresh=refresh,
         complement=complement,
         matrices=matrices,
     )
@@ -182,8 +205,9 @@ def apollo(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = gaussian(256),
-    refresh: Refresh = Refresh(200),
+    rank: int = 256,
+    update_interval: int | Refresh = 200,
+    subspace: Subspace | None = None,
     complement: Complement = ScaledGradient(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
@@ -210,19 +234,28 @@ def apollo(
         scale: :math:`s`.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found; the paper's rank is a quarter of a model's width.
-        refresh: how often, and what becomes of the moments.
+        rank: :math:`r`; a quarter of a model's width in the paper.
+        update_interval: :math:`T` in steps; or a :class:`Refresh`, which also says what becomes
+            of the moments, which are kept otherwise.
+        subspace: draws :math:`P` in another way, with a rank of its own; None for
+            ``gaussian(rank)``.
         complement: how the gradient is scaled.
         matrices: which parameters are projected; the smaller side is compressed.
 
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax
-        >>> from microadam_jax import apollo, gaussian, memory_report
+        >>> from microadam_jax import apollo, memory_report
         >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
-        >>> report = memory_report(apollo(1e-2, subspace=gaussian(256)), params)
+        >>> report = memory_report(apollo(1e-2, rank=256), params)
         >>> round(report.bytes_per_parameter, 2)  # no basis
         2.0
 
@@ -236,8 +269,8 @@ def apollo(
         jnp.sqrt(scale),
         weight_decay,
         mask,
-        subspace=subspace,
-        refresh=refresh,
+        update_interval=update_interval,
+        subspace=of_rank(rank, subspace, gaussian(256)),
         complement=complement,
         matrices=matrices,
     )
@@ -252,8 +285,8 @@ def apollo_mini(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = gaussian(1),
-    refresh: Refresh = Refresh(200),
+    update_interval: int | Refresh = 200,
+    subspace: Subspace | None = None,
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
     r"""APOLLO-Mini: the gradient, each matrix scaled as Adam would scale one random projection.
@@ -269,12 +302,18 @@ def apollo_mini(
         scale: :math:`s`.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found.
-        refresh: how often, and what becomes of the moments.
+        update_interval: :math:`T` in steps; or a :class:`Refresh`, which also says what becomes
+            of the moments, which are kept otherwise.
+        subspace: draws :math:`P` in another way; None for ``gaussian(1)``.
         matrices: which parameters are projected; the smaller side is compressed.
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``update_interval`` is not a positive integer. A traced one needs
+            ``static_args=("update_interval",)`` of ``optax.inject_hyperparams``.
 
     Examples:
         >>> import jax
@@ -293,8 +332,8 @@ def apollo_mini(
         scale,
         weight_decay,
         mask,
-        subspace=subspace,
-        refresh=refresh,
+        update_interval=update_interval,
+        subspace=of_rank(1, subspace, gaussian(1)),
         complement=ScaledGradient(whole=True),
         matrices=matrices,
     )

@@ -27,8 +27,6 @@ def adamw8bit(
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     nu_codec: Storage | Codec | str = "dynamic8_unsigned",
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with both moments in 8 bits on the dynamic exponent map.
 
@@ -53,10 +51,6 @@ def adamw8bit(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -79,8 +73,6 @@ def adamw8bit(
         mask,
         {"mu": mu_codec, "nu": nu_codec},
         seed,
-        implementation,
-        shardings,
     )
 
 
@@ -95,8 +87,6 @@ def adamw4bit(
     mu_codec: Storage | Codec | str = "dynamic4",
     nu_codec: Storage | Codec | str = "rank1_linear4",
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with both moments in 4 bits, the second scaled by rows and columns.
 
@@ -124,10 +114,6 @@ def adamw4bit(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -150,8 +136,6 @@ def adamw4bit(
         mask,
         {"mu": mu_codec, "nu": nu_codec},
         seed,
-        implementation,
-        shardings,
     )
 
 
@@ -166,8 +150,6 @@ def adamw_fp8(
     mu_codec: Storage | Codec | str = "e4m3_expanded",
     nu_codec: Storage | Codec | str = "e4m3_expanded",
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with both moments in 8-bit floating point, each block's range expanded.
 
@@ -192,10 +174,6 @@ def adamw_fp8(
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         nu_codec: how :math:`v` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -218,8 +196,6 @@ def adamw_fp8(
         mask,
         {"mu": mu_codec, "nu": nu_codec},
         seed,
-        implementation,
-        shardings,
     )
 
 
@@ -234,8 +210,6 @@ def adamw4bit_factored(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = "dynamic4",
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""AdamW with a first moment in 4 bits and a factored second one.
 
@@ -257,10 +231,6 @@ def adamw4bit_factored(
         partition: which parameters are linear maps, and between which axes.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -281,8 +251,6 @@ def adamw4bit_factored(
         partition=partition,
         mu_codec=mu_codec,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
@@ -298,8 +266,6 @@ def adam_mini8bit(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
 
@@ -321,10 +287,6 @@ def adam_mini8bit(
         partition: what the blocks of the second moment are; see :func:`adam_mini`.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -348,8 +310,6 @@ def adam_mini8bit(
         partition=partition,
         mu_codec=mu_codec,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
 
 
@@ -364,8 +324,6 @@ def adam_mini4bit(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
 
@@ -389,10 +347,6 @@ def adam_mini4bit(
         partition: what the blocks of the second moment are; see :func:`adam_mini`.
         mu_codec: how :math:`m` is stored; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -416,8 +370,6 @@ def adam_mini4bit(
         partition=partition,
         mu_codec=mu_codec,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
 
 
@@ -430,8 +382,6 @@ def _adamw(
     mask: Any | Callable[[optax.Params], Any] | None,
     codecs: dict[str, Storage | Codec | str],
     seed: ArrayLike,
-    implementation: str | None,
-    shardings: Any,
 ) -> GradientTransformationExtraArgs:
     """AdamW with its moments stored through codecs."""
     require_float32(b1=b1, b2=b2, eps=eps)
@@ -441,7 +391,5 @@ def _adamw(
         codecs,
         elementwise=True,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)

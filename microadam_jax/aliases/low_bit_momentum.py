@@ -24,8 +24,6 @@ def lion4bit(
     *,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Lion with its momentum in 4 bits: 0.53 bytes per parameter.
 
@@ -50,10 +48,6 @@ def lion4bit(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``; see
-            :func:`quantize_state`.
-        shardings: of the parameters, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -79,8 +73,6 @@ def lion4bit(
         {"mu": mu_codec},
         elementwise=True,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
@@ -98,8 +90,6 @@ def muon8bit(
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Muon on matrices and Adam-mini on all else, their momentum in 8 bits: 1.02 bytes.
 
@@ -126,10 +116,6 @@ def muon8bit(
         matrices: which parameters are matrices: by default all linear maps but the output head.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
-        implementation: of the momentum's step: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``;
-            see :func:`quantize_state`.
-        shardings: of the parameters, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The optimizer.
@@ -159,7 +145,5 @@ def muon8bit(
         matrices=matrices,
         mu_codec=mu_codec,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)

@@ -33,8 +33,6 @@ def adam_mini(
     mu_dtype: DTypeLike = "float32",
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""Adam-mini: AdamW with one second moment for each block of parameters.
 
@@ -63,17 +61,14 @@ def adam_mini(
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32.
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`.
         seed: of a codec that rounds stochastically.
-        implementation: of the step with ``mu_codec``: None, ``"xla"``, ``"mosaic_tpu"`` or
-            ``"triton"``; see :func:`quantize_state`.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`quantize_state`.
 
     Returns:
         The transformation.
 
     Examples:
-        >>> from microadam_jax import Partition, adam_mini, memory_report, model_shapes
-        >>> from microadam_jax import transformer_rules
+        >>> from microadam_jax import Partition, adam_mini, memory_report
+        >>> from microadam_jax.models import model_shapes
+        >>> from microadam_jax.layer_names import transformer_rules
         >>> tx = adam_mini(1e-3, partition=Partition(transformer_rules(heads=32)))
         >>> round(memory_report(tx, model_shapes("llama2-7b")).total / 1e9, 2)  # gigabytes
         26.96
@@ -88,8 +83,6 @@ def adam_mini(
         mu_dtype=mu_dtype,
         mu_codec=mu_codec,
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
@@ -193,7 +186,8 @@ def adagrad_sn(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import Subsets, adagrad_sn
+        >>> from microadam_jax import adagrad_sn
+        >>> from microadam_jax.subsets import Subsets
         >>> params = {"kernel": jnp.zeros((64, 32)), "scale": jnp.zeros(30)}
         >>> tx = adagrad_sn(1.0, subsets=Subsets("runs", size=8))
         >>> state = tx.init(params)[0]

@@ -16,7 +16,9 @@ from microadam_jax.subspace import (
     Refresh,
     Subspace,
     dct_columns,
+    of_rank,
     power_iteration,
+    refresh_every,
     svd,
     top_k_rows,
 )
@@ -33,8 +35,9 @@ def grass(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = top_k_rows(128),
-    refresh: Refresh = Refresh(200, moments="reset"),
+    rank: int = 128,
+    update_interval: int | Refresh = 200,
+    subspace: Subspace | None = None,
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
     r"""Grass: Adam on selected rows of each gradient matrix; the others wait.
@@ -59,17 +62,27 @@ def grass(
         scale: :math:`\alpha`, of projected matrices.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: which rows: :func:`top_k_rows`, :func:`sampled_rows` or :func:`uniform_rows`.
-        refresh: :math:`T` and what becomes of the moments.
+        rank: selected rows, or all of them if there are fewer.
+        update_interval: :math:`T` in steps; or a :class:`Refresh`, which also says what becomes
+            of the moments, which start anew otherwise.
+        subspace: selects rows in another way, with a rank of its own: :func:`sampled_rows` or
+            :func:`uniform_rows`; None for ``top_k_rows(rank)``.
         matrices: which parameters are projected. Rows are taken from the smaller side; with
             ``Matrices(side="larger")`` the state is smaller still.
 
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import grass, sampled_rows
+        >>> from microadam_jax import grass
+        >>> from microadam_jax.subspace import sampled_rows
         >>> tx = grass(1e-2, subspace=sampled_rows(2))
         >>> state = tx.init({"kernel": jnp.zeros((4, 8))})
         >>> state[0].basis.indices["kernel"].shape, state[0].inner_state.mu["kernel"].shape
@@ -80,8 +93,8 @@ def grass(
     return optax.chain(
         project_gradients(
             optax.scale_by_adam(b1, b2, eps),
-            subspace,
-            refresh,
+            of_rank(rank, subspace, top_k_rows(128)),
+            refresh_every(update_interval, Refresh(moments="reset")),
             scale=scale,
             matrices=matrices,
             b1=b1,
@@ -100,8 +113,9 @@ def ldadam(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = power_iteration(16),
-    refresh: Refresh = Refresh(1, moments="rotate", momentum_share=0.908),
+    rank: int = 16,
+    update_interval: int | Refresh = 1,
+    subspace: Subspace | None = None,
     complement: Complement = FeedBack(),
     matrices: Matrices = Matrices(square="out", exclude=OUTPUT_HEAD),
 ) -> GradientTransformationExtraArgs:
@@ -132,18 +146,27 @@ def ldadam(
         eps: :math:`\epsilon`, beside the corrected root.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found; the rank is there.
-        refresh: how often, what becomes of the moments, and :math:`\rho`.
+        rank: :math:`r`, or the smaller side of a matrix if that is less.
+        update_interval: steps between bases; or a :class:`Refresh`, which also says what becomes
+            of the moments, which rotate otherwise, and :math:`\rho`, otherwise 0.908.
+        subspace: finds :math:`P` in another way, with a rank of its own; None for
+            ``power_iteration(rank)``.
         complement: what is done with the rest of the gradient.
         matrices: which parameters are projected: all linear maps but the output head.
 
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import ldadam, power_iteration
-        >>> tx = ldadam(1e-3, subspace=power_iteration(2))
+        >>> from microadam_jax import ldadam
+        >>> tx = ldadam(1e-3, rank=2)
         >>> state = tx.init({"kernel": jnp.zeros((8, 4))})
         >>> state[0].basis.vectors["kernel"].shape, state[0].complement.residual["kernel"].shape
         ((2, 4), (8, 4))
@@ -153,8 +176,8 @@ def ldadam(
     return optax.chain(
         project_gradients(
             optax.scale_by_adam(b1, b2, eps),
-            subspace,
-            refresh,
+            of_rank(rank, subspace, power_iteration(16)),
+            refresh_every(update_interval, Refresh(moments="rotate", momentum_share=0.908)),
             complement,
             matrices=matrices,
             b1=b1,
@@ -173,8 +196,9 @@ def dct_adamw(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = dct_columns(128),
-    refresh: Refresh = Refresh(1, moments="rotate"),
+    rank: int = 128,
+    update_interval: int | Refresh = 1,
+    subspace: Subspace | None = None,
     complement: Complement = Discard(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
@@ -197,9 +221,12 @@ def dct_adamw(
         eps: :math:`\epsilon`, beside the corrected root.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found; the rank is there.
-        refresh: how often, and what becomes of the moments. In the released code, to let them
-            follow is an option; without it they depend on the order that a sort left.
+        rank: chosen columns, or the smaller side of a matrix if that is less.
+        update_interval: steps between two choices; or a :class:`Refresh`, which also says what
+            becomes of the moments; they follow. In the released code that is an option; without it
+            they depend on the order that a sort left.
+        subspace: finds :math:`P` in another way, with a rank of its own; None for
+            ``dct_columns(rank)``.
         complement: ``FeedBack(momentum=False)`` is the released code's error feedback.
         matrices: which parameters are projected; the smaller side is compressed. The released code
             leaves out those with a side of 32000 or more.
@@ -207,10 +234,16 @@ def dct_adamw(
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import dct_adamw, dct_columns
-        >>> tx = dct_adamw(1e-3, subspace=dct_columns(2))
+        >>> from microadam_jax import dct_adamw
+        >>> tx = dct_adamw(1e-3, rank=2)
         >>> tx.init({"kernel": jnp.zeros((8, 4))})[0].basis.indices["kernel"].shape
         (1, 2)
 
@@ -219,8 +252,8 @@ def dct_adamw(
     return optax.chain(
         project_gradients(
             optax.scale_by_adam(b1, b2, eps),
-            subspace,
-            refresh,
+            of_rank(rank, subspace, dct_columns(128)),
+            refresh_every(update_interval, Refresh(moments="rotate")),
             complement,
             matrices=matrices,
             b1=b1,
@@ -239,8 +272,9 @@ def snsm(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
-    subspace: Subspace = svd(128),
-    refresh: Refresh = Refresh(200, first=1, moments="reset"),
+    rank: int = 128,
+    update_interval: int | Refresh = 200,
+    subspace: Subspace | None = None,
     subsets: Subsets = Subsets(),
     matrices: Matrices = Matrices(),
 ) -> GradientTransformationExtraArgs:
@@ -268,8 +302,11 @@ def snsm(
         eps: :math:`\epsilon`, beside the uncorrected root.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        subspace: how :math:`P` is found; the rank is there.
-        refresh: how often, and what becomes of the momentum.
+        rank: :math:`r`, or the smaller side of a matrix if that is less.
+        update_interval: steps between bases; or a :class:`Refresh`, which also says what becomes
+            of the momentum, which starts anew otherwise.
+        subspace: finds :math:`P` in another way, with a rank of its own, as ``top_k_rows(64)``
+            does; None for ``svd(rank)``.
         subsets: what the subsets are, and whether squares are summed or averaged.
         matrices: which parameters are projected. With ``Matrices(side="larger", square="out")``
             and :func:`top_k_rows` or :func:`uniform_rows`, the state is the smallest.
@@ -277,11 +314,17 @@ def snsm(
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
+            not that of ``subspace``. A traced one needs
+            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+
     Examples:
         >>> import jax
-        >>> from microadam_jax import memory_report, snsm, svd
+        >>> from microadam_jax import memory_report, snsm
         >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}}
-        >>> report = memory_report(snsm(1e-2, subspace=svd(256)), params)
+        >>> report = memory_report(snsm(1e-2, rank=256), params)
         >>> round(report.bytes_per_parameter, 3)
         2.004
 
@@ -289,7 +332,13 @@ def snsm(
     """
     return optax.chain(
         subspace_momentum(
-            b1, b2, eps, subspace=subspace, refresh=refresh, subsets=subsets, matrices=matrices
+            b1,
+            b2,
+            eps,
+            subspace=of_rank(rank, subspace, svd(128)),
+            refresh=refresh_every(update_interval, Refresh(first=1, moments="reset")),
+            subsets=subsets,
+            matrices=matrices,
         ),
         optax.scale_by_learning_rate(learning_rate),
         decay_updated_weights(learning_rate, weight_decay, mask),

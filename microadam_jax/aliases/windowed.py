@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.blocks import Blocks
-from microadam_jax.codecs import Affine4, Codec
+from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import TopK, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
 from microadam_jax.transforms.deferred import compressed_where_read
@@ -19,7 +19,7 @@ from microadam_jax.transforms.descent import descend
 
 @dataclasses.dataclass(frozen=True)
 class MicroAdamLayout:
-    """What MicroAdam keeps of a gradient, and in which form.
+    """Describes MicroAdam's state: what is selected, the residual's format, the window.
 
     Attributes:
         compressor: what is sent to the window in each step.
@@ -30,6 +30,28 @@ class MicroAdamLayout:
     compressor: TopK = top_k()
     residual: Codec | str = Affine4()
     window: Window = Window()
+
+    def with_settings(
+        self, *, density: float | None, window: int | None, block_size: int | None
+    ) -> "MicroAdamLayout":
+        """Returns this layout with other numbers where they are given."""
+        settings = {"density": density, "window": window, "block_size": block_size}
+        for name, value in settings.items():
+            if isinstance(value, jax.Array):
+                raise TypeError(
+                    f"{name} shapes the state and cannot be a traced array: give "
+                    f"optax.inject_hyperparams(microadam, static_args=({name!r},))."
+                )
+        compressor, residual = self.compressor, self.residual
+        if density is not None:
+            compressor = dataclasses.replace(compressor, density=density, count=None)
+        if block_size is not None:
+            blocks = dataclasses.replace(compressor.blocks, size=block_size)
+            if as_codec(residual) == Affine4(compressor.blocks):
+                residual = Affine4(blocks)
+            compressor = dataclasses.replace(compressor, blocks=blocks)
+        kept = self.window if window is None else dataclasses.replace(self.window, length=window)
+        return MicroAdamLayout(compressor, residual, kept)
 
 
 MICROADAM_LAYOUTS = {
@@ -50,9 +72,11 @@ def microadam(
     weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
+    density: float | None = None,
+    window: int | None = None,
+    block_size: int | None = None,
     alpha: ArrayLike | None = None,
     layout: MicroAdamLayout | str = "fast",
-    shardings: Any = None,
 ) -> GradientTransformationExtraArgs:
     r"""MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
 
@@ -77,24 +101,26 @@ def microadam(
         eps: :math:`\epsilon`, outside the root.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
+        density: the share of each block that enters the window; None for the layout's.
+        window: :math:`m`, the number of steps in the window; None for the layout's.
+        block_size: elements :math:`B` of a block, at most, even; None for the layout's. Where the
+            layout's buckets of the residual are its blocks, as in ``"fast"``, they stay so.
         alpha: the share :math:`\alpha` of the residual that is applied directly, in gradient
             units, and leaves it; None switches it off.
         layout: ``"fast"``: 3 of each 256 elements, a window of 10, 4-bit buckets of 256; any
             mesh shards it. ``"pretrain"``: the same 0.88 bytes per parameter spent on ten
             times the elements and a window of one, which pre-trains far better and makes each
             step a sign. ``"paper"``: 1 % of blocks of up to 32768, a window of 10, buckets of
-            64: 0.96 bytes. Or a :class:`MicroAdamLayout`.
-        shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
-            for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
-            else tells; without it XLA compiles the step there, to the same numbers.
-            On Explicit axes, and on one device, leave it out.
+            64: 0.96 bytes. Or a :class:`MicroAdamLayout`, which can say more.
 
     Returns:
         The optimizer.
 
     Raises:
-        TypeError: if ``shardings`` holds anything but ``NamedSharding``.
-        ValueError: if ``layout`` names no layout.
+        TypeError: if ``density``, ``window`` or ``block_size`` is traced; they shape the state and
+            need ``static_args`` of ``optax.inject_hyperparams``.
+        ValueError: if ``layout`` is not a known name, ``density`` is outside (0, 1], ``window`` is
+            not positive, or ``block_size`` is not a positive even integer of at most 32768.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -121,9 +147,10 @@ def microadam(
                 "MicroAdamLayout."
             )
         layout = MICROADAM_LAYOUTS[layout]
+    layout = layout.with_settings(density=density, window=window, block_size=block_size)
     return descend(
-        error_feedback(layout.compressor, layout.residual, alpha, shardings=shardings),
-        scale_by_window_adam(layout.compressor, layout.window, b1, b2, eps, shardings=shardings),
+        error_feedback(layout.compressor, layout.residual, alpha),
+        scale_by_window_adam(layout.compressor, layout.window, b1, b2, eps),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,

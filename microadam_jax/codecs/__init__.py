@@ -3,6 +3,7 @@
 from microadam_jax.codecs.affine import Affine4, AffineCodes, affine4
 from microadam_jax.codecs.codec import Codec, as_codec, encoded_bytes
 from microadam_jax.codecs.float8 import Float8, float8
+from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne, rank1_dynamic4, rank1_linear4
 from microadam_jax.codecs.scaled import Scaled, dynamic4, dynamic8, linear4
@@ -13,6 +14,8 @@ __all__ = [
     "AffineCodes",
     "Codec",
     "Float8",
+    "Nf4",
+    "Nf4Codes",
     "Plain",
     "PlainValues",
     "RankOne",
@@ -27,6 +30,7 @@ __all__ = [
     "encoded_bytes",
     "float8",
     "linear4",
+    "nf4",
     "rank1_dynamic4",
     "rank1_linear4",
 ]

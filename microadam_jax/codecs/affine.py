@@ -72,12 +72,12 @@ class Affine4(RowByRow):
 
     @property
     def Encoded(self) -> type[AffineCodes]:
-        """What it encodes to."""
+        """Returns the NamedTuple of quantized arrays."""
         return AffineCodes
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers: it does."""
+        """Returns True: negative values have codes."""
         return True
 
     @property
@@ -88,7 +88,7 @@ class Affine4(RowByRow):
 
     @property
     def needs_key(self) -> bool:
-        """Whether ``encode`` must be given a key."""
+        """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "Affine4":

@@ -33,7 +33,7 @@ class Codec(Protocol):
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers."""
+        """Returns True if it holds negative numbers."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class Codec(Protocol):
 
     @property
     def needs_key(self) -> bool:
-        """Whether ``encode`` rounds stochastically and must be given a key."""
+        """Returns True if ``encode`` rounds stochastically and must be given a key."""
         ...
 
     def for_layers(self, axis: int | None) -> "Codec":
@@ -93,13 +93,13 @@ def named_codecs() -> dict[str, Codec]:
         "dynamic4": dynamic4(),
         "dynamic4_unsigned": dynamic4(signed=False),
         "linear4": linear4(signed=True),
-        "linear4_unsigned": linear4(),
+        "linear4_unsigned": linear4(signed=False),
         "rank1_linear4": rank1_linear4(),
         "rank1_dynamic4": rank1_dynamic4(),
         "e4m3": float8("e4m3", expansion=False),
         "e5m2": float8("e5m2", expansion=False),
-        "e4m3_expanded": float8("e4m3"),
-        "e5m2_expanded": float8("e5m2"),
+        "e4m3_expanded": float8("e4m3", expansion=True),
+        "e5m2_expanded": float8("e5m2", expansion=True),
     }
 
 
@@ -128,7 +128,7 @@ def encoded_bytes(codec: Codec | str, shape: tuple[int, ...]) -> int:
         The bytes of all its arrays, exactly.
 
     Examples:
-        >>> from microadam_jax import encoded_bytes
+        >>> from microadam_jax.codecs import encoded_bytes
         >>> encoded_bytes("dynamic4", (1024, 1024)) / 1024**2
         0.53125
     """

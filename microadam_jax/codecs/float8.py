@@ -98,12 +98,12 @@ class Float8(RowByRow):
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers: it does."""
+        """Returns True: negative values have codes."""
         return True
 
     @property
     def Encoded(self) -> Any:
-        """What it encodes to."""
+        """Returns the NamedTuple of quantized arrays."""
         return ExpandedFloat8Codes if self.expansion else Float8Codes
 
     @property
@@ -113,7 +113,7 @@ class Float8(RowByRow):
 
     @property
     def needs_key(self) -> bool:
-        """Whether ``encode`` must be given a key."""
+        """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "Float8":
@@ -160,12 +160,12 @@ class Float8(RowByRow):
 
     @property
     def statistics(self) -> int:
-        """How many numbers are kept of a block: its scale, or its largest number and exponent."""
+        """Counts the values kept for a block: its scale, or its absmax and exponent."""
         return 1 + self.expansion
 
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
-        """What is kept ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
+        """Returns scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
         magnitude = magnitudes(block)
         largest = jnp.max(magnitude, axis=-1, keepdims=True)
         largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
@@ -216,7 +216,7 @@ class Float8(RowByRow):
 def float8(
     format: str = "e4m3",  # noqa: A002
     *,
-    expansion: bool = True,
+    expansion: bool = False,
     block: int | Blocks = 128,
     rounding: str = "nearest",
 ) -> Float8:

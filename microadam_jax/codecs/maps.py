@@ -18,7 +18,7 @@ class Map(Protocol):
 
     @property
     def name(self) -> str:
-        """What the map is called in a state."""
+        """Returns the name of the codebook in a state."""
         ...
 
     @property
@@ -28,7 +28,7 @@ class Map(Protocol):
 
     @property
     def signed(self) -> bool:
-        """Whether negative numbers have codes."""
+        """Returns True if negative numbers have codes."""
         ...
 
     @property
@@ -73,12 +73,12 @@ class TableMap:
 
     @property
     def signed(self) -> bool:
-        """Whether there are negative numbers."""
+        """Returns True if there are negative numbers."""
         return self.numbers[0] < 0
 
     @property
     def zero(self) -> int | None:
-        """Which of them is 0."""
+        """Returns the code of zero."""
         return self.numbers.index(0) if 0 in self.numbers else None
 
     @property
@@ -144,7 +144,7 @@ class Dynamic8:
 
     @property
     def name(self) -> str:
-        """What the map is called in a state."""
+        """Returns the name of the codebook in a state."""
         return "dynamic8" + ("" if self.signed else "_unsigned") + "_symmetric" * self.symmetric
 
     @property
@@ -231,7 +231,7 @@ class Dynamic8:
 def _up(
     negative: jax.Array, y: jax.Array, low: jax.Array, high: jax.Array, xi: Rounding
 ) -> jax.Array:
-    """Whether a magnitude ``y`` rounds to ``high``; of a negative number ``-low`` is above."""
+    """True if a magnitude ``y`` rounds to ``high``; of a negative number ``-low`` is above."""
     # A selection of booleans is nothing that the compiler of TPU kernels takes.
     return (negative & (y >= high + xi * (low - high))) | (
         ~negative & (y > low + xi * (high - low))
@@ -259,3 +259,26 @@ DYNAMIC4_UNSIGNED = TableMap(
 )
 LINEAR4_UNSIGNED = TableMap("linear4_unsigned", tuple((k + 1) / 16 for k in range(16)))
 LINEAR4 = TableMap("linear4", tuple((2 * k - 15) / 15 for k in range(16)))
+# Quantiles of a normal distribution, as QLoRA's Appendix E lists them (arXiv 2305.14314): seven
+# below 0, and eight above it.
+NF4 = TableMap(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)

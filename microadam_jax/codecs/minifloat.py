@@ -68,7 +68,7 @@ class MiniFloat(NamedTuple):
 
     @property
     def _bias(self) -> int:
-        """What the fields of a float32 exceed these by."""
+        """Returns the difference to a float32's exponent field."""
         return (127 + self.lowest - 1) << self.mantissa
 
 

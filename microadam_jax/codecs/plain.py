@@ -36,12 +36,12 @@ class Plain(RowByRow):
 
     @property
     def Encoded(self) -> type[PlainValues]:
-        """What it encodes to."""
+        """Returns the NamedTuple of quantized arrays."""
         return PlainValues
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers: it does."""
+        """Returns True: negative values have codes."""
         return True
 
     @property

@@ -76,7 +76,7 @@ class RankOne:
 
     @property
     def Encoded(self) -> type[RankOneCodes]:
-        """What it encodes to."""
+        """Returns the NamedTuple of quantized arrays."""
         return RankOneCodes
 
     @property
@@ -91,12 +91,12 @@ class RankOne:
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers."""
+        """Returns True if it holds negative numbers."""
         return self.map.signed
 
     @property
     def needs_key(self) -> bool:
-        """Whether ``encode`` must be given a key."""
+        """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "RankOne":

@@ -6,12 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from microadam_jax.execution import scope
 from pallas_kernels.blockwise_codec.reference import uniform
 from pallas_kernels.key_words import key_words
 
 
+def key_of_layer(key: jax.Array | None) -> jax.Array | None:
+    """Returns a key of the layer's own, for kernels, which count positions in the leaf they see."""
+    index = scope().layer
+    return key if key is None or index is None else jax.random.fold_in(key, index)
+
+
 class Rows(NamedTuple):
-    """Which rows of a leaf a chunk holds: along each axis, runs of rows at equal distances.
+    """Locates the rows of a chunk in its leaf: along each axis, segments at equal distances.
 
     Attributes:
         sizes: the leaf's sizes along all axes but the last; none if the chunk is the leaf.
@@ -27,12 +34,12 @@ class Rows(NamedTuple):
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """How many runs there are along each axis."""
+        """Counts the segments along each axis."""
         return tuple(size // step for size, step in zip(self.sizes, self.steps, strict=True))
 
 
 class Draw(NamedTuple):
-    """What the random numbers of a chunk follow from.
+    """Draws the random numbers of a chunk.
 
     Attributes:
         key: the leaf's typed random key.
@@ -72,6 +79,9 @@ def dither(draw: jax.Array | Draw, shape: tuple[int, ...]) -> jax.Array:
             index = start + index // length * step + index % length
         position = position + index * np.uint32(stride % 2**32)
         stride *= whole[axis]
+    layer = scope().layer
+    if layer is not None:
+        position = position + layer.astype(jnp.uint32) * np.uint32(stride % 2**32)
     return uniform(position.astype(jnp.int32), low, high)
 
 
@@ -89,3 +99,23 @@ def bfloat16_below(x: jax.Array) -> jax.Array:
 def bfloat16_above(x: jax.Array) -> jax.Array:
     """Returns the least bfloat16 number at or above each float32 number, as float32."""
     return -bfloat16_below(-x)
+
+
+def bfloat16_stochastic(x: jax.Array, draw: jax.Array | Draw) -> jax.Array:
+    r"""Rounds float32 numbers to one of their two bfloat16 neighbours, without bias.
+
+    Between neighbours :math:`a \le x \le b` the result is :math:`b` with the probability
+    :math:`(x - a) / (b - a)`, exactly, and a number that is a bfloat16 stays what it is.
+
+    Args:
+        x: float32.
+        draw: a typed random key, or the key and the rows of a chunk.
+
+    Returns:
+        bfloat16; infinities and NaNs stay what they are.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    below = jnp.floor(dither(draw, x.shape) * 2**16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + below) & ~np.uint32(0xFFFF), jnp.float32)
+    # Sums with the bits of a NaN could be those of a number, and of infinity those of a NaN.
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)

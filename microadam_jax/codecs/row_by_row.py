@@ -9,7 +9,7 @@ from microadam_jax.codecs.rounding import Draw
 
 
 class RowByRow(abc.ABC):
-    """What such a codec says of the rows of a chunk: they share nothing with those of others."""
+    """Quantizes each row by itself: chunks share no arrays."""
 
     @property
     def shared(self) -> str | None:

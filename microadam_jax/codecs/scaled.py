@@ -83,7 +83,7 @@ class Scaled(RowByRow):
 
     @property
     def Encoded(self) -> type[ScaledCodes]:
-        """What it encodes to."""
+        """Returns the NamedTuple of quantized arrays."""
         return ScaledCodes
 
     @property
@@ -93,12 +93,12 @@ class Scaled(RowByRow):
 
     @property
     def signed(self) -> bool:
-        """Whether it holds negative numbers."""
+        """Returns True if it holds negative numbers."""
         return self.map.signed
 
     @property
     def needs_key(self) -> bool:
-        """Whether ``encode`` must be given a key."""
+        """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "Scaled":
@@ -145,7 +145,7 @@ class Scaled(RowByRow):
 
     @property
     def statistics(self) -> int:
-        """How many numbers are kept of a block: its scale."""
+        """Counts the values kept for a block: its scale."""
         return 1
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -196,7 +196,7 @@ def dynamic8(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import dynamic8
+        >>> from microadam_jax.codecs import dynamic8
         >>> codec = dynamic8()
         >>> x = jnp.array([0.9, -0.9, 0.05, 1e-4])
         >>> print(codec.encode(x).codes)
@@ -243,9 +243,7 @@ def dynamic4(
     )
 
 
-def linear4(
-    block: int | Blocks = 128, *, signed: bool = False, rounding: str = "nearest"
-) -> Scaled:
+def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "nearest") -> Scaled:
     """4 bits on evenly spaced numbers.
 
     Args:
@@ -281,7 +279,7 @@ def require_rounding(rounding: str) -> None:
 
 
 def codec_name(base: str, blocks: Blocks) -> str:
-    """What the meaning of stored arrays depends on; how they were rounded does not change it."""
+    """Returns the name of a format: all that stored arrays depend on, so not their rounding."""
     shards = "" if blocks.shards == Blocks().shards else f"x{blocks.shards}"
     return f"{base}_b{blocks.size}{shards}"
 

@@ -26,7 +26,7 @@ Slots = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    r"""How a state field is stored: a codec, exceptions by path, and what stays in float32.
+    r"""Stores a state field: a codec, exceptions by path, and what stays in float32.
 
     In the state the field is a dictionary with one key, the storage's :attr:`label`, so that a
     checkpoint can only be restored by the storage that saved it. Below it stands a tree of the
@@ -265,7 +265,7 @@ class Unstored:
         return codec.Encoded(*slots)
 
     def replaced(self, slots: Slots, encoded: Any) -> Slots:
-        """What the codec made."""
+        """Returns the quantized arrays."""
         del slots
         return tuple(encoded)
 

@@ -24,5 +24,5 @@ __all__ = [
 
 
 def is_compressed(node: object) -> bool:
-    """Whether ``node`` is an update as a compressor sends it; for ``is_leaf`` of tree functions."""
+    """Returns True if ``node`` is a compressed update; for ``is_leaf`` of tree functions."""
     return isinstance(node, BlockSparse | LowRank | Deferred)

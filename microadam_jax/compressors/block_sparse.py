@@ -64,7 +64,7 @@ class BlockSparse:
         return self.values.shape[-1]
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
-        """Whether ``window`` holds as many elements of as many blocks."""
+        """Returns True if ``window`` holds as many elements of as many blocks."""
         return all(row_shape(kept) == self.values.shape for kept in window)
 
     def write(
@@ -91,5 +91,5 @@ class BlockSparse:
 
 
 def is_block_sparse(node: object) -> bool:
-    """Whether ``node`` is a :class:`BlockSparse`; for the ``is_leaf`` of tree functions."""
+    """Returns True if ``node`` is a :class:`BlockSparse`; for the ``is_leaf`` of tree functions."""
     return isinstance(node, BlockSparse)

@@ -26,7 +26,7 @@ class Sent(Protocol):
         ...
 
     def fits(self, window: Row) -> bool:
-        """Whether ``window`` was made for updates of this form and shape."""
+        """Returns True if ``window`` was made for updates of this form and shape."""
         ...
 
     def write(self, window: Row, position: jax.Array) -> Row:
@@ -64,19 +64,19 @@ class Compressor(Protocol):
         ...
 
     def first(self, path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
-        """What is carried to the first step, for the leaf at ``path``."""
+        """Returns what is carried to the first step, for the leaf at ``path``."""
         ...
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array) -> bool:
-        """Whether the leaf at ``path`` is passed on whole."""
+        """Returns True if the leaf at ``path`` is passed on whole."""
         ...
 
     def compress(self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()) -> Any:
-        """What survives of the float32 ``update``, which came and shall go on in ``dtype``."""
+        """Compresses the float32 ``update``, whose dtype was and will be ``dtype``."""
         ...
 
     def carry(self, sent: Any, carried: Any) -> tuple[jax.Array, ...]:
-        """What is carried to the next step, after ``sent``."""
+        """Returns what is carried to the next step, after ``sent``."""
         ...
 
     def window(self, path: KeyPath, parameter: jax.Array, length: int, dtype: DTypeLike) -> Row:
@@ -84,5 +84,5 @@ class Compressor(Protocol):
         ...
 
     def remarks(self, path: KeyPath, leaf: jax.Array) -> Iterable[str]:
-        """What a memory report should say of the leaf at ``path``."""
+        """Yields notes for the memory report about the leaf at ``path``."""
         ...

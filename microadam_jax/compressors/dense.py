@@ -23,7 +23,7 @@ class Dense:
     dtype: Any
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
-        """Whether ``window`` is one of dense rows of this shape."""
+        """Returns True if ``window`` is one of dense rows of this shape."""
         return row_shape(window[0]) == (*self.update.shape, 1)
 
     def write(

@@ -60,7 +60,7 @@ class LowRank:
         return update if self.bypass is None else update + self.bypass
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
-        """Whether ``window`` holds factors of these shapes."""
+        """Returns True if ``window`` holds factors of these shapes."""
         shapes = self.left.shape, self.right.shape
         return tuple(row_shape(factor) for factor in window) == shapes
 

@@ -64,7 +64,7 @@ class PowerSGD:
 
     @property
     def Carried(self) -> type[RightFactor]:
-        """What is carried from one step to the next."""
+        """Returns the NamedTuple of what is carried from one step to the next."""
         return RightFactor
 
     def first(self, path: KeyPath, parameter: jax.Array) -> RightFactor:
@@ -74,7 +74,7 @@ class PowerSGD:
         return RightFactor(place_moment(jax.random.normal(key, shape, jnp.float32), parameter))
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-        """Whether the factors of the leaf at ``path`` would be no smaller than the leaf."""
+        """Returns True if the factors of the leaf at ``path`` would be no smaller than the leaf."""
         if leaf.ndim < 2:
             return True
         layers, *_, columns = self._right_axes(path, leaf)
@@ -82,7 +82,7 @@ class PowerSGD:
         return self.rank * (rows + columns) >= rows * columns
 
     def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
-        """What a memory report should say of the leaf at ``path``."""
+        """Yields notes for the memory report about the leaf at ``path``."""
         if self.keeps_dense(path, leaf):
             yield f"too small for rank {self.rank}, kept dense"
 
@@ -156,7 +156,8 @@ def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> Power
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import compress, power_sgd, to_dense
+        >>> from microadam_jax import compress, to_dense
+        >>> from microadam_jax.compressors import power_sgd
         >>> import optax
         >>> tx = optax.chain(compress(power_sgd(rank=1)), to_dense())
         >>> g = jnp.outer(jnp.arange(3.0), jnp.ones(4))  # has rank 1

@@ -14,7 +14,6 @@ from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.sharding import state_zeros
 from microadam_jax.stacks import stacks_first_axis
 from microadam_jax.trees import KeyPath
-from pallas_kernels.dispatch import check_implementation
 from pallas_kernels.topk_compress import select_top_k
 
 MAX_BLOCK = 32768  # indices into a block are kept as int16
@@ -44,9 +43,6 @@ class TopK:
             such as ``"layers/norm/scale"``) stack layers along their first axis, and
             ``min_size`` is compared with the size of one layer. Where an index of a layer
             follows the match, as in ``"layers/layer_0/"``, the leaf belongs to a single one.
-        implementation: of compression with error feedback and a 4-bit residual in the same
-            blocks: None picks by device and shape, ``"xla"``, ``"mosaic_tpu"`` and ``"triton"``
-            force one.
 
     Raises:
         ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two.
@@ -58,11 +54,8 @@ class TopK:
     min_size: int = 4096
     min_row: int = 16
     stacked: str | None = None
-    # A checkpoint does not depend on it, so it is no part of the name of the setting.
-    implementation: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_implementation("TopK", self.implementation)
         if (self.density is None) == (self.count is None):
             raise ValueError(
                 f"TopK takes either a density or a count; got density={self.density} and "
@@ -79,20 +72,20 @@ class TopK:
             )
 
     def survivors(self, block_size: int) -> int:
-        """How many elements a block of ``block_size`` keeps."""
+        """Counts the selected entries of a block of ``block_size``."""
         if self.density is not None:
             return max(1, math.floor(self.density * block_size + 0.5))
         return min(self.count or 1, block_size)
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-        """Whether the leaf at ``path`` of the parameter tree is too small to compress."""
+        """Returns True if the leaf at ``path`` of the parameter tree is too small to compress."""
         size, row = math.prod(leaf.shape), leaf.shape[-1] if leaf.ndim else 1
         if stacks_first_axis(path, leaf, self.stacked):
             size //= max(1, leaf.shape[0])
         return size < self.min_size or row < self.min_row
 
     def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
-        """What a memory report should say of the leaf at ``path``."""
+        """Yields notes for the memory report about the leaf at ``path``."""
         layout = self.blocks.layout_of(leaf)
         if self.keeps_dense(path, leaf):
             yield "too small to compress, kept dense"
@@ -163,7 +156,6 @@ def top_k(
     min_size: int = 4096,
     min_row: int = 16,
     stacked: str | None = None,
-    implementation: str | None = None,
 ) -> TopK:
     """Top-K by magnitude within each block; see :class:`TopK` for the arguments.
 
@@ -180,4 +172,4 @@ def top_k(
     """
     if density is None and count is None:
         density = 3 / 256
-    return TopK(density, count, blocks, min_size, min_row, stacked, implementation)
+    return TopK(density, count, blocks, min_size, min_row, stacked)

@@ -3,6 +3,7 @@
 The modules of Flax NNX are in ``microadam_jax.layers.nnx``: nothing else here needs Flax.
 """
 
+from microadam_jax.layers.backward_updates import UpdateInBackward, update_in_backward
 from microadam_jax.layers.compress_residuals import compress_residuals
 from microadam_jax.layers.fp8_activation import (
     Fp8Activation,
@@ -16,12 +17,24 @@ from microadam_jax.layers.fp8_elementwise import (
     fp8_silu_gate,
 )
 from microadam_jax.layers.fp8_linear import fp8_linear
+from microadam_jax.layers.nf4_linear import nf4_linear
 from microadam_jax.layers.saved_bytes import SavedBytes, saved_bytes
+from microadam_jax.layers.side_network import (
+    adapter,
+    average_pool,
+    fuse,
+    low_rank,
+    max_pool,
+    mix_hidden_states,
+)
 
 __all__ = [
     "Fp8Activation",
     "Fp8ActivationCodes",
     "SavedBytes",
+    "UpdateInBackward",
+    "adapter",
+    "average_pool",
     "compress_residuals",
     "fp8_activation",
     "fp8_linear",
@@ -29,5 +42,11 @@ __all__ = [
     "fp8_rms_norm",
     "fp8_silu",
     "fp8_silu_gate",
+    "fuse",
+    "low_rank",
+    "max_pool",
+    "mix_hidden_states",
+    "nf4_linear",
     "saved_bytes",
+    "update_in_backward",
 ]

@@ -1,4 +1,4 @@
-"""COAT's layers as modules of Flax NNX, with the parameters of NNX's own."""
+"""Modules of Flax NNX: COAT's layers, with the parameters of NNX's own; NF4; side tuning."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,27 @@ from flax import nnx
 
 from microadam_jax.layers.fp8_elementwise import fp8_rms_norm, fp8_silu_gate
 from microadam_jax.layers.fp8_linear import fp8_linear
+from microadam_jax.layers.nf4_nnx import (
+    FrozenWeight,
+    Nf4Linear,
+    quantize_linears,
+    replace_linears,
+)
+from microadam_jax.layers.side_nnx import Adapter, LowRankMap, Pool, SideNetwork
+
+__all__ = [
+    "Adapter",
+    "Fp8Linear",
+    "Fp8RMSNorm",
+    "Fp8SwiGLU",
+    "FrozenWeight",
+    "LowRankMap",
+    "Nf4Linear",
+    "Pool",
+    "SideNetwork",
+    "quantize_linears",
+    "replace_linears",
+]
 
 
 class Fp8Linear(nnx.Linear):

@@ -1,6 +1,7 @@
 """Parameters, gradients and optimizer state on each device, from shapes alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -16,7 +17,7 @@ class Plan:
 
     Attributes:
         parameters: of the parameters.
-        gradients: of one gradient for each parameter, in its dtype.
+        gradients: of the gradients that are there at one time, in the dtypes of the parameters.
         state: of the optimizer's state.
     """
 
@@ -30,16 +31,25 @@ class Plan:
         return self.parameters + self.gradients + self.state
 
 
-def arithmetic_plan(model: Model, tx: optax.GradientTransformation, mesh: dict[str, int]) -> Plan:
-    """What a model and an optimizer's state take on each device of a mesh.
+def arithmetic_plan(
+    model: Model,
+    tx: optax.GradientTransformation,
+    mesh: dict[str, int],
+    *,
+    update_in_backward: bool = False,
+) -> Plan:
+    """Counts the bytes of a model and an optimizer's state on each device of a mesh.
 
     Args:
         model: of :func:`stacked_model`.
         tx: the optimizer.
         mesh: sizes of the axes data, fsdp and tp.
+        update_in_backward: whether each layer is updated as soon as it has a gradient, so that
+            the largest part counts and not all: a layer, the head or the embedding.
 
     Raises:
-        ValueError: if the mesh has several devices and the model is no Llama, of which alone
+        ValueError: if the model is no Llama and its layers are to be updated in the backward pass,
+            or if the mesh has several devices and the model is no Llama, of which alone
             it is known how it is cut.
 
     Examples:
@@ -49,6 +59,11 @@ def arithmetic_plan(model: Model, tx: optax.GradientTransformation, mesh: dict[s
         >>> plan.parameters, plan.state
         (232294400, 464588804)
     """
+    if update_in_backward and not model.llama:
+        raise ValueError(
+            f"The layers of {model.name} are not stacked, and cannot be updated in the backward "
+            "pass: leave out --update-in-backward, or take a Llama."
+        )
     if not model.llama and any(size > 1 for size in mesh.values()):
         raise ValueError(
             f"How {model.name} is cut over a mesh is not known; leave out --mesh, or take a Llama."
@@ -57,4 +72,14 @@ def arithmetic_plan(model: Model, tx: optax.GradientTransformation, mesh: dict[s
     parameters = bytes_per_device(model.params, where)
     shapes = jax.eval_shape(lambda params: tx.init(params), model.params)
     state = bytes_per_device(shapes, state_shardings(tx, model.params, where))
-    return Plan(parameters, gradients=parameters, state=state)
+    gradients = parameters
+    if update_in_backward:
+        gradients = max(
+            bytes_per_device(part, where[name]) // (_layers(part) if name == "layers" else 1)
+            for name, part in model.params.items()
+        )
+    return Plan(parameters, gradients, state)
+
+
+def _layers(stack: Any) -> int:
+    return jax.tree.leaves(stack)[0].shape[0]

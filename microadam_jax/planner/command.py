@@ -1,13 +1,14 @@
 """``python -m microadam_jax plan``: its flags, its table and its chart."""
 
 import argparse
-import functools
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import jax
+import optax
 
 from microadam_jax.memory import GIB, format_table
 from microadam_jax.models import MODELS
@@ -17,6 +18,7 @@ from microadam_jax.planner.chart import draw
 from microadam_jax.planner.compiled import CompiledPlan, compiled_plan
 from microadam_jax.planner.llama import stacked_model
 from microadam_jax.planner.meshes import parse_mesh, undivided
+from microadam_jax.transforms.round_updates import Rounding, round_updates
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="names, separated by commas, with options as microadam:layout=pretrain",
     )
     parser.add_argument("--mesh", default="", help="such as fsdp=64,tp=4; by default one device")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--param-dtype", "--dtype", default="float32", choices=["float32", "bfloat16"], dest="dtype"
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=["nearest", *get_args(Rounding)],
+        default="nearest",
+        help="of parameters in bfloat16, see round_updates",
+    )
+    parser.add_argument(
+        "--update-in-backward",
+        action="store_true",
+        help="update each layer as soon as it has a gradient; it is recomputed in any case",
+    )
+    parser.add_argument(
+        "--remat",
+        choices=["layer", "none"],
+        default="layer",
+        help="what a compiled backward pass computes again",
+    )
     parser.add_argument("--topology", help="compile for TPUs such as v5e:16x16, or GPUs: h200:8")
     parser.add_argument(
         "--batch", type=_positive(int), default=256, help="sequences in a compiled step"
@@ -48,13 +69,25 @@ def run(options: argparse.Namespace) -> None:
     try:
         model = stacked_model(options.model, options.dtype)
         mesh = parse_mesh(options.mesh)
-        chosen = {name: optimizer(name) for name in options.optimizer.split(",")}
+        if options.rounding != "nearest" and options.dtype != "bfloat16":
+            raise ValueError(f"--rounding {options.rounding} needs --param-dtype bfloat16.")
+        chosen = {
+            name: _optimizer(name, rounding=options.rounding)
+            for name in options.optimizer.split(",")
+        }
         shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
-        print(f"{model.name}: {model.parameters:,} parameters in {options.dtype}, mesh {shape}")
+        rounded = "" if options.rounding == "nearest" else f", rounded {options.rounding}"
+        dtype = options.dtype + rounded
+        print(f"{model.name}: {model.parameters:,} parameters in {dtype}, mesh {shape}")
         if whole := undivided(model.params, mesh):
             print(f"not divided by this mesh, and so not cut: {', '.join(whole)}")
         if options.topology is None:
-            plans = {name: arithmetic_plan(model, tx, mesh) for name, tx in chosen.items()}
+            plans = {
+                name: arithmetic_plan(
+                    model, tx, mesh, update_in_backward=options.update_in_backward
+                )
+                for name, tx in chosen.items()
+            }
             print_arithmetic(plans, options.memory_per_device)
             parts = {
                 name: {"parameters": p.parameters, "gradients": p.gradients, "state": p.state}
@@ -64,16 +97,18 @@ def run(options: argparse.Namespace) -> None:
             compiled = {
                 name: compiled_plan(
                     model,
-                    functools.partial(optimizer, name),
+                    tx,
                     mesh,
                     options.topology,
                     options.batch,
                     options.seq,
+                    update_in_backward=options.update_in_backward,
+                    remat=options.remat == "layer",
                 )
-                for name in chosen
+                for name, tx in chosen.items()
             }
             where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
-            print(f"compiled for {where}, each layer recomputed in the backward pass")
+            print(f"compiled for {where}, {_backward(options)}")
             print_compiled(compiled, options.memory_per_device)
             parts = {name: _parts(plan) for name, plan in compiled.items()}
         if options.chart:
@@ -82,6 +117,19 @@ def run(options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _optimizer(text: str, *, rounding: str) -> optax.GradientTransformation:
+    tx = optimizer(text)
+    return tx if rounding == "nearest" else round_updates(tx, rounding)  # pyrefly: ignore
+
+
+def _backward(options: argparse.Namespace) -> str:
+    if options.update_in_backward:
+        return "each layer recomputed and updated in the backward pass"
+    if options.remat == "none":
+        return "all activations kept for the backward pass"
+    return "each layer recomputed in the backward pass"
 
 
 def print_arithmetic(plans: dict[str, Plan], memory: float | None) -> None:
@@ -100,7 +148,7 @@ def print_arithmetic(plans: dict[str, Plan], memory: float | None) -> None:
 
 
 def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None:
-    """What the compiler says, and the collectives of the program."""
+    """Prints the compiler's counts, and the collectives of the program."""
     names = ("parameters", "gradients *", "state", "other temporaries", "total", "fits")
     rows = []
     for name, compiled in plans.items():

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +13,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from microadam_jax import layers
+from microadam_jax.execution import run_with
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
-from microadam_jax.planner.llama import Model, loss
+from microadam_jax.planner.llama import Model, loss, pieces
 from microadam_jax.planner.meshes import AXES, ROWS, parameter_shardings
 from microadam_jax.planner.targets import target
 from microadam_jax.state_shardings import state_shardings
@@ -35,7 +36,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class CompiledPlan:
-    """What the compiler says of one training step, in bytes on each device.
+    """Holds the compiler's counts for one training step, in bytes on each device.
 
     Attributes:
         plan: the arithmetic of parameters, gradients and state.
@@ -56,22 +57,27 @@ class CompiledPlan:
 
 def compiled_plan(
     model: Model,
-    make: Callable[[Any], optax.GradientTransformation],
+    tx: optax.GradientTransformation,
     mesh: dict[str, int],
     topology: str,
     batch: int,
     seq: int,
+    *,
+    update_in_backward: bool = False,
+    remat: bool = True,
 ) -> CompiledPlan:
     """Compiles forward pass, backward pass and update for TPUs or GPUs.
 
     Args:
         model: a Llama of :func:`stacked_model`.
-        make: from a tree of ``NamedSharding``, where the parameters lie, to the optimizer; some
-            need it for their kernels, as :func:`microadam`.
+        tx: the optimizer.
         mesh: sizes of the axes data, fsdp and tp.
         topology: TPUs such as ``"v5e:16x16"``, or a number of GPUs such as ``"h200:8"``.
         batch: sequences in a step.
         seq: tokens in a sequence.
+        update_in_backward: whether each layer is updated inside the backward pass.
+        remat: whether each layer is computed again in the backward pass. One that is updated in it
+            always is.
 
     Raises:
         ValueError: if the compiler is not installed or does not know the topology, if the mesh
@@ -91,10 +97,10 @@ def compiled_plan(
     if batch % rows:
         raise ValueError(f"--batch {batch} does not divide over data times fsdp, {rows}.")
     placed = Mesh(np.reshape(on.devices, tuple(mesh.values())), AXES)
-    tx = make(parameter_shardings(model.params, placed))
-    plan = arithmetic_plan(model, tx, mesh)
+    tx = run_with(tx, shardings=parameter_shardings(model.params, placed))
+    plan = arithmetic_plan(model, tx, mesh, update_in_backward=update_in_backward)
     try:
-        program = _compile(model, tx, placed, on.platform, batch, seq)
+        program = _compile(model, tx, placed, on.platform, batch, seq, update_in_backward, remat)
     except jax.errors.JaxRuntimeError as error:
         sizes = needed_and_available(str(error))
         if sizes is None:
@@ -131,18 +137,24 @@ def _compile(
     platform: str,
     batch: int,
     seq: int,
+    update_in_backward: bool,
+    remat: bool,
 ) -> Any:
     where = parameter_shardings(model.params, mesh)
     where_state = state_shardings(tx, model.params, where)
 
     def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(params, tokens, mesh)
+        value, gradients = jax.value_and_grad(loss)(params, tokens, mesh, remat=remat)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
     def placed(shapes: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), shapes, shardings)
 
+    if update_in_backward:
+        training = layers.update_in_backward(tx, *pieces(mesh), shardings=where)
+        jax.eval_shape(training.init, model.params)  # refuses what cannot work
+        step = training.step
     state = jax.eval_shape(lambda params: tx.init(params), model.params)
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32, sharding=NamedSharding(mesh, P(ROWS)))
     jitted = jax.jit(

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """How many there are."""
+        """Counts them."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
 
 
@@ -56,32 +57,63 @@ def stacked_model(name: str, dtype: DTypeLike = jnp.float32) -> Model:
     return Model(name, params | {"layers": stack}, llama=True)
 
 
-def loss(params: Params, tokens: jax.Array, mesh: Mesh) -> jax.Array:
-    """The mean cross entropy of each next token; activations are bfloat16.
+class Pieces(NamedTuple):
+    """A Llama in pieces, as :func:`update_in_backward` takes them; activations are bfloat16.
 
-    Each layer is computed again in the backward pass, which keeps its input alone.
+    Attributes:
+        before: from the parameters outside of the layers and tokens to the first layer's input.
+        layer: from a layer's weights and its input to its output.
+        after: from parameters, the last output and tokens to the mean cross entropy.
+    """
+
+    before: Callable[[Params, jax.Array], jax.Array]
+    layer: Callable[[Params, jax.Array], jax.Array]
+    after: Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+def pieces(mesh: Mesh) -> Pieces:
+    """Returns the pieces of a Llama.
+
+    Args:
+        mesh: with the axes data, fsdp and tp.
+    """
+    rows = NamedSharding(mesh, P(ROWS))
+
+    def before(params: Params, tokens: jax.Array) -> jax.Array:
+        return params["embed_tokens"]["embedding"].astype(jnp.bfloat16)[tokens]
+
+    def layer(weights: Params, x: jax.Array) -> jax.Array:
+        x = jax.lax.with_sharding_constraint(x, rows)
+        x += _attention(weights["self_attn"], _rms_norm(weights["input_layernorm"], x))
+        x += _mlp(weights["mlp"], _rms_norm(weights["post_attention_layernorm"], x))
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    def after(params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits = _linear(params["lm_head"], _rms_norm(params["norm"], x)).astype(jnp.float32)
+        logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P(ROWS, None, "tp")))
+        # A one-hot product and not a gather: the vocabulary is cut over tp.
+        targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=jnp.bfloat16)
+        picked = jnp.sum(logits[:, :-1] * targets, axis=-1)
+        return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked)
+
+    return Pieces(before, layer, after)
+
+
+def loss(params: Params, tokens: jax.Array, mesh: Mesh, *, remat: bool = True) -> jax.Array:
+    """The mean cross entropy of each next token; activations are bfloat16.
 
     Args:
         params: of :func:`stacked_model`.
         tokens: int32 ``(batch, position)``.
         mesh: with the axes data, fsdp and tp.
+        remat: whether each layer is computed again in the backward pass, which then keeps its
+            input alone.
     """
-    rows = NamedSharding(mesh, P(ROWS))
-
-    def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        x = jax.lax.with_sharding_constraint(x, rows)
-        x += _attention(weights["self_attn"], _rms_norm(weights["input_layernorm"], x))
-        x += _mlp(weights["mlp"], _rms_norm(weights["post_attention_layernorm"], x))
-        return jax.lax.with_sharding_constraint(x, rows), None
-
-    x = params["embed_tokens"]["embedding"].astype(jnp.bfloat16)[tokens]
-    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
-    logits = _linear(params["lm_head"], _rms_norm(params["norm"], x)).astype(jnp.float32)
-    logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P(ROWS, None, "tp")))
-    # A one-hot product and not a gather: the vocabulary is cut over tp.
-    targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=jnp.bfloat16)
-    picked = jnp.sum(logits[:, :-1] * targets, axis=-1)
-    return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked)
+    own = pieces(mesh)
+    layer = jax.checkpoint(own.layer) if remat else own.layer
+    x = own.before(params, tokens)
+    x, _ = jax.lax.scan(lambda x, weights: (layer(weights, x), None), x, params["layers"])
+    return own.after(params, x, tokens)
 
 
 def _linear(weights: Params, x: jax.Array) -> jax.Array:

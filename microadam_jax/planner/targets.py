@@ -47,7 +47,7 @@ def _tpus(name: str) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"--topology {name} needs the TPU compiler, which runs without a TPU: "
-            "pip install libtpu. (Of GPUs h100 and h200 are known, such as h200:8.) Without "
+            "pip install libtpu. (Of GPUs h100 and h200 are known, as in h200:8.) Without "
             "--topology the table is arithmetic."
         )
     # libtpu looks for the machine's own TPUs, and locks them, unless it is told otherwise.
@@ -55,7 +55,9 @@ def _tpus(name: str) -> Target:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        # Hosts have four chips unless it is said that one is all there is.
+        one = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
+        devices = topologies.get_topology_desc(name, platform="tpu", **one).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

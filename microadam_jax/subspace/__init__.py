@@ -18,9 +18,9 @@ from microadam_jax.subspace.dense import (
     svd,
 )
 from microadam_jax.subspace.matrices import OUTPUT_HEAD, Matrices, MatrixDimensionNumbers
-from microadam_jax.subspace.refresh import Refresh
+from microadam_jax.subspace.refresh import Refresh, refresh_every
 from microadam_jax.subspace.selected import dct_columns, sampled_rows, top_k_rows, uniform_rows
-from microadam_jax.subspace.subspace import Subspace
+from microadam_jax.subspace.subspace import Subspace, of_rank
 
 __all__ = [
     "OUTPUT_HEAD",
@@ -37,9 +37,11 @@ __all__ = [
     "Subspace",
     "dct_columns",
     "gaussian",
+    "of_rank",
     "orthogonal_gaussian",
     "power_iteration",
     "randomized_svd",
+    "refresh_every",
     "sampled_rows",
     "srht",
     "svd",

@@ -41,12 +41,12 @@ class Step(NamedTuple):
 
     @property
     def rest(self) -> jax.Array:
-        """What the subspace misses."""
+        """Returns the residual of the projection."""
         return self.gradient - self.basis.back(self.low)
 
 
 class Complement(Protocol):
-    """What is done with the rest.
+    """Handles the residual of a projection.
 
     Attributes:
         Kept: the NamedTuple of what is kept.
@@ -63,7 +63,7 @@ class Complement(Protocol):
 
     @property
     def needs_b1(self) -> bool:
-        """Whether the decay rate of the first moment plays a role."""
+        """Returns True if the decay rate of the first moment plays a role."""
         ...
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
@@ -132,7 +132,7 @@ class SignOfRest(_Memoryless):
 
 
 class PreviousNorm(NamedTuple):
-    """What a limiter compares with.
+    """Keeps what a limiter compares with.
 
     Attributes:
         previous_norm: float32, the norm of the last limited update of each matrix.
@@ -218,7 +218,7 @@ class ScaledGradient(_Limited):
 
 
 class Residual(NamedTuple):
-    """What is left to send.
+    """Keeps the residual.
 
     Attributes:
         residual: of the parameter's shape.

@@ -32,7 +32,7 @@ class MatrixDimensionNumbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    r"""Which parameters are matrices, and which side of them a subspace lies in.
+    r"""Selects the parameters that are matrices, and the side of them that is compressed.
 
     Linear maps are known by their names, as for :class:`Partition`, convolutions and kernels
     ``(embed, heads, head_dim)`` among them. A parameter of two axes that no rule names is taken
@@ -54,7 +54,8 @@ class Matrices:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import Matrices, MatrixDimensionNumbers
+        >>> from microadam_jax import Matrices
+        >>> from microadam_jax.subspace import MatrixDimensionNumbers
         >>> gate = ("gating_einsum", MatrixDimensionNumbers(1, 2))  # (2, in, out): a batch of 2
         >>> matrices = Matrices(exclude="lm_head/kernel", dimension_numbers=(gate,))
         >>> params = {"gating_einsum": jnp.zeros((2, 8, 32)), "lm_head": {"kernel": jnp.eye(4)}}
@@ -137,7 +138,7 @@ class Matrices:
 
 
 class Assigned(NamedTuple):
-    """How a parameter is seen.
+    """Holds the view of a parameter.
 
     Attributes:
         assignment: its rule, where its ``sharing`` knows the linear map.

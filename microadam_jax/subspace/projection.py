@@ -20,7 +20,7 @@ from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """Which matrices are projected, on what, and when that changes.
+    """Says which matrices are projected, on what, and when that changes.
 
     Attributes:
         matrices: which parameters are matrices.
@@ -55,7 +55,7 @@ class Projection:
         return map_with_path(of, len(self.slots(None)), params)
 
     def slots(self, view: MatrixView | None) -> Slots:
-        """What is kept of the basis of a parameter."""
+        """Returns the layouts of what is kept of the basis of a parameter."""
         return self.subspace.layouts(1 if view is None else self.subspace.size(view))
 
 
@@ -83,7 +83,7 @@ class Projected(NamedTuple):
         return tuple(view.zeros(parameter, layout, dtype) for layout, dtype in slots)
 
     def due(self, count: jax.Array) -> jax.Array | bool:
-        """Whether this step has a new basis."""
+        """Returns True if this step has a new basis."""
         refresh = self.projection.refresh
         return refresh.every == 1 or refresh.due(count, self.offset)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.subspace.basis import PRECISION
+from microadam_jax.subspace.subspace import if_traced
 
 MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
@@ -45,7 +46,10 @@ class Refresh:
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"Refresh.every must be a whole number from 1 on; got {self.every!r}.")
+            raise ValueError(
+                f"The update interval of a subspace, Refresh.every, must be a positive integer; "
+                f"got {self.every!r}.{if_traced(self.every)}"
+            )
         if self.first not in (0, 1):
             raise ValueError(f"Refresh.first must be 0 or 1; got {self.first!r}.")
         if self.moments not in MOMENTS:
@@ -58,20 +62,31 @@ class Refresh:
 
     @property
     def needs_decay_rates(self) -> bool:
-        """Whether a bias has to be corrected."""
+        """Returns True if a bias has to be corrected."""
         return self.moments == "rotate" or self.momentum_share is not None
 
     def offset(self, index: int, total: int) -> int:
-        """How many steps earlier the parameter ``index`` of ``total`` has its turn."""
+        """Returns by how many steps the parameter ``index`` of ``total`` is refreshed earlier."""
         return index * self.every // total if self.stagger else 0
 
     def due(self, count: jax.Array, offset: int) -> jax.Array:
-        """Whether the step after ``count`` others finds a new basis."""
+        """Returns True if the step after ``count`` others finds a new basis."""
         return (count == 0) | ((count + self.first + offset) % self.every == 0)
 
     def epoch(self, count: jax.Array, offset: int) -> jax.Array:
         """A number that is another one for each basis."""
         return (count + self.first + offset) // self.every
+
+
+def refresh_every(update_interval: int | Refresh, published: Refresh) -> Refresh:
+    """Returns ``update_interval`` itself, or ``published`` with this many steps between two bases.
+
+    Raises:
+        ValueError: if it is neither a positive integer nor a :class:`Refresh`.
+    """
+    if isinstance(update_interval, Refresh):
+        return update_interval
+    return dataclasses.replace(published, every=update_interval)
 
 
 def rotate_first(overlap: jax.Array, mu: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ class Seeded(NamedTuple):
 
 
 class Subspace(Protocol):
-    """How a subspace of each matrix is found.
+    """Finds a subspace of each matrix.
 
     Attributes:
         Kept: the NamedTuple of what is kept of a basis.
@@ -67,11 +67,11 @@ class Subspace(Protocol):
 
     @property
     def rank(self) -> int:
-        """How many dimensions it has, at most."""
+        """Returns the largest number of dimensions."""
         ...
 
     def size(self, view: MatrixView) -> int:
-        """How many dimensions it has in the matrices of ``view``."""
+        """Returns the number of dimensions in the matrices of ``view``."""
         ...
 
     def layouts(self, size: int) -> Slots:
@@ -131,13 +131,13 @@ class KeepsVectors:
 
 
 def unfound(kept: Arrays) -> jax.Array:
-    """Which matrices have no basis yet, as :func:`none_found` marks them: ``(*batch,)``."""
+    """Marks the matrices without a basis yet, as :func:`none_found` left them: ``(*batch,)``."""
     marks = [jnp.all(x == _mark(x), axis=(-2, -1)) for x in kept]
     return functools.reduce(jnp.logical_and, marks)
 
 
 def none_found(kept: Arrays) -> Arrays:
-    """What is kept where no basis was found: vectors or weights of zeros, and no index."""
+    """Returns what is kept where no basis was found: vectors or weights of zeros, and no index."""
     return tuple(jnp.full_like(x, _mark(x)) for x in kept)
 
 
@@ -152,4 +152,44 @@ def require_rank(rank: int) -> None:
         ValueError: if it is none.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"The rank of a subspace must be a whole number from 1 on; got {rank!r}.")
+        raise ValueError(
+            f"The rank of a subspace must be a positive integer; got {rank!r}.{if_traced(rank)}"
+        )
+
+
+def if_traced(value: object) -> str:
+    """Returns a sentence that says what to do if ``value`` is traced; else nothing."""
+    if not isinstance(value, jax.core.Tracer | jax.Array):
+        return ""
+    return (
+        " It shapes the state and cannot be a traced array: name it in static_args of "
+        "optax.inject_hyperparams, such as static_args=('rank', 'update_interval')."
+    )
+
+
+def of_rank(rank: int, subspace: Subspace | None, published: Any) -> Subspace:
+    """Returns ``subspace``, or ``published`` with another rank where it is None.
+
+    Args:
+        rank: a positive integer.
+        subspace: has a rank of its own.
+        published: a dataclass, whose rank is the default of ``rank``.
+
+    Raises:
+        TypeError: if ``subspace`` is not a subspace.
+        ValueError: if ``rank`` is not a positive integer, or differs from that of ``subspace``.
+    """
+    require_rank(rank)
+    if subspace is None:
+        return dataclasses.replace(published, rank=rank)
+    own = getattr(subspace, "rank", None)
+    if not isinstance(own, int):
+        raise TypeError(
+            f"subspace must be a subspace with its rank, such as svd(128); got {subspace!r}."
+        )
+    if rank not in (own, published.rank):
+        raise ValueError(
+            f"rank={rank} contradicts subspace={subspace!r}, which has a rank of its own. Give "
+            "one of them."
+        )
+    return subspace

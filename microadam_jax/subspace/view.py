@@ -32,7 +32,7 @@ ONE = Layout(1, 1)
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """Which axes of a parameter are the rows and the columns of its matrices.
+    """Names the axes of a parameter that are the rows and the columns of its matrices.
 
     Rows are what is compressed: a basis has shape ``(rows, rank)`` and the projected gradient
     ``(rank, columns)``, whichever way the parameter lies. States keep the rank and the order of

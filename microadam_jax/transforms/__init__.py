@@ -20,6 +20,7 @@ from microadam_jax.transforms.mfac import scale_by_mfac
 from microadam_jax.transforms.muon import ScaleByMuonState, scale_by_muon
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
+from microadam_jax.transforms.round_updates import RoundUpdatesState, round_updates
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
 from microadam_jax.transforms.subspace_momentum import SubspaceMomentumState, subspace_momentum
 from microadam_jax.transforms.uncorrected_adam import (
@@ -43,6 +44,7 @@ __all__ = [
     "GramWindowState",
     "ProjectGradientsState",
     "QuantizedState",
+    "RoundUpdatesState",
     "ScaleByAdamMiniState",
     "ScaleByCameState",
     "ScaleByFactoredAdamState",
@@ -60,6 +62,7 @@ __all__ = [
     "fused_apply",
     "project_gradients",
     "quantize_state",
+    "round_updates",
     "scale_by_adam_mini",
     "scale_by_came",
     "scale_by_factored_adam",

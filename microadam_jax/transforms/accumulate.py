@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.execution import within
 from microadam_jax.transforms.descent import Fusable
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState
-from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch
+from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.project_gradients import ProjectGradientsState
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import path_name
 
 
 class AccumulateIntoResidualState(NamedTuple):
-    """How far the step is, and the state in which its gradient is added up.
+    """Counts the micro-batches of a step, whose gradient is added up in the inner state.
 
     Attributes:
         micro_step: int32 scalar, how many micro-batches of the step are in the residual.
@@ -92,7 +93,7 @@ def accumulate_into_residual(
 
     def init(params: optax.Params) -> AccumulateIntoResidualState:
         batch = MicroBatch(0, every_k, completes=False)
-        with of_micro_batch(batch):
+        with within(micro_batch=batch):
             inner_state = inner.init(params)
         _require_residuals(params, batch)
         return AccumulateIntoResidualState(jnp.zeros([], jnp.int32), inner_state)
@@ -107,7 +108,7 @@ def accumulate_into_residual(
     ) -> tuple[optax.Updates, AccumulateIntoResidualState]:
         def take(completes: bool, **options: bool) -> tuple[optax.Updates, Any]:
             batch = MicroBatch(state.micro_step, every_k, completes)
-            with of_micro_batch(batch):
+            with within(micro_batch=batch):
                 results = inner.update(updates, state.inner_state, params, **options, **extra_args)
             _require_residuals(updates, batch)
             return results

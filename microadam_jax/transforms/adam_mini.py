@@ -43,8 +43,6 @@ def scale_by_adam_mini(
     mu_dtype: DTypeLike = "float32",
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, with one second moment for each block of parameters.
 
@@ -70,8 +68,6 @@ def scale_by_adam_mini(
         mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`. Large
             leaves are then updated a few rows at a time.
         seed: of a codec that rounds stochastically.
-        implementation: of the step with ``mu_codec``; see :func:`quantize_state`.
-        shardings: where the parameters lie; see :func:`quantize_state`.
 
     Returns:
         The transformation. Its state takes 4 bytes per parameter, 2 with bfloat16, 0.53 with
@@ -131,6 +127,4 @@ def scale_by_adam_mini(
         inspect=inspect,
         hyperparams={"b1": b1, "b2": b2, "eps": eps},
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )

@@ -14,7 +14,7 @@ from microadam_jax.trees import KeyPath, map_with_path
 
 
 class CompressState(NamedTuple):
-    """What the compressor remembers.
+    """Keeps what the compressor carries from step to step.
 
     Attributes:
         carried: the compressor's NamedTuple, with a tree of the parameters' structure for each
@@ -70,7 +70,7 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
 
 
 def first_carried(compressor: Compressor, params: optax.Params) -> Any:
-    """What ``compressor`` carries to the first step: one tree for each of its arrays."""
+    """Returns what ``compressor`` carries to the first step: one tree for each of its arrays."""
     arrays = len(compressor.Carried._fields)
 
     def first(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:

@@ -17,7 +17,7 @@ NEEDS_PARAMS = (
 
 
 class DecayUpdatedWeightsState(NamedTuple):
-    """Where a learning rate schedule is.
+    """Counts the steps of a learning rate schedule.
 
     Attributes:
         count: int32 scalar, steps taken.

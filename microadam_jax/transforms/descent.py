@@ -22,7 +22,7 @@ class Fusable(GradientTransformationExtraArgs):
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """What finishes an update, or a part of it.
+    """Applies decay and the learning rate to an update, or to a part of it.
 
     Attributes:
         step: scalar, minus the learning rate.
@@ -41,7 +41,7 @@ class Descent:
 
 
 def as_it_is(u: jax.Array) -> jax.Array:
-    """What finishes an update behind which nothing comes."""
+    """Returns an update unchanged, behind which no transformation comes."""
     return u
 
 
@@ -55,7 +55,7 @@ def finishes(
 
 
 def read_by(finish: Callable[..., jax.Array], parameter: Any) -> tuple[Any, ...]:
-    """What ``finish`` takes besides the update."""
+    """Returns what ``finish`` takes besides the update."""
     return () if finish is as_it_is else (parameter,)
 
 
@@ -72,12 +72,12 @@ def kind_of(finish: Callable[..., jax.Array]) -> Hashable:
 
 
 def applies(finish: Callable[..., jax.Array]) -> TypeGuard[Descent]:
-    """Whether parameters result, and no update."""
+    """Returns True if parameters result, and no update."""
     return isinstance(finish, Descent) and finish.applies
 
 
 def replaced_by(finish: Callable[..., jax.Array]) -> int:
-    """Which input a result takes the place of: the first, a gradient, or the last, a parameter."""
+    """Returns the input that a result replaces: the first, a gradient, or the last, a parameter."""
     return -1 if applies(finish) else 0
 
 
@@ -156,6 +156,6 @@ def descend(
 
 
 def _is_function(mask: Any) -> bool:
-    """Whether ``mask`` is to be called: an Equinox module can be, and may be a tree of booleans."""
+    """Returns True if ``mask`` is to be called: an Equinox module may be a tree of booleans."""
     leaves = jax.tree.leaves(mask)
     return callable(mask) and all(map(callable, leaves))

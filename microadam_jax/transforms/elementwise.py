@@ -47,10 +47,7 @@ def _mixing(program: core.Jaxpr) -> str | None:
             continue
         name = equation.primitive.name
         if name in CALLS:
-            inner = [
-                p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")
-            ]
-            found = next(filter(None, (_mixing(getattr(p, "jaxpr", p)) for p in inner)), None)
+            found = next(filter(None, map(_mixing, called_programs(equation))), None)
             if found is not None:
                 return found
         elif name == "broadcast_in_dim":
@@ -59,6 +56,14 @@ def _mixing(program: core.Jaxpr) -> str | None:
         elif name not in POINTWISE or not shapes <= {(), SHAPE}:
             return name
     return None
+
+
+def called_programs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
+    """Returns the programs that an equation calls once; none if it is not one of ``CALLS``."""
+    if equation.primitive.name not in CALLS:
+        return []
+    parameters = equation.params.values()
+    return [getattr(p, "jaxpr", p) for p in parameters if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -76,7 +81,7 @@ def zeros_in(init: Callable[[Any], Any], params: Any) -> Any:
         A tree of the state's structure of booleans; False where the program does not say so.
     """
     program, shapes = jax.make_jaxpr(init, return_shape=True)(params)
-    zeros = _zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
+    zeros = zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
     return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
 
@@ -93,7 +98,7 @@ KEEPS_ZERO = frozenset(
 )
 
 
-def _zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
+def zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
     """For each output of a program whether it is zero, where some arguments are."""
     zero = dict(zip(program.invars, arguments, strict=True))
 
@@ -106,7 +111,7 @@ def _zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
         operands = [is_zero(v) for v in equation.invars]
         if equation.primitive.name in CALLS:
             inner = next(p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr))
-            results = _zero_outputs(inner.jaxpr, operands)
+            results = zero_outputs(inner.jaxpr, operands)
         else:
             keeps = equation.primitive.name in KEEPS_ZERO and all(operands)
             results = [keeps] * len(equation.outvars)

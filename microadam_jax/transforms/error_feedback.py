@@ -12,11 +12,11 @@ from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, TopK, top_k
 from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
+from microadam_jax.execution import scope
 from microadam_jax.memory import remark
-from microadam_jax.sharding import require_named, state_zeros, told, unused_state
+from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.compress import first_carried
-from microadam_jax.transforms.micro_batches import told_micro_batch
 from microadam_jax.transforms.top_k_feedback import (
     TopKFeedback,
     Uncompressed,
@@ -29,7 +29,7 @@ from microadam_jax.trees import KeyPath, columns_of, leaf_key, map_with_path, ro
 
 
 class ErrorFeedbackState(NamedTuple):
-    """What is left to send.
+    """Keeps the residual.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -49,8 +49,6 @@ def error_feedback(
     residual: Codec | str = "affine4",
     alpha: ArrayLike | None = None,
     seed: ArrayLike = 0,
-    *,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Compresses each gradient together with what earlier compressions dropped.
 
@@ -77,14 +75,11 @@ def error_feedback(
             the preconditioner and in gradient units, and leaves the residual. The released
             MicroAdam offers it for pre-training. None switches it off.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`microadam`.
 
     Returns:
         The transformation. Its state takes 0.53 bytes per parameter with the default codec.
 
     Raises:
-        TypeError: if ``shardings`` holds anything but ``NamedSharding``.
         ValueError: if ``residual`` names no codec, or ``alpha`` lies outside [0, 1).
 
     Examples:
@@ -103,7 +98,6 @@ def error_feedback(
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 5 to 9.
     """
     codec = as_codec(residual)
-    require_named(shardings)
     if isinstance(alpha, int | float) and not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), or be None to switch it off; got {alpha}.")
     arrays = len(codec.Encoded._fields)
@@ -113,7 +107,7 @@ def error_feedback(
         setting("residual", codec)
         setting("compressor", compressor)
         announce_feedback()
-        batch = told_micro_batch()
+        batch = scope().micro_batch
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
             for text in compressor.remarks(path, parameter):
@@ -140,8 +134,9 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         del extra_args
-        placed = told(shardings, updates)
-        batch = told_micro_batch()
+        implementation = scope().implementation_for("error_feedback")
+        placed = scope().shardings_by_path(updates)
+        batch = scope().micro_batch
 
         def send(
             path: KeyPath, gradient: jax.Array, target: jax.Array, *stored: jax.Array
@@ -156,11 +151,11 @@ def error_feedback(
                 and goes_by_rows(codec, gradient)
             ):
                 layout = compressor.blocks.layout_of(gradient)
-                feedback = TopKFeedback(compressor, codec, layout, placed.get(path))
+                feedback = TopKFeedback(compressor, codec, layout, implementation, placed.get(path))
                 if not feedback.is_one_operation:
-                    require_unnamed(compressor, path)
+                    require_unnamed(implementation, path)
                 return Uncompressed(feedback, gradient, stored, key, jnp.dtype(target.dtype))
-            require_unnamed(compressor, path)
+            require_unnamed(implementation, path)
             residual, carried = stored[:arrays], stored[arrays:]
             owed = codec.decode(codec.Encoded(*residual), gradient.shape)
             accumulated = gradient.astype(jnp.float32) + owed

@@ -40,8 +40,6 @@ def scale_by_factored_adam(
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = "dynamic4",
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, with a factored second moment and a stored first one.
 
@@ -68,8 +66,6 @@ def scale_by_factored_adam(
             are factored along the last two.
         mu_codec: how :math:`m` is stored.
         seed: of a codec that rounds stochastically.
-        implementation: of the step; see :func:`quantize_state`.
-        shardings: where the parameters lie; see :func:`quantize_state`.
 
     Returns:
         The transformation. Its state takes 0.53 bytes per parameter and 4 for each row and column.
@@ -129,6 +125,4 @@ def scale_by_factored_adam(
         inspect=inspect,
         hyperparams={"b1": b1, "b2": b2, "eps": eps},
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )

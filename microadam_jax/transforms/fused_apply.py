@@ -81,7 +81,7 @@ def fused_apply(
 
 
 def _origin(tx: object) -> str:
-    """Which function made ``tx``, as far as one can tell."""
+    """Returns the name of the function that made ``tx``, as far as one can tell."""
     update = getattr(tx, "update", None)
     name = getattr(update, "__qualname__", type(tx).__name__)
     return name.split(".<locals>")[0]

@@ -47,8 +47,6 @@ def scale_by_muon(
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates of matrices as Muon does, and all others as Adam-mini does.
 
@@ -77,8 +75,6 @@ def scale_by_muon(
         mu_codec: stores :math:`m` in few bits; None keeps it in float32. See
             :func:`quantize_state`.
         seed: of a codec that rounds stochastically.
-        implementation: of the step with ``mu_codec``; see :func:`quantize_state`.
-        shardings: of the parameters; see :func:`quantize_state`.
 
     Returns:
         The transformation. On a mesh with Explicit axes each device orthogonalizes whole matrices,
@@ -143,8 +139,6 @@ def scale_by_muon(
         inspect=inspect,
         hyperparams={"beta": beta, "b1": b1, "b2": b2, "eps": eps},
         seed=seed,
-        implementation=implementation,
-        shardings=shardings,
     )
 
     def update(

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.execution import scope, within
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros
 from microadam_jax.subspace.basis import Basis
@@ -25,7 +26,7 @@ from microadam_jax.subspace.projection import (
 from microadam_jax.subspace.refresh import Refresh, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
-from microadam_jax.transforms.micro_batches import MicroBatch, of_micro_batch, told_micro_batch
+from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import one_minus_power
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
@@ -113,7 +114,8 @@ def project_gradients(
 
     Examples:
         >>> import jax.numpy as jnp, optax
-        >>> from microadam_jax import Refresh, project_gradients, top_k_rows
+        >>> from microadam_jax import Refresh, project_gradients
+        >>> from microadam_jax.subspace import top_k_rows
         >>> tx = project_gradients(optax.trace(0.9), top_k_rows(2), Refresh(every=10))
         >>> params = {"kernel": jnp.zeros((3, 4))}
         >>> state = tx.init(params)
@@ -146,7 +148,7 @@ def project_gradients(
                 return (state_zeros(parameter, parameter.shape, jnp.float32),)
             return (view.zeros(parameter, rules.low(view), jnp.float32),)
 
-        batch = told_micro_batch() if complement.feeds_back else None
+        batch = scope().micro_batch if complement.feeds_back else None
 
         def rest(path: KeyPath, parameter: jax.Array) -> Arrays:
             leaf = assign(path, parameter)
@@ -159,7 +161,7 @@ def project_gradients(
         basis = rules.projection.zeros(params)
         kept = map_with_path(rest, len(complement.layouts), params)
         (projected,) = map_with_path(low, 1, params)
-        with of_micro_batch(None):
+        with within(micro_batch=None):
             inner_state = inner.init(boxed_moments(projected, params))
         rules.moments(inner_state)  # refuses a state that lacks them
         state = ProjectGradientsState(
@@ -179,7 +181,7 @@ def project_gradients(
     ) -> tuple[optax.Updates, ProjectGradientsState]:
         assign = rules.projection.assign(updates)
         targets = updates if params is None else params
-        batch = told_micro_batch()
+        batch = scope().micro_batch
         if batch is not None and complement.feeds_back:
             (residual,) = state.complement
             updates, residual = _with_residual(batch, assign, updates, residual)
@@ -209,7 +211,7 @@ def project_gradients(
         inner_state = rules.renewed(
             inner, state.inner_state, dict(zip(moments, new, strict=False)), due, low
         )
-        with of_micro_batch(None):
+        with within(micro_batch=None):
             scaled, inner_state = inner.update(low, inner_state, None, **extra_args)
 
         leaving = iter(entered)
@@ -272,7 +274,7 @@ class _Entered(NamedTuple):
 
 
 class _Rules(NamedTuple):
-    """What happens to one matrix; the attributes are the arguments of the transformation."""
+    """Updates one matrix; the attributes are the arguments of the transformation."""
 
     projection: Projection
     complement: Complement
@@ -370,7 +372,7 @@ class _Rules(NamedTuple):
         return when(due, rotate, lambda: moments)
 
     def _lost(self, due: jax.Array | bool, old: Basis, new: Basis, moments: Arrays) -> jax.Array:
-        """What feedback owes for the part of the momentum that the new basis misses."""
+        """Returns the residual for the part of the momentum outside the new basis."""
         mu = moments[0]
         weight = jnp.asarray(self.b1, jnp.float32) / (1 - jnp.asarray(self.b1, jnp.float32))
 
@@ -407,7 +409,7 @@ class _Rules(NamedTuple):
 
 
 def _is_field(path: KeyPath, value: Any) -> bool:
-    """Whether a state's NamedTuple has it as a field: a parameter may have the same name."""
+    """Returns True if it is a field of a state's NamedTuple; a parameter may have its name."""
     del value
     return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, without_boxes
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.sharding import require_named, told
+from microadam_jax.execution import scope
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
 from microadam_jax.transforms.stored_step import (
@@ -24,7 +24,7 @@ from microadam_jax.transforms.stored_step import (
 )
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, columns_of, leaf_key, leaf_keys, map_with_path, rows_of
-from pallas_kernels.dispatch import check_implementation, names_kernel
+from pallas_kernels.dispatch import names_kernel
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
@@ -49,8 +49,6 @@ def quantize_state(
     *,
     elementwise: bool = False,
     seed: ArrayLike = 0,
-    implementation: str | None = None,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps named fields of a transformation's state in few bits.
 
@@ -72,13 +70,6 @@ def quantize_state(
             updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy
             of the state exists during the step. Otherwise it can exist.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
-        implementation: of the ``elementwise`` step. None takes the TPU kernel on a TPU for each
-            leaf that it supports, and ``"xla"`` elsewhere; ``"mosaic_tpu"`` insists on the kernel
-            for all leaves that are stored through a codec, and ``"triton"`` on the GPU's, which
-            has not run on one yet.
-        shardings: where the parameters lie: a tree of ``NamedSharding``, or a prefix of one, as
-            for :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where nothing
-            else tells.
 
     Returns:
         The transformation. ``init`` makes the inner state in full before it is stored, unless it
@@ -105,15 +96,8 @@ def quantize_state(
     for name in SIGNED_FIELDS:
         if name in storages:
             storages[name].signed(name)
-    check_implementation("quantize_state", implementation)
-    require_named(shardings)
     if elementwise:
         require_elementwise(inner)
-    elif names_kernel(implementation):
-        raise ValueError(
-            f"implementation={implementation!r} needs elementwise=True: kernels update every "
-            "element alone."
-        )
 
     def init(params: optax.Params) -> QuantizedState:
         found: list[str] = []
@@ -147,8 +131,9 @@ def quantize_state(
     ) -> tuple[optax.Updates, QuantizedState]:
         targets = updates if params is None else params
         finish = finishes(finish, updates)
-        kernels = implementation, shardings
-        step = _Step(inner, storages, state, targets, finish, seed, *kernels, extra_args)
+        step = _Step(inner, storages, state, targets, finish, seed, extra_args)
+        if not elementwise:
+            _require_unnamed(scope().implementation)
         run = step.leaf_by_leaf if elementwise else step.at_once
         scaled, inner_state = run(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -166,8 +151,6 @@ class _Step(NamedTuple):
     targets: Any
     finish: Any
     seed: ArrayLike
-    implementation: str | None
-    shardings: Any
     extra_args: dict[str, Any]
 
     @property
@@ -293,7 +276,7 @@ class _Step(NamedTuple):
         columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params
         treedef, rows = rows_of(gradients, others, self.finish, *columns)
-        placed = told(self.shardings, gradients)
+        placed = scope().shardings_by_path(gradients)
         steps = [
             LeafStep(
                 path,
@@ -305,7 +288,7 @@ class _Step(NamedTuple):
             )
             for path, g, p, finish, *slots in rows
         ]
-        stepped = step_fields(fields, steps, self.implementation)
+        stepped = step_fields(fields, steps, scope().implementation_for("quantize_state"))
         scaled, *new = columns_of(treedef, stepped, 1 + len(columns))
         by_field = split(new, fields)
         # What is not kept for each leaf, such as the step count, follows from any leaf.
@@ -321,6 +304,15 @@ class _Step(NamedTuple):
             return _map_fields(assemble, shapes, new)
 
         return scaled, _map_fields(assemble, shapes, shared)
+
+
+def _require_unnamed(implementation: str | None) -> None:
+    """Refuses the name of a kernel where none can run."""
+    if names_kernel(implementation):
+        raise ValueError(
+            f"implementation={implementation!r} needs quantize_state(..., elementwise=True): "
+            "kernels update every element alone."
+        )
 
 
 def _map_fields(

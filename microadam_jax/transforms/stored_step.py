@@ -11,13 +11,12 @@ from jax.sharding import NamedSharding
 from microadam_jax.boxes import boxed_like
 from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, Storage, Unstored
-from microadam_jax.codecs.rounding import Draw, Rows
+from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
-from microadam_jax.transforms.two_passes import in_two_passes, takes_two_passes
 from microadam_jax.trees import KeyPath
 from pallas_kernels.blockwise_codec import blockwise_step, step
-from pallas_kernels.dispatch import compiles_for_gpus, names_kernel
+from pallas_kernels.dispatch import names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
 
@@ -170,7 +169,7 @@ class StoredStep(NamedTuple):
 
     @property
     def arrays(self) -> Any:
-        """What the step computes with."""
+        """Returns the arrays of the step."""
         return self.encoded, self.inputs, self.keys
 
     def given(self, arrays: Any) -> "StoredStep":
@@ -237,27 +236,15 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
     """One leaf: a kernel, or XLA's program for an accelerator."""
 
     def xla(encoded: Any, inputs: Arrays) -> Any:
-        def in_loop(encoded: Any, inputs: Arrays) -> Any:
-            step = one._replace(encoded=encoded, inputs=inputs)
-            return _in_loops([step], lambda works: [on_accelerator(work, piece) for work in works])[
-                0
-            ]
-
-        def in_passes(encoded: Any, inputs: Arrays) -> Any:
-            return in_two_passes(one.rule, one.codecs, encoded, inputs, one.keys)
-
-        if not takes_two_passes(one.codecs) or not compiles_for_gpus():
-            return in_loop(encoded, inputs)
-        return jax.lax.platform_dependent(
-            encoded, inputs, cuda=in_passes, rocm=in_passes, default=in_loop
-        )
+        step = one._replace(encoded=encoded, inputs=inputs)
+        return _in_loops([step], lambda works: [on_accelerator(work, piece) for work in works])[0]
 
     return blockwise_step(
         one.rule,
         one.codecs,
         one.encoded,
         one.inputs,
-        one.keys,
+        tuple(map(key_of_layer, one.keys)),
         replaces=one.replaces,
         implementation="xla" if _plain(one.codecs) else implementation,
         sharding=one.sharding,
@@ -395,10 +382,10 @@ def _shared_array(codec: Codec, encoded: Any) -> jax.Array | None:
 
 
 def _by_row(codec: Codec, encoded: Any) -> Any:
-    """What a codec made, without the array that all rows share."""
+    """Returns quantized arrays without the one that all rows share."""
     return _whole(codec, encoded, None)
 
 
 def _whole(codec: Codec, encoded: Any, shared: jax.Array | None) -> Any:
-    """What a codec made, with the array that all rows share."""
+    """Returns quantized arrays with the one that all rows share."""
     return encoded if codec.shared is None else encoded._replace(**{codec.shared: shared})

@@ -97,7 +97,8 @@ def subspace_momentum(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import subspace_momentum, svd
+        >>> from microadam_jax import subspace_momentum
+        >>> from microadam_jax.subspace import svd
         >>> tx = subspace_momentum(subspace=svd(2))
         >>> state = tx.init({"kernel": jnp.zeros((8, 3))})
         >>> state.mu["kernel"].shape, state.nu["kernel"].shape

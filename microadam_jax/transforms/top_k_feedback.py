@@ -12,7 +12,7 @@ from microadam_jax.blocks import BlockLayout, blocked_shape
 from microadam_jax.codecs import Affine4, Codec
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.compressors import BlockSparse, Compressor, Deferred, TopK
+from microadam_jax.compressors import BlockSparse, Deferred, TopK
 from microadam_jax.compressors.rows import row_shape
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.sharding import state_zeros
@@ -22,28 +22,30 @@ from pallas_kernels.topk_compress import MAX_UNROLLED, topk_compress
 
 
 class TopKFeedback(NamedTuple):
-    """How a leaf is compressed; hashable.
+    """Compresses a leaf; hashable.
 
     Attributes:
         compressor: selects what is sent.
         codec: of the residual.
         layout: how a row of the leaf is cut into blocks.
+        implementation: see :func:`run_with`.
         sharding: how the leaf is sharded, on a mesh with Auto axes.
     """
 
     compressor: TopK
     codec: Codec
     layout: BlockLayout
+    implementation: str | None
     sharding: NamedSharding | None
 
     @property
     def is_one_operation(self) -> bool:
-        """Whether residual and Top-K share their blocks."""
+        """Returns True if residual and Top-K share their blocks."""
         return self.codec == Affine4(self.compressor.blocks)
 
     @property
     def survivors(self) -> int:
-        """How many elements of a block are sent."""
+        """Counts the selected entries of a block."""
         return self.compressor.survivors(self.layout.size)
 
     def of_rows(
@@ -95,7 +97,7 @@ class Uncompressed(Deferred):
 
     @property
     def arrays(self) -> Any:
-        """What is computed with."""
+        """Returns the arrays of the computation."""
         # No kernel reads what is wider, such as float64.
         wide = self.gradient.dtype.itemsize > 4
         gradient = self.gradient.astype(jnp.float32) if wide else self.gradient
@@ -125,7 +127,7 @@ class Uncompressed(Deferred):
     @property
     def names_kernel(self) -> bool:
         """Returns True if one implementation is asked for."""
-        return names_kernel(self.feedback.compressor.implementation)
+        return names_kernel(self.feedback.implementation)
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
         """Returns True if ``window`` holds as many elements of as many blocks."""
@@ -156,7 +158,7 @@ def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
     def one_by_one(*arrays: jax.Array) -> list[Arrays]:
         def compress(feedback: TopKFeedback, arrays: Any) -> Arrays:
             gradient, stored, key = arrays
-            named = feedback.compressor.implementation
+            named = feedback.implementation
             return feedback.of_rows(gradient, stored, key, named, feedback.sharding)
 
         kinds = [one.kind for one in waiting]
@@ -184,20 +186,20 @@ def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
 
 
 def goes_by_rows(codec: Codec, gradient: jax.Array) -> bool:
-    """Whether there are rows, and what stays of one depends on no other."""
+    """Returns True if there are rows, and what stays of one depends on no other."""
     return isinstance(codec, RowByRow) and gradient.ndim > 0 and gradient.size > 0
 
 
-def require_unnamed(compressor: Compressor, path: KeyPath) -> None:
+def require_unnamed(implementation: str | None, path: KeyPath) -> None:
     """Refuses the name of a kernel where none can run.
 
     Raises:
-        NotImplementedError: if ``compressor`` names one.
+        NotImplementedError: if ``implementation`` names one.
     """
-    if isinstance(compressor, TopK) and names_kernel(compressor.implementation):
+    if names_kernel(implementation):
         raise NotImplementedError(
-            f"{compressor.implementation!r} compresses {path_name(path)!r} only together "
+            f"{implementation!r} compresses {path_name(path)!r} only by Top-K together "
             "with residual=Affine4(buckets=compressor.blocks), rounded to nearest with "
-            "float32 statistics, alpha=None, and one axis or more. Leave "
-            "TopK.implementation at None to use 'xla' elsewhere."
+            "float32 statistics, alpha=None, and one axis or more. Leave the implementation of "
+            "run_with at None to use 'xla' elsewhere."
         )

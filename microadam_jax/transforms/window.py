@@ -4,12 +4,10 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.dispatch import check_implementation
-
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    r"""How many of the latest updates are kept, and how.
+    r"""Describes a window of the latest updates.
 
     Args:
         length: rows :math:`m`, one for each of the latest steps.
@@ -20,17 +18,13 @@ class Window:
             divide by :math:`m` before :math:`m` rows are filled. True divides by
             :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window with no such
             growth and thus another learning rate, and by :math:`\min(t, m)`.
-        implementation: of the dense update of :func:`scale_by_window_adam`: None picks by device
-            and shape, ``"xla"``, ``"mosaic_tpu"`` and ``"triton"`` force one.
     """
 
     length: int = 10
     dtype: str = "bfloat16"
     normalized: bool = False
-    implementation: str | None = None
 
     def __post_init__(self) -> None:
-        check_implementation("Window", self.implementation)
         if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(f"Window.length must be a positive int; got {self.length!r}.")
         if self.dtype not in ("bfloat16", "float32"):
@@ -46,6 +40,7 @@ def as_window(window: Window | int | jax.Array) -> Window:
     if isinstance(window, jax.Array):
         raise TypeError(
             "The window's length shapes the state and cannot be a traced array; pass "
-            "window=Window(length), which optax.inject_hyperparams leaves alone."
+            "window=Window(length), which optax.inject_hyperparams leaves alone, or name it in its "
+            "static_args."
         )
     return Window(window) if isinstance(window, int) else window

@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_compressed, top_k
 from microadam_jax.compressors.rows import overwrite_each
+from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import Arrays
 from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import require_named, state_zeros, told, unused_state
+from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.descent import (
     applies,
@@ -54,8 +55,6 @@ def scale_by_window_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
-    *,
-    shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales sparse updates by Adam statistics recomputed from a window of them.
 
@@ -81,15 +80,12 @@ def scale_by_window_adam(
         b1: :math:`\beta_1`, in [0, 1).
         b2: :math:`\beta_2`, in [0, 1).
         eps: :math:`\epsilon`, outside the root and after the bias correction.
-        shardings: where the parameters lie, for kernels on a mesh with Auto axes; see
-            :func:`microadam`.
 
     Returns:
         The transformation. Its state takes 0.35 bytes per parameter by default.
 
     Raises:
-        TypeError: if the window's length is a traced array, or ``shardings`` holds anything but
-            ``NamedSharding``.
+        TypeError: if the window's length is a traced array.
         ValueError: in ``update``, if an update was not made by ``compressor``.
 
     Examples:
@@ -104,7 +100,6 @@ def scale_by_window_adam(
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
     """
     window = as_window(window)
-    require_named(shardings)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:
         setting("window", f"{window.length} in {window.dtype}")
@@ -128,7 +123,8 @@ def scale_by_window_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByWindowAdamState]:
         del extra_args
-        placed = told(shardings, updates, is_compressed)
+        implementation = scope().implementation_for("scale_by_window_adam")
+        placed = scope().shardings_by_path(updates, is_compressed)
         count = jnp.asarray(optax.safe_increment(state.count))
         newest = state.count % window.length
         # Rows that no step has filled yet hold zeros, so their ages do not matter.
@@ -204,7 +200,7 @@ def scale_by_window_adam(
                     size=sent.layout.size,
                     n=sent.shape[-1],
                     dtype=sent.dtype if sent.bypass is None else jnp.float32,
-                    implementation=window.implementation,
+                    implementation=implementation,
                     sharding=placed.get(path),
                 )
             scaled = sent.with_bypass(scaled).astype(sent.dtype)
@@ -249,7 +245,7 @@ def scale_by_window_adam(
         )
         results = [scale(*row) for row in rows]
         steps = [step for step in results if isinstance(step, WindowStep)]
-        moved = iter(move_all(steps, window.implementation))
+        moved = iter(move_all(steps, implementation))
         results = [next(moved) if isinstance(one, WindowStep) else one for one in results]
         scaled, values, indices = columns_of(treedef, results, 3)
         return scaled, ScaleByWindowAdamState(count, values, indices)

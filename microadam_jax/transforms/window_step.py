@@ -59,7 +59,7 @@ class WindowStep(NamedTuple):
 
     @property
     def arrays(self) -> Any:
-        """What is computed with."""
+        """Returns the arrays of the computation."""
         waiting = None if self.waiting is None else self.waiting.arrays
         return self.target, (self.values, self.indices), waiting
 
@@ -71,11 +71,6 @@ class WindowStep(NamedTuple):
         types = structure, tuple(map(jax.typeof, leaves))
         return self.move, self.in_place, self.sharding, feedback, types
 
-    @property
-    def names_kernel(self) -> bool:
-        """Returns True if one implementation of the compression is asked for."""
-        return self.waiting is not None and self.waiting.names_kernel
-
     def whole(self, arrays: Any, implementation: str | None) -> Arrays:
         """The result, and of a deferred update the window and what is left."""
         target, window, waiting = arrays
@@ -84,8 +79,7 @@ class WindowStep(NamedTuple):
             return (self.move(target, *window, **how),)
         gradient, stored, key = waiting
         feedback = self.waiting.feedback
-        named = feedback.compressor.implementation
-        sent = feedback.of_rows(gradient, stored, key, named, self.sharding)
+        sent = feedback.of_rows(gradient, stored, key, implementation, self.sharding)
         window = self.write(window, sent[:2])
         target = gradient if target is None else target
         return self.move(target, *window, **how), *window, *sent[2:]
@@ -137,7 +131,7 @@ def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[tu
         given = zip(steps, structure.unflatten(arrays), strict=True)
         return on_cpu([step.work(own) for step, own in given])
 
-    if names_kernel(implementation) or any(step.names_kernel for step in steps):
+    if names_kernel(implementation):
         results = one_by_one(*flat)
     else:
         results = jax.lax.platform_dependent(*flat, cpu=in_loops, default=one_by_one)

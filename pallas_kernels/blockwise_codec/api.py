@@ -17,7 +17,7 @@ KERNELS = {"mosaic_tpu": mosaic_tpu, "triton": triton}
 
 
 def takes(codecs: Sequence[Any], gradient: jax.Array) -> bool:
-    """Whether None takes a kernel, on TPUs, for moments of these codecs and this leaf."""
+    """Returns True if None takes a kernel, on TPUs, for moments of these codecs and this leaf."""
     return mosaic_tpu.unsupported(codecs, [gradient]) is None
 
 
@@ -69,7 +69,7 @@ def blockwise_step(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import dynamic8
+        >>> from microadam_jax.codecs import dynamic8
         >>> from pallas_kernels.blockwise_codec import blockwise_step
         >>> codec = dynamic8()
         >>> trace = codec.encode(jnp.array([1.0, -0.5]))

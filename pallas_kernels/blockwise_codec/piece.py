@@ -14,7 +14,7 @@ from pallas_kernels.tpu_tiles import float32
 
 
 class Plan(NamedTuple):
-    """What is known of a call when it is compiled.
+    """Holds what is static in a call.
 
     Attributes:
         rule: the step.
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     stride: np.int32
 
     def first_column(self, which: int) -> int:
-        """How many arrays of numbers per block stand before those of a codec."""
+        """Counts the per-block arrays before those of a codec."""
         return sum(codec.statistics for codec in self.codecs[:which])
 
     @property
@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 
     @property
     def bytes_of_nibbles(self) -> slice:
-        """Where their codes of four bits are."""
+        """Locates their codes of four bits."""
         return slice(self.number * LANES, (self.number + 1) * LANES)
 
     def inputs(self, refs: Sequence[Any], columns: Sequence[jax.Array]) -> Iterator[jax.Array]:

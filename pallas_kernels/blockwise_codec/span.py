@@ -83,7 +83,7 @@ class Block(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many elements of a row it has."""
+        """Counts its elements of a row."""
         return self.plan.sizes[0]
 
     def inputs(self, refs: Sequence[Any], columns_ref: Any) -> Iterator[jax.Array]:

@@ -89,7 +89,7 @@ class Spans(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """How many there are."""
+        """Counts them."""
         return pl.cdiv(self.rows * pl.cdiv(self.n, self.size), self.tile)
 
     def cut(self, size: int, part: int | None = None) -> "Blocks":
@@ -127,7 +127,7 @@ def _iota(count: int) -> jax.Array:
 
 
 class Plan(NamedTuple):
-    """What is known of a call when it is compiled.
+    """Holds what is static in a call.
 
     Attributes:
         rule: the step.
@@ -241,7 +241,7 @@ def _kernel(*refs, plan: Plan, draws: bool) -> None:
 def _offset(
     row: jax.Array, column: jax.Array, shape: tuple[int, ...], whole: tuple[int, ...]
 ) -> jax.Array:
-    """Where the elements of an array lie that broadcasts against one of shape ``whole``."""
+    """Returns the offsets of an array that broadcasts against one of shape ``whole``."""
     *lead, width = shape
     offset, stride, below = (column if width > 1 else 0), width, 1
     if tuple(lead) == whole[:-1]:

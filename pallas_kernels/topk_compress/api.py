@@ -98,7 +98,7 @@ def topk_compress(
 def _xla(*arrays: jax.Array, k: int) -> tuple[jax.Array, ...]:
     """The reference, and for GPUs the same numbers as a program that reads the gradient twice."""
     compress = functools.partial(reference.compress, k=k)
-    if k > one_reduction.MAX_K or not dispatch.compiles_for_gpus():
+    if k > one_reduction.MAX_K or not dispatch.compiles_for_gpus(arrays[0]):
         return compress(*arrays)
     on_gpu = functools.partial(one_reduction.compress, k=k)
     return jax.lax.platform_dependent(*arrays, cuda=on_gpu, rocm=on_gpu, default=compress)

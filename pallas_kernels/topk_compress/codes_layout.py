@@ -12,7 +12,7 @@ from pallas_kernels.tpu_tiles import BLOCKS, BYTES, LANES, ROWS, rounded_up
 
 
 class CodesLayout(enum.Enum):
-    """Which axes of codes ``(rows, blocks, half)`` lie last: the compiler pads as little as it can.
+    """Orders the axes of codes ``(rows, blocks, half)`` as the compiler does, which pads little.
 
     Where a half fills lanes, it does. Otherwise rows are on lanes, and of the others that one is
     on sublanes which fills them.
@@ -35,7 +35,7 @@ class CodesLayout(enum.Enum):
 
     @property
     def together(self) -> int:
-        """How many blocks of a row a tile must have together."""
+        """Counts the blocks of a row that a tile must have together."""
         return BYTES if self is CodesLayout.BLOCKS_ROWS else BLOCKS
 
     def laid_out(self, codes: jax.Array, tile: int) -> jax.Array:

@@ -166,7 +166,7 @@ class _Half(NamedTuple):
 def _select(
     halves: Sequence[_Half], k: int, size: int
 ) -> tuple[list[_Half], list[jax.Array], list[jax.Array]]:
-    """What stays of each row, and the values and indices of what goes."""
+    """Returns the residual of each row, and the selected values and indices."""
     magnitudes = []
     for half in halves:
         magnitude = jnp.where(jnp.isnan(half.x), jnp.inf, jnp.abs(half.x))

@@ -5,8 +5,6 @@ reads it again in each round. Here one reduction finds all that a block's codes 
 operands, like those of the codes, are computed where they are read.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +75,7 @@ def _owed(level: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _in_row(count: int, size: int, n: int) -> jax.Array | None:
-    """Which elements of blocks ``(count, size)`` are some of a row's; None if all are."""
+    """Marks the elements of blocks ``(count, size)`` that belong to a row; None if all do."""
     if count * size == n:
         return None
     block, lane = (jax.lax.broadcasted_iota(jnp.int32, (count, size), i) for i in range(2))
@@ -92,12 +90,10 @@ def _selected(
     rank = jnp.minimum(bits, INFINITE)
     if in_row is not None:
         rank, x = jnp.where(in_row, rank, -1), jnp.where(in_row, x, 0.0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
-    def everywhere(value: Any) -> jax.Array:
-        # Sharded as x on Explicit axes: each operand says how its result is.
-        return jnp.full_like(x, value, dtype=value.dtype)
-
-    lane = everywhere(np.int32(0)) + jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    def everywhere(value: np.number | np.bool) -> jax.Array:
+        return jnp.full(x.shape, value)
 
     nothing = NONE, NOWHERE, np.float32(0)
     extremes = np.float32(np.inf), np.float32(-np.inf), np.bool_(False)

@@ -38,7 +38,7 @@ def written(blocks: jax.Array) -> jax.Array:
 
 
 def values_at(values: jax.Array, indices: jax.Array, positions: jax.Array, size: int) -> jax.Array:
-    """What a block of sparse entries holds at some positions: zero where it has no entry.
+    """Returns the values of a block of sparse entries at some positions: zero without an entry.
 
     Args:
         values: ``(..., k)`` float32.

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microadam_jax import Blocks, affine4
-from microadam_jax.codecs import Affine4, Plain, as_codec
+from microadam_jax import Blocks
+from microadam_jax.codecs import Affine4, Plain, affine4, as_codec
 from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
 from tests.oracles.microadam import encode, runs
 

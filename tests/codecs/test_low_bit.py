@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microadam_jax import (
-    Blocks,
+from microadam_jax import Blocks
+from microadam_jax.codecs import (
+    Codec,
+    RankOne,
+    Scaled,
+    affine4,
+    as_codec,
     dynamic4,
     dynamic8,
     encoded_bytes,
@@ -18,7 +23,6 @@ from microadam_jax import (
     rank1_dynamic4,
     rank1_linear4,
 )
-from microadam_jax.codecs import RankOne, Scaled, as_codec
 from microadam_jax.codecs.codec import named_codecs
 from microadam_jax.codecs.minifloat import E4M3, E5M2, MiniFloat
 from tests.oracles import low_bit as oracle
@@ -42,7 +46,7 @@ MAPS = {
     ),
     "dynamic4 symmetric": (dynamic4(ROW, symmetric=True), oracle.symmetric(DE4), 0.1126),
     "linear4": (linear4(ROW, signed=True), ODD, 0.0667),
-    "linear4 unsigned": (linear4(ROW), SIXTEENTHS, 0.0625),
+    "linear4 unsigned": (linear4(ROW, signed=False), SIXTEENTHS, 0.0625),
 }
 each_map = pytest.mark.parametrize("name", MAPS)
 each_codec = pytest.mark.parametrize("name", named_codecs())
@@ -88,7 +92,7 @@ def test_golden_codes() -> None:
     assert list(codes(dynamic8(), X).ravel()) == [255, 0, 175, 95, 207, 127, 134, 231]
     assert list(codes(dynamic8(signed=False), V).ravel()) == [255, 183, 77, 77, 0, 2, 250, 152]
     assert unpacked(codes(dynamic4(), X)) == [15, 0, 10, 6, 12, 7, 7, 13]
-    assert unpacked(codes(linear4(), V)) == [15, 7, 0, 0, 0, 0, 14, 3]
+    assert unpacked(codes(linear4(signed=False), V)) == [15, 7, 0, 0, 0, 0, 14, 3]
 
 
 def test_golden_rank_one() -> None:
@@ -113,7 +117,7 @@ def test_golden_rank_one() -> None:
     ],
 )
 def test_golden_expansion(x: list[float], codes: list[float], values: list[float]) -> None:
-    codec = float8()
+    codec = float8(expansion=True)
     encoded = codec.encode(jnp.asarray(x, jnp.float32))
     np.testing.assert_array_equal(numbers_of(encoded), codes)
     np.testing.assert_allclose(codec.decode(encoded, (4,)), values, rtol=2e-5)
@@ -249,7 +253,7 @@ def test_expanded_error_is_relative(seed: int, spread: float, name: str) -> None
     random = np.random.default_rng(seed)
     x = np.exp(spread * random.standard_normal((4, 64))) * random.choice([-1, 1], (4, 64))
     x = x.astype(np.float32)
-    codec = float8(name, block=ROW)
+    codec = float8(name, block=ROW, expansion=True)
     k = np.asarray(codec.encode(jnp.asarray(x)).exponents) / 16
     mantissa = 2.0 ** -(4 if name == "e4m3" else 3)
     subnormal = 1 / 4.6  # the smallest magnitude is 2.3 steps of the format
@@ -357,6 +361,22 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="code of -1"):
         dynamic4(signed=False, symmetric=True)
     with pytest.raises(ValueError, match=r"\['e4m3', 'e5m2'\]; got 'e3m4'"):
-        float8("e3m4")
+        float8("e3m4", expansion=True)
     assert isinstance(dataclasses.replace(dynamic8(), rounding="stochastic"), Scaled)
     assert isinstance(rank1_linear4(), RankOne)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("affine4", affine4()),
+        ("dynamic4", dynamic4()),
+        ("dynamic8", dynamic8()),
+        ("e4m3", float8()),
+        ("linear4", linear4()),
+        ("rank1_dynamic4", rank1_dynamic4()),
+        ("rank1_linear4", rank1_linear4()),
+    ],
+)
+def test_a_name_is_the_constructors_default(name: str, codec: Codec) -> None:
+    assert as_codec(name) == codec

@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_jax import LowRank, compress, error_feedback, power_sgd, to_dense
+from microadam_jax import compress, error_feedback, to_dense
+from microadam_jax.compressors import LowRank, power_sgd
 from tests.oracles.efcp import PowerSgdOracle
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")

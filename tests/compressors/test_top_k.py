@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microadam_jax import Blocks, BlockSparse, top_k
+from microadam_jax import Blocks, top_k
+from microadam_jax.compressors import BlockSparse
 from pallas_kernels.topk_compress import reference
 from tests.oracles.microadam import largest_magnitudes
 

@@ -15,35 +15,30 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
-    Axes,
     Blocks,
     Matrices,
     MicroAdamLayout,
     Partition,
     Refresh,
     Storage,
-    Subsets,
     Window,
     accumulate_into_residual,
     adamw8bit,
-    affine4,
     compress,
-    dynamic4,
-    dynamic8,
     error_feedback,
-    float8,
     microadam,
-    power_sgd,
     project_gradients,
     quantize_state,
-    rank1_linear4,
-    sampled_rows,
     scale_by_window_adam,
-    srht,
     to_dense,
     top_k,
 )
+from microadam_jax.axes import Axes
+from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, rank1_linear4
+from microadam_jax.compressors import power_sgd
 from microadam_jax.methods import METHODS
+from microadam_jax.subsets import Subsets
+from microadam_jax.subspace import sampled_rows, srht
 
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)
 SMALL = MicroAdamLayout(COMPRESSOR, affine4(Blocks(64)), Window(3))
@@ -132,8 +127,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adamw8bit": {"weight_decay": 0.0, "mu_codec": MU8, "nu_codec": NU8},
     "adamw_fp8": {
         "weight_decay": 0.0,
-        "mu_codec": stored(float8(block=64)),
-        "nu_codec": stored(float8(block=64)),
+        "mu_codec": stored(float8(block=64, expansion=True)),
+        "nu_codec": stored(float8(block=64, expansion=True)),
     },
     "adamw4bit": {"mu_codec": MU4, "nu_codec": stored(rank1_linear4(64))},
     "adamw4bit_factored": {"mu_codec": MU4},
@@ -154,8 +149,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "sparse_ggt": {"compressor": COMPRESSOR, "residual": "float32", "window": THREE},
     "mfac": {"damping": 1e-2, "window": THREE},
-    "galore": {"refresh": Refresh(3)},
-    "fira": {"subspace": srht(4), "refresh": Refresh(3, stagger=True, moments="rotate")},
+    "galore": {"update_interval": 3},
+    "fira": {
+        "subspace": srht(4),
+        "update_interval": Refresh(3, stagger=True, moments="rotate"),
+    },
 }
 # Whose updates depend on norms or maxima that elements share.
 NORMS = ("adamw4bit", "muon8bit", "fira", "apollo", "apollo_mini", "snsm")

@@ -16,13 +16,12 @@ from microadam_jax import (
     Window,
     adam_mini,
     adamw8bit,
-    affine4,
-    dynamic8,
     microadam,
     require_state_format,
     state_format,
     state_shardings,
 )
+from microadam_jax.codecs import affine4, dynamic8
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, marks_of, parameters
 from tests.contracts.closeness import assert_close_but_for_levels
 from tests.contracts.meshes import mesh_of, place

@@ -1,6 +1,7 @@
 """What every transformation of the library promises to whoever composes it."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -228,12 +229,20 @@ def test_a_non_finite_gradient_without_a_guard_stays_in_its_leaf(entry: Entry) -
     assert_equal(rest, {**clean, "attention": {"bias": clean["attention"]["bias"]}})
 
 
+STATIC = "rank", "update_interval", "density", "window", "block_size"  # shape a state
+
+
 @each_entry
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_inject_hyperparams(entry: Entry, dtype: str) -> None:
     """Numbers become traced arrays; in float32, because bfloat16 rounds 0.999 to 1."""
     params = parameters(dtype)
-    inject = optax.inject_hyperparams(entry.factory, hyperparam_dtype=jnp.float32)
+    parameters_of = inspect.signature(entry.factory).parameters
+    inject = optax.inject_hyperparams(
+        entry.factory,
+        static_args=[name for name in STATIC if name in parameters_of],
+        hyperparam_dtype=jnp.float32,
+    )
     updates, state = run(inject(**entry.arguments), params)
     expected, _ = run(entry.make(), params)
     rounding, atol = (1e-5, 1e-6) if dtype == "float32" else (1e-2, 1e-6)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from microadam_jax import accumulate_into_residual, microadam, with_diagnostics
 from microadam_jax.diagnostics import observing
+from microadam_jax.execution import scope
 from microadam_jax.methods import METHODS
-from microadam_jax.transforms.micro_batches import told_micro_batch
 
 # The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.
 pytestmark = [
@@ -194,7 +194,7 @@ def test_an_interruption_while_a_step_is_traced_is_forgotten(wrap: Callable[...,
     with pytest.raises(KeyboardInterrupt):
         jax.eval_shape(tx.update, PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS)
     assert not observing()
-    assert told_micro_batch() is None
+    assert scope().micro_batch is None
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ import optax.contrib
 import pytest
 
 from microadam_jax import adam_mini, adam_sn, adamw8bit, microadam, sparse_mfac
-from microadam_jax.methods import METHODS
+from microadam_jax.methods import METHODS, Method
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 # Tracing takes no compiler.
@@ -123,9 +123,20 @@ def test_hyperparameters_in_bfloat16_are_refused(name: str) -> None:
     """As ``inject_hyperparams`` gives them for bfloat16 parameters: 0.999 would be 1."""
     params = {"kernel": KERNEL.astype(jnp.bfloat16)}
     with pytest.raises(TypeError, match=r"bfloat16.*hyperparam_dtype=jnp\.float32"):
-        jax.eval_shape(optax.inject_hyperparams(METHODS[name].factory)(1e-2).init, params)
-    inject = optax.inject_hyperparams(METHODS[name].factory, hyperparam_dtype=jnp.float32)
-    trace(inject(1e-2), params, params)
+        jax.eval_shape(inject(METHODS[name])(1e-2).init, params)
+    trace(inject(METHODS[name], hyperparam_dtype=jnp.float32)(1e-2), params, params)
+
+
+def inject(method: Method, **options: Any) -> Any:
+    return optax.inject_hyperparams(method.factory, static_args=method.static_args, **options)
+
+
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.static_args])
+def test_integers_that_shape_the_state_have_to_be_static(name: str) -> None:
+    """As in Optax's own transformations."""
+    method, params = METHODS[name], {"kernel": KERNEL}
+    with pytest.raises(ValueError, match=r"static_args=\('rank', 'update_interval'\)"):
+        jax.eval_shape(optax.inject_hyperparams(method.factory)(1e-2).init, params)
 
 
 @pytest.mark.parametrize("make_tx", [microadam, adam_mini])

@@ -7,6 +7,7 @@ while the modules are imported. Nothing of Optax is copied or changed.
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import warnings
 from typing import Any
@@ -19,8 +20,9 @@ import pytest
 from absl.testing import parameterized
 from optax._src import alias
 
-from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, microadam, top_k
-from microadam_jax.methods import METHODS
+from microadam_jax import Blocks, MicroAdamLayout, Window, microadam, top_k
+from microadam_jax.codecs import affine4
+from microadam_jax.methods import METHODS, Method
 
 # The warnings have tests of their own: here parameters follow no rule, or are narrow, on purpose.
 pytestmark = [
@@ -44,7 +46,21 @@ def microadam_compressed(
     return microadam(learning_rate, eps=eps, layout=EVERYTHING)
 
 
-FACTORIES = {name: method.factory for name, method in METHODS.items()}
+def without_static_args(method: Method) -> Any:
+    """The factory without integers that shape a state: the suites inject all that they see."""
+    if not method.static_args:
+        return method.factory
+
+    @functools.wraps(method.factory)
+    def factory(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+        return method.factory(*args, **kwargs)
+
+    seen = [p for name, p in method.parameters.items() if name not in method.static_args]
+    factory.__signature__ = inspect.Signature(seen)
+    return factory
+
+
+FACTORIES = {name: without_static_args(method) for name, method in METHODS.items()}
 FACTORIES["microadam_compressed"] = microadam_compressed
 # Learning rates that solve the suites' problems; 0.1 does it for the others.
 RATES = {

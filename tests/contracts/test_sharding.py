@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Axes, Fused, Partition, microadam, scale_by_adam_mini
+from microadam_jax import Partition, microadam, scale_by_adam_mini
+from microadam_jax.axes import Axes, Fused
 from microadam_jax.compressors import PowerSGD
 from tests.contracts.catalogue import (
     ENTRIES,
@@ -69,15 +70,26 @@ def state_shardings(
     )
 
 
-# Every layout for one of them; for the others the one that shards every axis.
+# Every layout for one of them; for the others the one that shards every axis. What is explicit in
+# types is compiled as on Auto axes, where the sample has to do.
 CASES = [
-    *(pytest.param(name, "fsdp and tensor", marks=marks_of(name)) for name in SHARDED),
-    *(("microadam, all compressed", layout) for layout in ("fsdp", "tensor")),
+    *(
+        pytest.param(
+            *(name, "fsdp and tensor", mode),
+            marks=pytest.mark.matrix if marks_of(name) and mode == "auto" else marks_of(name),
+        )
+        for name in SHARDED
+        for mode in AXES
+    ),
+    *(
+        ("microadam, all compressed", layout, mode)
+        for layout in ("fsdp", "tensor")
+        for mode in AXES
+    ),
 ]
 
 
-@pytest.mark.parametrize("mode", AXES)
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout", "mode"), CASES)
 def test_no_collective_and_the_same_bits_as_one_device(name: str, layout: str, mode: str) -> None:
     entry = SHARDED[name]
     tx = entry.make()

@@ -10,7 +10,8 @@ import pytest
 from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from microadam_jax import Blocks, float8
+from microadam_jax import Blocks
+from microadam_jax.codecs import float8
 from microadam_jax.layers import compress_residuals, fp8_activation, saved_bytes
 from tests.oracles.fp8_activations import quantized
 

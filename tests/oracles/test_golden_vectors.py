@@ -16,14 +16,9 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_jax import (
-    Partition,
-    Subsets,
-    adam_mini,
-    came,
-    scale_by_subset_norm,
-    transformer_rules,
-)
+from microadam_jax import Partition, adam_mini, came, scale_by_subset_norm
+from microadam_jax.layer_names import transformer_rules
+from microadam_jax.subsets import Subsets
 from tests.oracles.adam_mini import AdamMiniOracle
 from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Floats, Indices

@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from microadam_jax import dynamic4, linear4, model_shapes, top_k
-from microadam_jax.codecs import as_storage
+from microadam_jax import top_k
+from microadam_jax.codecs import as_storage, dynamic4, linear4
 from microadam_jax.methods import METHODS
-from microadam_jax.models import MODELS
+from microadam_jax.models import MODELS, model_shapes
 from pallas_kernels import dispatch, topk_compress, window_update
 from pallas_kernels.blockwise_codec import takes
 from pallas_kernels.topk_compress.mosaic_tpu import unsupported as no_top_k
 from pallas_kernels.window_update.mosaic_tpu import unsupported as no_window
 
 WINDOW = 10  # rows, as microadam has by default
-BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4()}  # its default for nu has scales by rows
+# The default for nu has scales by rows.
+BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4(signed=False)}
 LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
 
 

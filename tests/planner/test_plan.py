@@ -1,6 +1,5 @@
 """The planner's arithmetic, its training step, and its command line."""
 
-import functools
 import importlib.util
 from pathlib import Path
 
@@ -140,19 +139,12 @@ def test_without_the_compiler_the_error_says_what_to_install(
     with pytest.raises(ValueError, match=f"pip install {package}"):
         compiled_plan(
             stacked_model("llama-60m"),
-            functools.partial(optimizer, "adamw"),
+            optimizer("adamw"),
             parse_mesh("fsdp=4"),
             topology,
             batch=8,
             seq=64,
         )
-
-
-def test_microadam_is_told_where_parameters_lie() -> None:
-    """Otherwise its kernels would not run on the axes of a plan, which are Auto."""
-    with pytest.raises(ValueError, match="shardings must be a tree of NamedSharding"):
-        optimizer("microadam", shardings="everywhere")
-    assert optimizer("adamw", shardings="everywhere")
 
 
 def test_a_compiler_that_gives_up_says_what_it_would_have_needed() -> None:

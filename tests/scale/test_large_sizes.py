@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import microadam_jax
-from microadam_jax import dct_columns
 from microadam_jax.methods import METHODS
+from microadam_jax.subspace import dct_columns
 
 BEYOND = 2**31  # elements, that int32 cannot count
 

@@ -4,8 +4,8 @@ import jax
 import optax
 import pytest
 
-from microadam_jax import model_shapes
 from microadam_jax.methods import METHODS
+from microadam_jax.models import model_shapes
 
 LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
 
@@ -14,7 +14,11 @@ def avals(tree: object) -> object:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-@pytest.mark.parametrize("name", LOW_BIT)
+# `make scale ARGS=--short` traces them all, in CI too.
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "adam_mini4bit" else pytest.param(n, marks=pytest.mark.matrix) for n in LOW_BIT],
+)
 def test_the_tree_of_llama2_7b(name: str) -> None:
     """Leaves that one platform takes whole stand beside chunks of another: types must agree."""
     tx: optax.GradientTransformation = METHODS[name].factory(1e-3)

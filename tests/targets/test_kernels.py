@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax import dynamic4, dynamic8, float8, top_k
+from microadam_jax import top_k
+from microadam_jax.codecs import dynamic4, dynamic8, float8
 from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update
@@ -20,7 +21,7 @@ MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar 
 INTEGERS = dynamic8(keep_sign=True), dynamic4(rounding="stochastic")
 BYTES = dynamic8(keep_sign=True), dynamic8(signed=False, rounding="stochastic")
 NIBBLES = dynamic4(), dynamic4(rounding="stochastic")
-FLOATS = float8("e4m3"), float8("e5m2", rounding="stochastic")
+FLOATS = float8("e4m3", expansion=True), float8("e5m2", rounding="stochastic", expansion=True)
 
 
 def compiled(

@@ -1,6 +1,5 @@
 """The planner's step through the compiler of a GPU that need not be there."""
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -19,7 +18,7 @@ def planned(topology: str, mesh: str, **sizes: Any) -> CompiledPlan:
     params = llama(layers=1, **sizes)
     stack = jax.tree.map(lambda leaf: leaf.update(shape=(1, *leaf.shape)), params["layers"]["0"])
     model = Model("one layer", params | {"layers": stack}, llama=True)
-    make = functools.partial(optimizer, "adamw")
+    make = optimizer("adamw")
     return compiled_plan(model, make, parse_mesh(mesh), topology, batch=8, seq=128)
 
 

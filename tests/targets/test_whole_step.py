@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, fused_apply, microadam, top_k
+from microadam_jax import Blocks, MicroAdamLayout, fused_apply, microadam, run_with, top_k
+from microadam_jax.codecs import affine4
 from tests.targets.main_memory import bytes_moved
 
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
@@ -90,7 +91,10 @@ def test_a_step_is_local_and_in_place_and_moves_few_bytes(step: str, tpu_mesh: M
 def test_on_auto_axes_kernels_run_where_shardings_say(tpu_mesh: Mesh) -> None:
     mesh = Mesh(tpu_mesh.devices, tpu_mesh.axis_names)
     params, state = arguments(mesh)
-    tx = microadam(1e-3, layout=LAYOUT, shardings={name: p.sharding for name, p in params.items()})
+    tx = run_with(
+        microadam(1e-3, layout=LAYOUT),
+        shardings={name: p.sharding for name, p in params.items()},
+    )
     # No mesh is set: the shardings know theirs.
     jitted = jax.jit(fused_apply(tx), donate_argnums=(1, 2))
     program = jitted.trace(params, state, params).lower(lowering_platforms=("tpu",)).compile()
@@ -115,12 +119,7 @@ def is_local_and_in_place(program: Any, mesh: Mesh, donated: Any, temporaries: f
     ("h200_mesh", "step"), [(1, "update"), (2, "fused")], indirect=["h200_mesh"]
 )
 def test_on_h200s_it_is_local_and_in_place(step: str, h200_mesh: Mesh) -> None:
-    layout = MicroAdamLayout(
-        top_k(blocks=BLOCKS, implementation="triton"),
-        affine4(BLOCKS),
-        Window(implementation="triton"),
-    )
-    optimizer = microadam(1e-3, layout=layout)
+    optimizer = run_with(microadam(1e-3, layout=LAYOUT), implementation="triton")
     params, state = arguments(h200_mesh, optimizer)
     fused = step == "fused"
     function = fused_apply(optimizer) if fused else optimizer.update

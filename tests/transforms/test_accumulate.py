@@ -14,17 +14,17 @@ from microadam_jax import (
     Window,
     accumulate_into_residual,
     adam_mini,
-    affine4,
     error_feedback,
     ldadam,
     lowrank_mfac,
     memory_report,
     microadam,
-    power_iteration,
-    power_sgd,
     project_gradients,
     top_k,
 )
+from microadam_jax.codecs import affine4
+from microadam_jax.compressors import power_sgd
+from microadam_jax.subspace import power_iteration
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_row=0)
@@ -60,7 +60,7 @@ def run(
             residual="float32",
             window=Window(3, "float32"),
         ),
-        ldadam(1e-2, subspace=power_iteration(4)),
+        ldadam(1e-2, rank=4),
     ],
     ids=["microadam", "lowrank_mfac", "ldadam"],
 )

@@ -14,10 +14,10 @@ from microadam_jax import (
     MicroAdamLayout,
     Window,
     accumulate_into_residual,
-    affine4,
     microadam,
     top_k,
 )
+from microadam_jax.codecs import affine4
 from tests.oracles.microadam import AdamOracle, MicroAdamOracle
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")

@@ -16,7 +16,6 @@ from microadam_jax import (
     lowrank_mfac,
     memory_report,
     mfac,
-    power_sgd,
     scale_by_ggt,
     scale_by_mfac,
     scale_by_window_adam,
@@ -25,6 +24,7 @@ from microadam_jax import (
     to_dense,
     top_k,
 )
+from microadam_jax.compressors import power_sgd
 from tests.oracles.efcp import (
     Floats,
     GgtOracle,

@@ -12,7 +12,6 @@ from microadam_jax import (
     Blocks,
     MicroAdamLayout,
     Window,
-    affine4,
     compress,
     error_feedback,
     microadam,
@@ -20,7 +19,7 @@ from microadam_jax import (
     to_dense,
     top_k,
 )
-from microadam_jax.codecs import as_codec
+from microadam_jax.codecs import affine4, as_codec
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 

@@ -9,15 +9,8 @@ import optax
 import optax.contrib
 import pytest
 
-from microadam_jax import (
-    Storage,
-    adam_mini8bit,
-    dynamic8,
-    fused_apply,
-    memory_report,
-    muon8bit,
-    state_format,
-)
+from microadam_jax import Storage, adam_mini8bit, fused_apply, memory_report, muon8bit, state_format
+from microadam_jax.codecs import dynamic8
 from microadam_jax.subspace import Matrices
 from microadam_jax.transforms import scale_by_muon
 from tests.oracles.low_bit import dynamic_map, scaled

@@ -19,13 +19,9 @@ from microadam_jax import (
     adam_mini8bit,
     adamw4bit_factored,
     adamw8bit,
-    affine4,
     came,
-    dynamic4,
-    dynamic8,
     error_feedback,
     leaf_loops,
-    linear4,
     lion4bit,
     memory_report,
     microadam,
@@ -33,6 +29,7 @@ from microadam_jax import (
     scale_by_adam_mini,
     scale_by_window_adam,
 )
+from microadam_jax.codecs import affine4, dynamic4, dynamic8, linear4
 from microadam_jax.methods import METHODS
 from tests.llama_100m import llama_100m
 from tests.oracles import low_bit as oracle

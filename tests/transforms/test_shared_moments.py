@@ -15,7 +15,6 @@ import pytest
 
 from microadam_jax import (
     Partition,
-    Subsets,
     adagrad_sn,
     adam_mini,
     adam_sn,
@@ -23,8 +22,9 @@ from microadam_jax import (
     scale_by_adam_mini,
     scale_by_came,
     scale_by_subset_norm,
-    transformer_rules,
 )
+from microadam_jax.layer_names import transformer_rules
+from microadam_jax.subsets import Subsets
 from tests.oracles.adam_mini import AdamMiniOracle
 from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Indices

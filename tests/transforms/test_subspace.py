@@ -10,29 +10,28 @@ import optax
 import pytest
 
 from microadam_jax import (
-    Discard,
-    FeedBack,
     Matrices,
-    RawRest,
     Refresh,
-    SignOfRest,
     apollo,
     apollo_mini,
     dct_adamw,
-    dct_columns,
     fira,
     galore,
     grass,
     ldadam,
-    orthogonal_gaussian,
-    power_iteration,
-    sampled_rows,
     snsm,
-    svd,
+)
+from microadam_jax.subspace import (
+    Discard,
+    FeedBack,
+    RawRest,
+    SignOfRest,
+    Subspace,
+    orthogonal_gaussian,
+    sampled_rows,
     top_k_rows,
     uniform_rows,
 )
-from microadam_jax.subspace import Subspace
 from tests.oracles.microadam import Floats, Indices
 from tests.oracles.subset_norm import larger_side
 from tests.oracles.subspace import (
@@ -117,14 +116,18 @@ def every(first: int = 0) -> Callable[[int], bool]:
             {"complement": SignOfRest(0.1)},
             {"alpha": 0.25, "complement": "sign", "weight": 0.1},
         ),
-        (galore, {"refresh": Refresh(EVERY, moments="reset")}, {"alpha": 0.25, "reset": True}),
+        (
+            galore,
+            {"update_interval": Refresh(EVERY, moments="reset")},
+            {"alpha": 0.25, "reset": True},
+        ),
     ],
     ids=["galore", "fira", "fira, scale 1", "raw", "sign", "reset"],
 )
 def test_galore_and_fira(shape: str, factory: Any, options: Any, published: Any) -> None:
     tx = factory(
         rate,
-        **{"weight_decay": 0.1, "subspace": svd(RANK), "refresh": Refresh(EVERY), **options},
+        **{"weight_decay": 0.1, "rank": RANK, "update_interval": EVERY, **options},
     )
     side = COMPRESSED[shape]
     oracle = ProjectedAdamOracle(
@@ -144,8 +147,8 @@ def test_apollo(shape: str, factory: Any, complement: Any, scale: float) -> None
         rate,
         scale=scale,
         weight_decay=0.1,
+        update_interval=EVERY,
         subspace=orthogonal_gaussian(RANK),
-        refresh=Refresh(EVERY),
     )
     side = COMPRESSED[shape]
     oracle = ProjectedAdamOracle(
@@ -179,8 +182,8 @@ def test_grass(shape: str, subspace: Subspace, larger: bool) -> None:
     tx = grass(
         rate,
         scale=0.5,
+        update_interval=EVERY,
         subspace=subspace,
-        refresh=Refresh(EVERY, moments="reset"),
         matrices=Matrices(side="larger" if larger else "smaller"),
     )
     oracle = ProjectedAdamOracle(
@@ -206,7 +209,7 @@ def test_ldadam(shape: str, feedback: bool, fed: bool) -> None:
     tx = ldadam(
         rate,
         weight_decay=0.1,
-        subspace=power_iteration(RANK),
+        rank=RANK,
         complement=FeedBack() if feedback else Discard(),
     )
     oracle = LDAdamOracle(
@@ -224,8 +227,8 @@ def test_dct_adamw(shape: str, feedback: bool, interval: int) -> None:
     tx = dct_adamw(
         rate,
         weight_decay=0.1,
-        subspace=dct_columns(RANK),
-        refresh=Refresh(interval, first=1, moments="rotate"),
+        rank=RANK,
+        update_interval=Refresh(interval, first=1, moments="rotate"),
         complement=FeedBack(momentum=False) if feedback else Discard(),
     )
     steps = refresh_steps(interval, STEPS, 1)
@@ -246,7 +249,7 @@ def test_dct_adamw(shape: str, feedback: bool, interval: int) -> None:
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate_first", "released"])
 def test_snsm(shape: str, moments: Any) -> None:
     tx = snsm(
-        rate, weight_decay=0.1, subspace=svd(RANK), refresh=Refresh(EVERY, first=1, moments=moments)
+        rate, weight_decay=0.1, rank=RANK, update_interval=Refresh(EVERY, first=1, moments=moments)
     )
     side = COMPRESSED[shape]
     oracle = SnsmOracle(
@@ -268,8 +271,8 @@ def test_snsm_of_rows(shape: str, subspace: Subspace) -> None:
     side = {"wide": 1, "tall": 0, "square": 1}[shape]
     tx = snsm(
         rate,
+        update_interval=EVERY,
         subspace=subspace,
-        refresh=Refresh(EVERY, first=1, moments="reset"),
         matrices=Matrices(side="larger", square="out"),
     )
     oracle = SnsmOracle(

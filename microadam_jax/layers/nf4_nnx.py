@@ -1,0 +1,133 @@
+"""Linear layers of Flax NNX with frozen weights in NF4."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
+from microadam_jax.layers.nf4_linear import nf4_linear
+
+
+class FrozenWeight(nnx.Variable):
+    """Holds an array of frozen weights; no ``nnx.Param``, so that gradients pass it by."""
+
+
+class Nf4Linear(nnx.Module):
+    """A trained ``nnx.Linear`` whose kernel is frozen in NF4 with double quantization.
+
+    The bias stays an ``nnx.Param`` in its dtype. As ``base_module`` of ``nnx.LoRA`` it makes QLoRA.
+
+    Args:
+        linear: the layer to quantize. Its kernel may have axes of stacked layers in front; then
+            each layer is quantized by itself, and the module is to be used in a scan over them.
+        codec: the format.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from microadam_jax.layers.nnx import Nf4Linear
+        >>> layer = Nf4Linear(nnx.Linear(64, 128, rngs=nnx.Rngs(0)))
+        >>> layer(jnp.ones((3, 64))).shape, [x.shape for x in layer.codes]
+        ((3, 128), [(64, 64), (64, 2), (1,), ()])
+
+    Reference: Dettmers et al., QLoRA (arXiv 2305.14314), Section 3.
+    """
+
+    def __init__(self, linear: nnx.Linear, codec: Nf4 = nf4()) -> None:
+        """Quantizes the kernel."""
+        kernel = linear.kernel[...]
+        encode = codec.encode
+        for _ in kernel.shape[:-2]:
+            encode = jax.vmap(encode)
+        self._codes, self._scales, self._groups, self._mean = map(FrozenWeight, encode(kernel))
+        self.bias = linear.bias
+        self.in_features, self.out_features = kernel.shape[-2:]
+        self.codec, self.dtype, self.param_dtype = codec, linear.dtype, kernel.dtype
+
+    @property
+    def codes(self) -> Nf4Codes:
+        """The quantized kernel."""
+        return Nf4Codes(self._codes[...], self._scales[...], self._groups[...], self._mean[...])
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one."""
+        x = inputs.astype(self.dtype or jnp.result_type(inputs, self.param_dtype))
+        y = nf4_linear(x, self.codes, (self.in_features, self.out_features), self.codec)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
+    """Replaces each ``nnx.Linear`` inside a model by an :class:`Nf4Linear`, in place.
+
+    Embeddings, norms and biases stay as they are. To keep a layer as well, such as an output
+    head, pass the part of the model without it.
+
+    Args:
+        model: the model or a part of it, with weights. Stacked layers are fine.
+        codec: the format.
+
+    Returns:
+        The number of layers replaced; stacked layers count once.
+
+    Raises:
+        ValueError: if there is none.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from microadam_jax.layers.nnx import quantize_linears
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(8, 64, rngs=rngs), nnx.relu)
+        >>> quantize_linears(model)
+        1
+    """
+
+    def quantized(linear: nnx.Linear | Nf4Linear) -> nnx.Module:
+        return linear if isinstance(linear, Nf4Linear) else Nf4Linear(linear, codec)
+
+    count = replace_linears(model, quantized)
+    if not count:
+        raise ValueError(
+            f"There is no nnx.Linear to quantize in this {type(model).__name__}: pass a model that "
+            "has some."
+        )
+    return count
+
+
+def replace_linears(model: nnx.Module, make: Callable[[Any], nnx.Module]) -> int:
+    """Replaces each ``nnx.Linear`` and :class:`Nf4Linear` inside a model, in place.
+
+    Args:
+        model: the model.
+        make: takes a layer and returns what is to be in its place, which may hold it.
+
+    Returns:
+        The number of layers replaced.
+
+    Examples:
+        QLoRA with Flax's own adapters:
+
+        >>> from flax import nnx
+        >>> from microadam_jax.layers.nnx import quantize_linears, replace_linears
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=rngs), nnx.relu)
+        >>> quantize_linears(model)
+        1
+        >>> def adapted(base):
+        ...     return nnx.LoRA(base.in_features, 4, base.out_features, base_module=base, rngs=rngs)
+        >>> replace_linears(model, adapted)
+        1
+        >>> list(nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))["layers"][0])
+        ['lora_a', 'lora_b']
+    """
+    count = 0
+    for _, parent in list(nnx.iter_graph(model)):
+        if not isinstance(parent, nnx.Module):
+            continue
+        for name, child in list(vars(parent).items()):
+            if isinstance(child, nnx.Linear | Nf4Linear):
+                setattr(parent, name, make(child))
+                count += 1
+    return count
