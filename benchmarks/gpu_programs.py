@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.launches import Program
-from benchmarks.scale import BASE, build, stacked_layers, table, write
+from benchmarks.scale import BASE, build, stacked_layers, step_of, table, write
 from microadam_jax.models import model_shapes
 from microadam_jax.planner.targets import target
 from microadam_jax.trees import KeyPath
@@ -99,23 +99,15 @@ def counted(name: str, tree: str, layers: int, mesh: Mesh) -> tuple[dict[str, An
 
 
 def step_for(tx: optax.GradientTransformation, shapes: Any, mesh: Mesh) -> Any:
-    """The compiled step on one device.
-
-    Parameters come before the state, in the arguments as in the results: JAX pairs donated
-    arguments and results of one type in order, and XLA copies where it pairs others.
-    """
+    """Compiles the step for one device, parameters and state donated."""
     here = NamedSharding(mesh, PartitionSpec())
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
-    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
     params, state = placed(shapes), placed(jax.eval_shape(tx.init, shapes))
     with jax.set_mesh(mesh):
-        traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
+        traced = jax.jit(step_of(tx), donate_argnums=(0, 1)).trace(params, state, params)
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 

@@ -32,11 +32,11 @@ import numpy as np
 import optax
 
 from benchmarks.gpu_programs import minimum
-from benchmarks.scale import BASE, table, write
-from microadam_jax import MicroAdamLayout, Window, fused_apply, top_k
+from benchmarks.scale import BASE, step_of, table, write
+from microadam_jax import MicroAdamLayout, Window, top_k
 from microadam_jax.codecs import dynamic4, dynamic8, float8
-from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.methods import METHODS
+from microadam_jax.models import MODELS, model_shapes
 from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_update
@@ -248,16 +248,7 @@ def runs(small: bool) -> Iterator[tuple[str, str | None, bool]]:
 
 def timed(tx: Any, name: str, shapes: Any, fused: bool, bandwidth: float | None) -> Row:
     """The times of an optimizer, whose minimal bytes are those of a step that is fused."""
-    apply = fused_apply(tx) if fused else None
-
-    def take(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        if apply is not None:
-            return apply(gradients, state, params)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    # Parameters first, as in the results: else XLA pairs donated arrays wrongly, and copies.
-    jitted = jax.jit(take, donate_argnums=(0, 1))
+    jitted = jax.jit(step_of(tx, fused=fused), donate_argnums=(0, 1))
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), shapes)
     gradients = jax.tree.map(lambda x: jnp.full(x.shape, 1e-2, x.dtype), shapes)
     state = jax.jit(tx.init)(params)
