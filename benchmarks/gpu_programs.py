@@ -29,6 +29,7 @@ from microadam_jax.trees import KeyPath
 
 OPTIMIZERS = (BASE, "adam_mini", "microadam", "adamw8bit", "adam_mini4bit", "adamw_fp8")
 TREES: dict[str, Callable[[int], Any]] = {
+    "one matrix": lambda _: {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")},
     "gpt2": lambda layers: first_layers("gpt2", layers),
     "llama2-7b, layers": lambda layers: {"layers": first_layers("llama2-7b", layers)["layers"]},
     "llama2-7b, stacked": lambda layers: stacked_layers(
