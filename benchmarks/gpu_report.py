@@ -1,7 +1,7 @@
 """Measures on a GPU what could not be known without one, and writes it down; under ten minutes.
 
 make gpu-report                                                # on a machine with a GPU
-make gpu-report ARGS="--rehearse --out runs/rehearsal"         # the same at sizes that a CPU can do
+make gpu-report ARGS=--rehearse                                # the same at sizes that a CPU can do
 python -m benchmarks.gpu_report --parts step --minutes 30
 
 Each part is a list of cases. Its rows are kept in ``--out`` as they come, and a case that is there
@@ -82,7 +82,7 @@ class Part(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "gpu_report")
+    parser.add_argument("--out", type=pathlib.Path, help="by default runs/gpu_report")
     parser.add_argument("--minutes", type=float, help="for each part, in place of its own")
     parser.add_argument("--again", action="store_true", help="forget the rows that are there")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at small sizes")
@@ -99,6 +99,7 @@ def main() -> int:
         )
     if args.rehearse and args.write:
         raise SystemExit("--rehearse measures nothing that the page may show: drop --write.")
+    args.out = args.out or ROOT / "runs" / ("gpu_rehearsal" if args.rehearse else "gpu_report")
     args.out.mkdir(parents=True, exist_ok=True)
     failed = [part for part in args.parts if not run(part, args)]
     rows = {part: kept(args.out, part) for part in PARTS}

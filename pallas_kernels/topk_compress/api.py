@@ -36,9 +36,9 @@ def topk_compress(
         c &= \mathrm{TopK}(a) \\
         e &\leftarrow Q(a - c)
 
-    Values and indices of all implementations agree to the last bit, and so do codes but for
-    elements halfway between two levels: XLA divides by a block's step on GPUs and multiplies by
-    its inverse on CPUs.
+    In interpret mode kernels agree with ``"xla"`` on the same CPU to the last bit. A GPU may give
+    other last bits than a CPU, and another code of an element halfway between two levels: XLA
+    divides by a block's step on GPUs and multiplies by its inverse on CPUs.
 
     Args:
         gradient: ``(*lead, n)`` float32, bfloat16 or float16.
