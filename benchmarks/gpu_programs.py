@@ -93,7 +93,9 @@ def counted(
     moved = totals.moved / size
     row = {
         "tree": tree,
-        "optimizer": ", ".join([name, *["fused"] * args.fused, *filter(None, [args.implementation])]),
+        "optimizer": ", ".join(
+            [name, *["fused"] * args.fused, *filter(None, [args.implementation])]
+        ),
         "leaves": len(jax.tree.leaves(shapes)),
         "launches": totals.launches,
         "a leaf": round(totals.launches / len(jax.tree.leaves(shapes)), 1),
