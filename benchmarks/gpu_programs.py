@@ -22,13 +22,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.launches import Program
-from benchmarks.scale import BASE, build, stacked_layers, table, write
+from benchmarks.scale import BASE, build, stacked_layers, step_of, table, write
+from microadam_jax import run_with
 from microadam_jax.models import model_shapes
 from microadam_jax.planner.targets import target
 from microadam_jax.trees import KeyPath
 
 OPTIMIZERS = (BASE, "adam_mini", "microadam", "adamw8bit", "adam_mini4bit", "adamw_fp8")
 TREES: dict[str, Callable[[int], Any]] = {
+    "one matrix": lambda _: {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")},
     "gpt2": lambda layers: first_layers("gpt2", layers),
     "llama2-7b, layers": lambda layers: {"layers": first_layers("llama2-7b", layers)["layers"]},
     "llama2-7b, stacked": lambda layers: stacked_layers(
@@ -43,6 +45,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--layers", type=int, default=1, help="layers of a model (two if stacked)")
     parser.add_argument("--device", default="h100", choices=["h100", "h200"])
+    parser.add_argument("--fused", action="store_true", help="with fused_apply")
+    parser.add_argument("--implementation", choices=["triton"], help="a kernel in place of XLA")
     parser.add_argument("--show", action="store_true", help="print the launches that move most")
     parser.add_argument("--write", action="store_true", help="put the table into the page")
     args = parser.parse_args()
@@ -50,7 +54,10 @@ def main() -> int:
     rows = []
     for tree in args.trees:
         for name in args.only:
-            row, program = counted(name, tree, args.layers, mesh)
+            tx = build(name)
+            if args.implementation:
+                tx = run_with(tx, implementation=args.implementation)
+            row, program = counted(name, tx, tree, args, mesh)
             print(row, flush=True)
             rows.append(row)
             if args.show:
@@ -69,11 +76,13 @@ def first_layers(model: str, layers: int) -> Any:
     return {**shapes, key: {str(i): shapes[key][str(i)] for i in range(layers)}}
 
 
-def counted(name: str, tree: str, layers: int, mesh: Mesh) -> tuple[dict[str, Any], Program]:
+def counted(
+    name: str, tx: optax.GradientTransformation, tree: str, args: argparse.Namespace, mesh: Mesh
+) -> tuple[dict[str, Any], Program]:
     """A row of the table, and the program."""
-    tx, shapes = build(name), TREES[tree](layers)
+    shapes = TREES[tree](args.layers)
     start = time.process_time()
-    compiled = step_for(tx, shapes, mesh)
+    compiled = step_for(tx, shapes, mesh, fused=args.fused)
     seconds = time.process_time() - start
     program = Program(compiled.as_text())
     totals = program.totals()
@@ -84,7 +93,9 @@ def counted(name: str, tree: str, layers: int, mesh: Mesh) -> tuple[dict[str, An
     moved = totals.moved / size
     row = {
         "tree": tree,
-        "optimizer": name,
+        "optimizer": ", ".join(
+            [name, *["fused"] * args.fused, *filter(None, [args.implementation])]
+        ),
         "leaves": len(jax.tree.leaves(shapes)),
         "launches": totals.launches,
         "a leaf": round(totals.launches / len(jax.tree.leaves(shapes)), 1),
@@ -98,24 +109,20 @@ def counted(name: str, tree: str, layers: int, mesh: Mesh) -> tuple[dict[str, An
     return row, program
 
 
-def step_for(tx: optax.GradientTransformation, shapes: Any, mesh: Mesh) -> Any:
-    """The compiled step on one device.
-
-    Parameters come before the state, in the arguments as in the results: JAX pairs donated
-    arguments and results of one type in order, and XLA copies where it pairs others.
-    """
+def step_for(
+    tx: optax.GradientTransformation, shapes: Any, mesh: Mesh, *, fused: bool = False
+) -> Any:
+    """Compiles the step for one device, parameters and state donated."""
     here = NamedSharding(mesh, PartitionSpec())
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
-    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
     params, state = placed(shapes), placed(jax.eval_shape(tx.init, shapes))
     with jax.set_mesh(mesh):
-        traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
+        traced = jax.jit(step_of(tx, fused=fused), donate_argnums=(0, 1)).trace(
+            params, state, params
+        )
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 

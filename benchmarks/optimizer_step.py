@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax import fused_apply, memory_report, microadam, run_with
+from benchmarks.scale import BASE, step_of
+from microadam_jax import memory_report, microadam, run_with
 from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
 from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS, Shapes, model_shapes
@@ -31,7 +32,6 @@ from microadam_jax.transforms.descent import Fusable
 
 # Which of the kernels are made for a platform.
 KERNELS = {"cpu": (), "gpu": ("triton",), "tpu": ("mosaic_tpu",)}
-BASE = "optax.adamw"
 RANK = 16
 OTHER_SETTINGS = ("adam_mini:mu_dtype=bfloat16", "adamw4bit:nu_codec=linear4_unsigned")
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -49,7 +49,7 @@ class Candidate(NamedTuple):
     """A compiled step and what it works on.
 
     Attributes:
-        step: from gradients, state and parameters to new parameters and state.
+        step: from parameters, state and gradients to new parameters and state.
         params: the latest.
         state: the latest.
         moved: bytes that a step reads and writes at least.
@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
     def run(self, gradients: Any) -> tuple["Candidate", float]:
         """One step, and the seconds it took."""
         start = time.perf_counter()
-        params, state = jax.block_until_ready(self.step(gradients, self.state, self.params))
+        params, state = jax.block_until_ready(self.step(self.params, self.state, gradients))
         return self._replace(params=params, state=state), time.perf_counter() - start
 
 
@@ -116,21 +116,11 @@ def optimizers(only: tuple[str, ...]) -> Iterator[tuple[str, optax.GradientTrans
                 yield name, run_with(tx, implementation=implementation)
 
 
-def in_two_passes(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """The step as a training loop writes it."""
-
-    def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def candidate(tx: optax.GradientTransformation, step: Any, gradients: Any) -> Candidate:
     """The step, compiled for parameters that are all zero."""
     params = jax.tree.map(jnp.zeros_like, gradients)
     state = tx.init(params)
-    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(gradients, state, params).compile()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
     return Candidate(
         compiled,
         params,
@@ -160,13 +150,13 @@ def compare(tree: str, shapes: Shapes, only: tuple[str, ...], rounds: int) -> No
     kept: dict[str, str] = {}
     for name, tx in optimizers(only):
         try:
-            steps[name, "two passes"] = candidate(tx, in_two_passes(tx), gradients)
+            steps[name, "two passes"] = candidate(tx, step_of(tx), gradients)
         except NotImplementedError as error:
             print(f"{name}: {error}")
             continue
         kept[name] = f"{memory_report(tx, shapes).bytes_per_parameter:.2f}"
         if isinstance(tx, Fusable):
-            steps[name, "fused"] = candidate(tx, fused_apply(tx), gradients)
+            steps[name, "fused"] = candidate(tx, step_of(tx, fused=True), gradients)
 
     array = jnp.zeros(size)
     copy = jax.jit(jnp.negative).lower(array).compile()

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax import fused_apply
 from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS, model_shapes
 
@@ -152,10 +153,19 @@ def avals(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-def step_of(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """The step as a training loop writes it."""
+def step_of(
+    tx: optax.GradientTransformation, *, fused: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """Builds the step of a training loop, from ``(params, state, gradients)``.
 
-    def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    Donate the first two. Their order is that of the results: JAX pairs donated arguments and
+    results of one type in order, and XLA copies where it pairs a parameter with a moment.
+    """
+    apply = fused_apply(tx) if fused else None
+
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        if apply is not None:
+            return apply(gradients, state, params)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -178,7 +188,7 @@ def compiled(name: str, shapes: Any) -> Compiled:
     init = jax.jit(tx.init).lower(shapes).compile()
     between = time.process_time()
     state = jax.eval_shape(tx.init, shapes)
-    step = jax.jit(step_of(tx), donate_argnums=(1, 2)).lower(shapes, state, shapes).compile()
+    step = jax.jit(step_of(tx), donate_argnums=(0, 1)).lower(shapes, state, shapes).compile()
     return Compiled(init, step, between - start, time.process_time() - between)
 
 
@@ -231,7 +241,7 @@ def steps(name: str, models: list[str] | None, stacked: bool) -> Iterator[dict[s
             for _ in range(6):
                 gradients = jax.tree.map(lambda p, t: p - t, params, target)
                 start = time.perf_counter()
-                params, state = jax.block_until_ready(programs.step(gradients, state, params))
+                params, state = jax.block_until_ready(programs.step(params, state, gradients))
                 seconds[which].append(time.perf_counter() - start)
                 if which == name:
                     losses.append(float(loss(params)))

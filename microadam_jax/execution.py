@@ -90,7 +90,8 @@ def run_with(
 ) -> optax.GradientTransformationExtraArgs:
     """Chooses how an optimizer runs: which kernels, and on which shards.
 
-    Updates and states are those of ``tx``: kernels compute the same numbers as XLA's program.
+    Updates and states are those of ``tx``, but for last bits: kernels compute the same formulas as
+    XLA's program.
 
     Args:
         tx: any transformation, such as :func:`microadam` or a chain with it.

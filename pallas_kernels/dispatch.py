@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton", "jax_triton")
 # Tried and left out; docs/performance.md has the details.
 LEFT_OUT = {
     "mosaic_gpu": "its division is an approximation, and the oldest JAX that this library runs on "

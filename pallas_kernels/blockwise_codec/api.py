@@ -43,8 +43,9 @@ def blockwise_step(
         (u, m_1, m_2, \dots) = f(Q_1^{-1}(q_1), Q_2^{-1}(q_2), \dots; g, \dots), \qquad
         q_j \leftarrow Q_j(m_j) .
 
-    A kernel keeps what lies between in registers. Codes equal the reference's to the last bit as
-    far as the moments do, of which compilers may contract a product and a sum.
+    A kernel keeps what lies between in registers. In interpret mode codes equal the reference's to
+    the last bit as far as the moments do, of which compilers may contract a product and a sum. On
+    another device divisions may round otherwise, and a code differ by one.
 
     Args:
         rule: :math:`f`, from the tuple of float32 moments and that of the inputs to the output and

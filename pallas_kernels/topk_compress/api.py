@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch
-from pallas_kernels.topk_compress import mosaic_tpu, one_reduction, reference, triton
+from pallas_kernels.topk_compress import (
+    jax_triton,
+    mosaic_tpu,
+    one_reduction,
+    reference,
+    triton,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "implementation", "interpret", "sharding"))
@@ -30,7 +36,9 @@ def topk_compress(
         c &= \mathrm{TopK}(a) \\
         e &\leftarrow Q(a - c)
 
-    All implementations agree to the last bit.
+    In interpret mode kernels agree with ``"xla"`` on the same CPU to the last bit. A GPU may give
+    other last bits than a CPU, and another code of an element halfway between two levels: XLA
+    divides by a block's step on GPUs and multiplies by its inverse on CPUs.
 
     Args:
         gradient: ``(*lead, n)`` float32, bfloat16 or float16.
@@ -38,7 +46,8 @@ def topk_compress(
         low: ``(*lead, blocks)`` float32, the value of level 0; likewise.
         high: ``(*lead, blocks)`` float32, the value of level 15; likewise.
         k: survivors per block, at most ``size``.
-        implementation: None, ``"xla"``, ``"mosaic_tpu"`` or ``"triton"``.
+        implementation: None, ``"xla"``, ``"mosaic_tpu"``, ``"triton"`` (Pallas on Triton) or
+            ``"jax_triton"``.
         interpret: runs the kernel as ordinary operations, on any device.
         sharding: where ``gradient`` lies, on a mesh with Auto axes.
 
@@ -73,7 +82,11 @@ def topk_compress(
                 functools.partial(kernel.compress, k=k, interpret=interpret),
                 kernel.unsupported(gradient.shape, size, k),
             )
-            for name, kernel in (("mosaic_tpu", mosaic_tpu), ("triton", triton))
+            for name, kernel in (
+                ("mosaic_tpu", mosaic_tpu),
+                ("triton", triton),
+                ("jax_triton", jax_triton),
+            )
         },
         (gradient, codes, low, high),
         rank=gradient.ndim,

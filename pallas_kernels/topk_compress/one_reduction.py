@@ -22,7 +22,7 @@ Entry = tuple[jax.Array, ...]  # a rank, an index and a value
 def compress(
     gradient: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As :func:`pallas_kernels.topk_compress.reference.compress`, to the last bit.
+    """As :func:`pallas_kernels.topk_compress.reference.compress`, on a CPU to the last bit.
 
     Args:
         gradient: ``(*lead, n)`` float32, bfloat16 or float16.
