@@ -80,7 +80,7 @@ def best(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
     for setting, by_rate in grouped.items():
         most = max(map(len, by_rate.values()))
         full = [by_seed for by_seed in by_rate.values() if len(by_seed) == most]
-        chosen[setting] = min(full, key=_mean)
+        chosen[setting] = min(full, key=mean_loss)
     return chosen
 
 
@@ -110,7 +110,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         rate = next(iter(by_seed.values())).rate
         lines.append(
             f"| {setting} | {_size(by_seed):.2f} | {rate:g} | {len(by_seed)} "
-            f"| {_mean(by_seed):.3f} | {cell} |"
+            f"| {mean_loss(by_seed):.3f} | {cell} |"
         )
     return lines
 
@@ -124,7 +124,9 @@ def renewed(markdown: str) -> str:
     return PLACE.sub(place, markdown)
 
 
-def _mean(runs: dict[int, Run]) -> float:
+def mean_loss(runs: dict[int, Run]) -> float:
+    """Returns the mean over seeds of one setting."""
+    """Returns the mean over seeds of one setting."""
     return statistics.mean(run.loss for run in runs.values())
 
 

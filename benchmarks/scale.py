@@ -102,7 +102,8 @@ def in_own_process(
             [*command, *chosen, *stacked], capture_output=True, text=True, timeout=args.timeout
         )
         output, error = result.stdout, result.stderr.strip().splitlines()
-        failure = error[-1] if result.returncode else None
+        ended = f"ended with {result.returncode}"  # a signal, of which nothing is printed
+        failure = (error or [ended])[-1] if result.returncode else None
     except subprocess.TimeoutExpired as expired:
         output = (expired.stdout or b"").decode()
         failure = f"not done after {args.timeout} s"
