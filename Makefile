@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help pretrain finetune test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
+.PHONY: help pretrain finetune test test-targets pytest-targets lint format types pytest slow matrix scale peers run-peers docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -56,6 +56,13 @@ matrix: $(call installed,tests) ## Every method in every trainer and on every me
 
 scale: $(call installed,tests) ## Every optimizer on the trees of real models (hours; ARGS="--help")
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
+
+# An environment of its own: torch is large, and nothing else needs it.
+peers: ## Run the released PyTorch optimizers beside ours (minutes; ARGS="--only galore")
+	@$(MAKE) --no-print-directory run-peers VENV=$(VENV)-peers
+
+run-peers: $(call installed,peers)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.peers $(ARGS)
 
 # An environment of its own: with these plugins, JAX would look for their devices in every test.
 test-targets: ## Compile the kernels for TPUs and a GPU, neither of which need be there

@@ -244,7 +244,7 @@ def released_pairs() -> Iterator[Pair]:
     yield Pair("galore-torch", "GaLore, signs of vectors as ours", galore_with_our_signs, ours)
 
     def released_apollo(named: dict[str, Any], mini: bool = False) -> Any:
-        from apollo_torch import APOLLOAdamW, random_projection
+        from apollo_torch import APOLLOAdamW, random_projector
 
         def given(self: Any, weights: Any, rank: int, type: str, seed: int) -> Any:  # noqa: A002
             import torch
@@ -265,7 +265,7 @@ def released_pairs() -> Iterator[Pair]:
             matrices(named, **settings), lr=1e-2, weight_decay=0.1, no_deprecation_warning=True
         )
         return Patched(
-            optimizer, random_projection.GradientProjector, "get_orthogonal_matrix", given
+            optimizer, random_projector.GradientProjector, "get_orthogonal_matrix", given
         )
 
     yield Pair(
