@@ -113,7 +113,7 @@ def last(losses: np.ndarray) -> np.ndarray:
 def print_losses(name: str, rates: Sequence[float], losses: np.ndarray) -> None:
     """One row: each seed's last loss, by learning rate."""
     cells = [
-        f"{rate:g}: " + " ".join(f"{value:.4f}" for value in last(row))
+        f"{rate:g}: " + " ".join(f"{value:.3g}" for value in last(row))
         for rate, row in zip(rates, losses, strict=True)
     ]
     print(f"| {name} | {', '.join(cells)} |", flush=True)
