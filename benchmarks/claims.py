@@ -151,18 +151,27 @@ def expansion(steps: int) -> None:
         steps,
     )
     names = ("dynamic8", "e5m2", "e5m2_expanded", "e4m3", "e4m3_expanded")
-    print("\n| first moment | second moment | mean squared error of the step | zeros in v |")
-    print("|---|---|---|---|")
-    for first in names:
-        for second in (name + "_unsigned" * (name == "dynamic8") for name in names):
-            errors, zeros = [], []
-            for name in ("input", "hidden"):
-                mu, nu = (jnp.asarray(x[name]["kernel"]).reshape(-1, 128) for x in adam[1:])
-                m, v = stored(first, mu), stored(second, nu)
-                errors.append((stepped(m, v, steps) - stepped(mu, nu, steps)) ** 2)
-                zeros.append((v == 0) & (nu > 0))
-            error, lost = (np.mean(np.concatenate(x)) for x in (errors, zeros))
-            print(f"| `{first}` | `{second}` | {error:.2g} | {100 * lost:.2g} % |", flush=True)
+    seconds = ("dynamic8_unsigned", *names[1:])
+    # Kernels of all seeds, whose rows of 128 are a block each.
+    mu, nu = (
+        jnp.concatenate([x[name]["kernel"].reshape(-1, 128) for name in ("input", "hidden")])
+        for x in adam[1:]
+    )
+    first = {name: stored(name, mu) for name in names}
+    second = {name: stored(name, nu) for name in seconds}
+    exact = stepped(mu, nu, steps)
+    print(f"\n| first moment \\ second | {' | '.join(f'`{name}`' for name in seconds)} |")
+    print("|---" * (len(seconds) + 1) + "|")
+    for name, m in first.items():
+        errors = [np.mean((stepped(m, v, steps) - exact) ** 2) for v in second.values()]
+        print(f"| `{name}` | {' | '.join(f'{error:.1e}' for error in errors)} |")
+    zeros = [100 * float(jnp.mean((v == 0) & (nu > 0))) for v in second.values()]
+    print(f"| second moments that became zero, % | {' | '.join(f'{x:.2g}' for x in zeros)} |")
+    codec = as_codec("e4m3_expanded")
+    for moment, x in {"first": mu, "second": nu}.items():
+        exponents = codec.encode(x).exponents / 16
+        quartiles = np.quantile(np.asarray(exponents), (0.25, 0.5, 0.75))
+        print(f"Exponents of the {moment} moment's blocks, quartiles: {quartiles}")
 
 
 def stored(codec: str, x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Are our optimizers those that their authors released? Both, from the same weights and gradients.
 
 make peers
-make peers ARGS="--only galore apollo --steps 20"
-make peers ARGS="--page docs/peers.md"
+make peers ARGS="--only GaLore APOLLO --steps 20"
+make peers ARGS="--out docs/peers.csv --page docs/peers.md"
 
 Each pair takes the same gradients, which depend on the step alone, so that differences do not feed
 back. The difference of the parameters is divided by how far the released optimizer has moved them
@@ -12,10 +12,11 @@ take turns, so that refreshes of subspaces fall out.
 """
 
 import argparse
+import csv
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ from microadam_jax import (
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.subspace.subspace import Arrays, KeepsVectors
 
-HEADS, RANK, INTERVAL, STEPS = 12, 64, 15, 40
+HEADS, RANK, INTERVAL, STEPS = 12, 64, 20, 30
 SHAPES = {
     "attention/q_proj/kernel": (768, 768),
     "mlp/up_proj/kernel": (768, 1000),
@@ -136,10 +137,12 @@ def weights(leaves: Sequence[str]) -> Tensors:
     return {path: drawn[path].astype(np.float32) for path in leaves}
 
 
-def gradients(leaves: Sequence[str], step: int) -> Tensors:
-    """Gradients as of a few hundred tokens: a decaying spectrum, some noise, rows of uneven size.
+@functools.cache
+def gradients(step: int) -> Tensors:
+    """Gradients of all leaves, as of a few hundred tokens.
 
-    Singular values are 5 % apart, so that rounding does not decide which subspace is found.
+    They have a decaying spectrum, some noise, and rows of uneven size. Singular values are 5 %
+    apart, so that rounding does not decide which subspace is found.
     """
     rng = np.random.default_rng(step + 1)
     drawn: Tensors = {}
@@ -155,7 +158,7 @@ def gradients(leaves: Sequence[str], step: int) -> Tensors:
         right = rng.normal(size=(components, columns))
         uneven = np.exp(0.5 * fixed.normal(size=(rows, 1)))
         drawn[path] = 1e-4 * uneven * (left * spectrum @ right + 0.01 * rng.normal(size=shape))
-    return {path: drawn[path].astype(np.float32) for path in leaves}
+    return {path: value.astype(np.float32) for path, value in drawn.items()}
 
 
 def nested(tensors: Tensors) -> dict[str, Any]:
@@ -490,7 +493,7 @@ def compare(pair: Pair, steps: int) -> Result:
     )
     differences, times = [], []
     for step in range(steps):
-        grads = gradients(pair.leaves, step)
+        grads = {path: gradients(step)[path] for path in pair.leaves}
         if shipped is not ours:
             ours.step(grads)
         runs = (shipped, optax_adamw, released, torch_adamw)
@@ -512,16 +515,56 @@ def compare(pair: Pair, steps: int) -> Result:
     )
 
 
-def table(results: dict[tuple[str, str], Result]) -> str:
+def row_of(pair: Pair, result: Result, steps: int) -> dict[str, str]:
+    """What the file keeps of a pair."""
+    numbers = {
+        name: "" if value is None else f"{value:.4g}"
+        for name, value in dataclasses.asdict(result).items()
+    }
+    return {
+        "package": pair.package,
+        "version": version(pair.package),
+        "optimizer": pair.name,
+        "steps": str(steps),
+        **numbers,
+        "torch": version("torch"),
+        "jax": jax.__version__,
+        "date": str(datetime.date.today()),
+    }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of earlier calls."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Writes all rows, in the order of the pairs."""
+    order = [(pair.package, pair.name) for pair in released_pairs()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            sorted(rows, key=lambda row: order.index((row["package"], row["optimizer"])))
+        )
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
     """One row for each pair, as Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for (package, name), result in results.items():
-        their_time = "-" if result.released_time is None else f"{result.released_time:.1f}"
-        lines.append(
-            f"| `{package}` {version(package)} | {name} | {result.largest:.1e} | {result.rms:.1e} "
-            f"| {result.released_bytes:.3f} | {result.our_bytes:.3f} "
-            f"| {their_time} | {result.our_time:.1f} |"
+    for row in rows:
+        apart = " | ".join(f"{float(row[name]):.1e}" for name in ("largest", "rms"))
+        kept = " | ".join(f"{float(row[name]):.3f}" for name in ("released_bytes", "our_bytes"))
+        took = " | ".join(
+            f"{float(row[name]):.1f}" if row[name] else "-"
+            for name in ("released_time", "our_time")
         )
+        package = f"`{row['package']}` {row['version']}"
+        lines.append(f"| {package} | {row['optimizer']} | {apart} | {kept} | {took} |")
     return "\n".join(lines)
 
 
@@ -547,21 +590,23 @@ def with_results(page: str, text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of packages' names")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of optimizers' names")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/peers.csv"), help="the file of all results"
+    )
     parser.add_argument("--page", type=Path, help="where to write the table, between its markers")
     args = parser.parse_args()
 
-    results: dict[tuple[str, str], Result] = {}
     for pair in released_pairs():
-        if pair.package.startswith(tuple(args.only)):
-            results[pair.package, pair.name] = result = compare(pair, args.steps)
-            print(pair.package, pair.name, result, flush=True)
-    said = (
-        f"{datetime.date.today()}, {args.steps} steps, {platform.machine()} CPU, torch "
-        f"{version('torch')}, JAX {jax.__version__}, Optax {optax.__version__}:"
-    )
-    text = f"{said}\n\n{table(results)}"
+        if not pair.name.startswith(tuple(args.only)):
+            continue
+        row = row_of(pair, compare(pair, args.steps), args.steps)
+        key = (row["package"], row["optimizer"])
+        others = [old for old in read(args.out) if (old["package"], old["optimizer"]) != key]
+        write(args.out, [*others, row])
+        print(table([row]).splitlines()[-1], flush=True)
+    text = table(read(args.out))
     print(text)
     if args.page is not None:
         args.page.write_text(with_results(args.page.read_text(), text))
