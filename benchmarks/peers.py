@@ -19,7 +19,7 @@ import functools
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,8 @@ SHAPES = {
     "mlp/down_proj/kernel": (1000, 768),
     "norm/scale": (768,),
 }
+# Rows of 1024 are cut into blocks of 128 and 256 by ours and by torchao, those of 1000 are not.
+WIDE = {"mlp/wide_proj/kernel": (768, 1024), "norm/scale": (768,)}
 COLUMNS = (
     "package",
     "optimizer",
@@ -75,7 +77,7 @@ class Pair:
         released: makes it from torch parameters by name.
         ours: the same.
         shipped: what bytes and times are taken of, where ``ours`` was given random numbers.
-        leaves: of ``SHAPES``, those that are compared.
+        shapes: of the parameters, by path.
         transposed: whether torch has kernels as ``(out, in)``; as it has, but for blocks of rows.
         timed: whether the released step is run as its authors mean it to be.
     """
@@ -85,7 +87,7 @@ class Pair:
     released: Callable[[dict[str, Any]], Any]
     ours: optax.GradientTransformation
     shipped: optax.GradientTransformation | None = None
-    leaves: Sequence[str] = tuple(SHAPES)
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=lambda: SHAPES)
     transposed: bool = True
     timed: bool = True
 
@@ -130,11 +132,11 @@ def random_basis(rows: int, rank: int) -> np.ndarray:
     return numbers.astype(np.float32)
 
 
-def weights(leaves: Sequence[str]) -> Tensors:
+def weights(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """Initial weights of the usual size."""
     rng = np.random.default_rng(0)
-    drawn = {path: rng.normal(0, 0.02, shape) for path, shape in SHAPES.items()}
-    return {path: drawn[path].astype(np.float32) for path in leaves}
+    drawn = {path: rng.normal(0, 0.02, shape) for path, shape in shapes.items()}
+    return {path: value.astype(np.float32) for path, value in drawn.items()}
 
 
 @functools.cache
@@ -146,7 +148,7 @@ def gradients(step: int) -> Tensors:
     """
     rng = np.random.default_rng(step + 1)
     drawn: Tensors = {}
-    for index, (path, shape) in enumerate(SHAPES.items()):
+    for index, (path, shape) in enumerate((SHAPES | WIDE).items()):
         fixed = np.random.default_rng(1000 + index)  # what all steps share
         if len(shape) == 1:
             drawn[path] = 1e-3 * (fixed.normal(size=shape) + rng.normal(size=shape))
@@ -288,8 +290,6 @@ def released_pairs() -> Iterator[Pair]:
         apollo_mini(1e-2, weight_decay=0.1),
     )
 
-    # Rows of 768 are cut into the same blocks by both, those of 1000 are not.
-    same = ("attention/q_proj/kernel", "mlp/down_proj/kernel", "norm/scale")
     low_bit = {
         "AdamW8bit": adamw8bit(1e-3, mu_codec="dynamic8"),
         "AdamW4bit": adamw4bit(1e-3, nu_codec="linear4_unsigned"),
@@ -305,13 +305,13 @@ def released_pairs() -> Iterator[Pair]:
             torch.compiler.set_stance("force_eager")
             return getattr(torchao.optim, name)(list(named.values()), lr=1e-3, weight_decay=1e-2)
 
-        for rows, leaves in {"rows of 768": same, "and of 1000": tuple(SHAPES)}.items():
+        for rows, shapes in {"the same blocks": WIDE, "blocks of rows": SHAPES}.items():
             yield Pair(
                 "torchao",
                 f"{name}, {rows}",
                 released_torchao,
                 tx,
-                leaves=leaves,
+                shapes=shapes,
                 transposed=False,
                 timed=False,
             )
@@ -483,7 +483,7 @@ def compare(pair: Pair, steps: int) -> Result:
     """Walks all four optimizers side by side."""
     import torch
 
-    initial = weights(pair.leaves)
+    initial = weights(pair.shapes)
     ours = OurRun.start(pair.ours, initial)
     shipped = ours if pair.shipped is None else OurRun.start(pair.shipped, initial)
     optax_adamw = OurRun.start(optax.adamw(1e-3), initial)
@@ -493,12 +493,12 @@ def compare(pair: Pair, steps: int) -> Result:
     )
     differences, times = [], []
     for step in range(steps):
-        grads = {path: gradients(step)[path] for path in pair.leaves}
+        grads = {path: gradients(step)[path] for path in pair.shapes}
         if shipped is not ours:
             ours.step(grads)
         runs = (shipped, optax_adamw, released, torch_adamw)
         times.append([run.step(grads) for run in runs])
-        differences.append(difference(ours.current(), released.current(pair.leaves), initial))
+        differences.append(difference(ours.current(), released.current(list(pair.shapes)), initial))
     our_time, optax_time, released_time, torch_time = map(
         statistics.median, zip(*times, strict=True)
     )
