@@ -40,6 +40,8 @@ from microadam_jax import (
     galore,
     memory_report,
 )
+from microadam_jax.blocks import Blocks
+from microadam_jax.codecs import dynamic8, float8
 from microadam_jax.layer_names import transformer_rules
 from microadam_jax.subspace.subspace import Arrays, KeepsVectors
 
@@ -290,10 +292,14 @@ def released_pairs() -> Iterator[Pair]:
         apollo_mini(1e-2, weight_decay=0.1),
     )
 
+    # Ours would choose 128, so that eight devices can have whole blocks of a row of 1024.
+    blocks = Blocks(256, shards=1)
     low_bit = {
-        "AdamW8bit": adamw8bit(1e-3, mu_codec="dynamic8"),
+        "AdamW8bit": adamw8bit(
+            1e-3, mu_codec=dynamic8(blocks), nu_codec=dynamic8(blocks, signed=False)
+        ),
         "AdamW4bit": adamw4bit(1e-3, nu_codec="linear4_unsigned"),
-        "AdamWFp8": adamw_fp8(1e-3, mu_codec=e4m3(256), nu_codec=e4m3(256)),
+        "AdamWFp8": adamw_fp8(1e-3, mu_codec=float8(block=blocks), nu_codec=float8(block=blocks)),
     }
     for name, tx in low_bit.items():
 
@@ -315,13 +321,6 @@ def released_pairs() -> Iterator[Pair]:
                 transposed=False,
                 timed=False,
             )
-
-
-def e4m3(block: int) -> Any:
-    """FP8 with torchao's blocks."""
-    from microadam_jax.codecs import float8
-
-    return float8(block=block)
 
 
 def with_our_signs(basis: Any, side: str) -> Any:
