@@ -1,5 +1,7 @@
 """What benchmarks/peers.py does without torch: its measure, and writing its page."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,9 @@ from benchmarks.peers import (
     flat,
     nested,
     random_basis,
+    read,
     released_pairs,
+    table,
     torch_name,
     with_results,
 )
@@ -34,6 +38,12 @@ def test_results_are_written_between_the_markers_alone() -> None:
     assert with_results(page, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     with pytest.raises(ValueError, match="needs one line"):
         with_results("no markers", "new")
+
+
+def test_the_page_has_what_its_file_says() -> None:
+    docs = pathlib.Path(__file__).parents[1] / "docs"
+    page = (docs / "peers.md").read_text()
+    assert with_results(page, table(read(docs / "peers.csv"))) == page
 
 
 def test_trees_and_names() -> None:
