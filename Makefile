@@ -15,7 +15,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help gpu-report pretrain finetune test test-targets pytest-targets lint format types pytest slow matrix scale docs docs-serve clean
+.PHONY: help gpu-report pretrain finetune test test-targets pytest-targets lint format types pytest slow matrix scale peers run-peers docs docs-serve clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help: ## Say what can be made
@@ -60,6 +60,13 @@ scale: $(call installed,tests) ## Every optimizer on the trees of real models (h
 # Without a GPU, which only says so or rehearses, CUDA need not be downloaded.
 gpu-report: $(call installed,examples $(if $(wildcard /dev/nvidiactl),cuda)) ## Measure on this machine's GPU, and write tables and plots (ARGS="--rehearse" on a CPU)
 	@$(BIN)/python -m benchmarks.gpu_report $(if $(findstring --rehearse,$(ARGS)),,--write) $(ARGS)
+
+# An environment of its own: torch is large, and nothing else needs it.
+peers: ## Run the released PyTorch optimizers beside ours (minutes; ARGS="--only galore")
+	@$(MAKE) --no-print-directory run-peers VENV=$(VENV)-peers
+
+run-peers: $(call installed,peers)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.peers $(ARGS)
 
 # An environment of its own: with these plugins, JAX would look for their devices in every test.
 test-targets: ## Compile the kernels for TPUs and a GPU, neither of which need be there
