@@ -8,17 +8,25 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax import adam_mini4bit, adamw4bit, adamw8bit, adamw_fp8, fused_apply, run_with
+from microadam_jax import (
+    adam_mini4bit,
+    adamw4bit,
+    adamw8bit,
+    adamw_fp8,
+    fused_apply,
+    run_with,
+    sinkhorn4bit,
+)
 from microadam_jax.methods import METHODS
 from microadam_jax.models import model_shapes
 from tests.llama_100m import llama_100m
 from tests.targets.main_memory import bytes_moved
 
-# Muon writes the momentum that its polynomial reads.
+# The others write the momentum of a layer, which they read again as a matrix.
 ELEMENTWISE = {
     name: method.factory
     for name, method in METHODS.items()
-    if method.kind == "low bits" and name != "muon8bit"
+    if method.kind == "low bits" and name not in ("muon8bit", "sinkhorn4bit")
 }
 
 
@@ -69,6 +77,10 @@ def test_on_layers_of_real_models(model: str, tpu: Mesh) -> None:
 @pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE)
 def test_on_a_tpu(make: Callable[..., optax.GradientTransformation], v5e: Mesh) -> None:
     assert temporaries(make, v5e, "tpu") < 0.1
+
+
+def test_matrices_of_a_stack_are_turned_in_place(v5e: Mesh) -> None:
+    assert temporaries(sinkhorn4bit, v5e, "tpu") < 0.25
 
 
 @pytest.mark.parametrize("make", [adamw8bit, adamw4bit, adam_mini4bit])
