@@ -144,7 +144,7 @@ def zero(steps: int) -> None:
 
 
 def expansion(steps: int) -> None:
-    """How far Adam's step is from itself once its moments were stored."""
+    """Compares Adam's step with itself, once its moments were stored."""
     _, _, (adam, _) = train(
         lambda rate: optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate)),
         (1e-3,),
@@ -175,7 +175,7 @@ def expansion(steps: int) -> None:
 
 
 def stored(codec: str, x: jax.Array) -> jax.Array:
-    """What comes back."""
+    """Encodes and decodes."""
     chosen = as_codec(codec)
     return chosen.decode(chosen.encode(x), x.shape)
 

@@ -6,7 +6,7 @@ python -m benchmarks.frontier_picture
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.results import BASELINE, ROOT, best, mean_loss, read
+from benchmarks.results import BASELINE, ROOT, best, mean_loss, read, size_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "frontier.csv"
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
@@ -18,7 +18,7 @@ def main() -> None:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         chosen = best(read(RESULTS))
-        points = {name: (next(iter(r.values())).size, mean_loss(r)) for name, r in chosen.items()}
+        points = {name: (size_of(r), mean_loss(r)) for name, r in chosen.items()}
         lowest = float("inf")
         frontier = []
         for _, (size, loss) in sorted(points.items(), key=lambda item: item[1]):

@@ -54,7 +54,7 @@ ONCE_MORE = 3  # the exit code of a process whose device may be unusable, with c
 
 
 class Measuring(NamedTuple):
-    """What the cases of a part need to know.
+    """Tells the cases of a part what they need to know.
 
     Attributes:
         rehearse: whether a CPU stands in for the GPU, at small sizes.
@@ -163,7 +163,7 @@ def measure(part: str, out: pathlib.Path, rehearse: bool, minutes: float) -> int
 
 
 def first_line(error: Exception) -> str:
-    """What a table has room for."""
+    """Returns as much of a message as a table has room for."""
     return str(error).partition("\n")[0].replace("|", "/")[:160]
 
 
@@ -201,7 +201,7 @@ def kernel_cases(rehearse: bool) -> Iterator[Row]:
 
 
 def kernels(case: Row, told: Measuring) -> Iterator[Row]:
-    """How many results of a kernel differ from the reference's.
+    """Counts the results of a kernel that differ from the reference's.
 
     It compresses a random gradient twice, and applies a window of the results.
     """

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.scale import step_of
 from microadam_jax import (
     Partition,
     adam_mini,
@@ -96,7 +97,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a pair gave.
+    """Holds the measurements of a pair.
 
     Attributes:
         largest: difference of the largest elements, over the largest move.
@@ -372,14 +373,9 @@ class OurRun:
     @classmethod
     def start(cls, tx: optax.GradientTransformation, initial: Tensors) -> "OurRun":
         """Compiles the step for these parameters."""
-
-        def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
         params = jax.tree.map(jnp.array, nested(initial))
         state = tx.init(params)
-        lowered = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params)
+        lowered = jax.jit(step_of(tx), donate_argnums=(0, 1)).lower(params, state, params)
         return cls(params, state, lowered.compile())
 
     def step(self, grads: Tensors) -> float:
@@ -387,7 +383,7 @@ class OurRun:
         placed = jax.block_until_ready(jax.tree.map(jnp.array, nested(grads)))
         start = time.perf_counter()
         self.params, self.state = jax.block_until_ready(
-            self.compiled(placed, self.state, self.params)
+            self.compiled(self.params, self.state, placed)
         )
         return time.perf_counter() - start
 
@@ -464,7 +460,7 @@ def tensor_bytes(value: Any, seen: set[int]) -> Iterator[int]:
 
 
 def difference(ours: Tensors, released: Tensors, initial: Tensors) -> tuple[float, float]:
-    """How far apart they are, beside how far ``released`` went; the largest over the leaves.
+    """Measures how far apart they are, beside how far ``released`` went; the largest of the leaves.
 
     Returns:
         By the largest elements, and by root mean squares.
@@ -515,7 +511,7 @@ def compare(pair: Pair, steps: int) -> Result:
 
 
 def row_of(pair: Pair, result: Result, steps: int) -> dict[str, str]:
-    """What the file keeps of a pair."""
+    """Returns the row of a pair in the file."""
     numbers = {
         name: "" if value is None else f"{value:.4g}"
         for name, value in dataclasses.asdict(result).items()

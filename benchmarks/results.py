@@ -20,7 +20,7 @@ BASELINE = "AdamW"
 
 
 class Run(NamedTuple):
-    """What came of one run.
+    """Records one run.
 
     Attributes:
         setting: the optimizer and what is special about it.
@@ -101,7 +101,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         "| setting | bytes per parameter | learning rate | seeds | held-out loss | beside AdamW |",
         "|---|---|---|---|---|---|",
     ]
-    for setting in sorted(chosen, key=lambda name: -_size(chosen[name])):
+    for setting in sorted(chosen, key=lambda name: -size_of(chosen[name])):
         by_seed = chosen[setting]
         gap, error = difference(by_seed, chosen.get(BASELINE, {}))
         cell = "" if setting == BASELINE or math.isnan(gap) else f"{gap:+.3f}"
@@ -109,7 +109,7 @@ def table(runs: Sequence[Run]) -> list[str]:
             cell += f" ± {error:.3f}"
         rate = next(iter(by_seed.values())).rate
         lines.append(
-            f"| {setting} | {_size(by_seed):.2f} | {rate:g} | {len(by_seed)} "
+            f"| {setting} | {size_of(by_seed):.2f} | {rate:g} | {len(by_seed)} "
             f"| {mean_loss(by_seed):.3f} | {cell} |"
         )
     return lines
@@ -130,7 +130,8 @@ def mean_loss(runs: dict[int, Run]) -> float:
     return statistics.mean(run.loss for run in runs.values())
 
 
-def _size(runs: dict[int, Run]) -> float:
+def size_of(runs: dict[int, Run]) -> float:
+    """Returns the bytes of state per parameter of one setting."""
     return next(iter(runs.values())).size
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/peers.py does without torch: its measure, and writing its page."""
+"""Tests benchmarks/peers.py as far as it needs no torch: its measure, and writing its page."""
 
 import pathlib
 

@@ -37,7 +37,7 @@ class MatrixMomentumState(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """How the momentum of a matrix becomes its update.
+    """Turns the momentum of a matrix into its update.
 
     Attributes:
         of: from matrices ``(..., rows, columns)`` in float32 and ``eps`` to others of that shape.

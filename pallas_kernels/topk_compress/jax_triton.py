@@ -74,7 +74,7 @@ def compress(
 
 
 def constants(n: int, count: int, half: int, total: int, k: int) -> dict[str, Any]:
-    """What the kernel is compiled for.
+    """Names what the kernel is compiled for.
 
     Args:
         n: elements in a row.
@@ -90,5 +90,5 @@ def constants(n: int, count: int, half: int, total: int, k: int) -> dict[str, An
 
 
 def programs(total: int, half: int) -> int:
-    """How many programs the blocks have."""
+    """Counts the programs that the blocks have."""
     return -(-total // gpu_blocks.per_program(2 * half))

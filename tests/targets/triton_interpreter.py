@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Memory:
-    """What the interpreter asks of a tensor, for an array that is on the CPU already."""
+    """Answers what the interpreter asks of a tensor, for an array that is on the CPU already."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array, self.dtype, self.shape = array, array.dtype, array.shape
