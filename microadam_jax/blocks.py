@@ -37,10 +37,10 @@ class Blocks:
     r"""The rule that cuts rows into blocks; it looks at the row's length and nothing else.
 
     For a row of :math:`n` elements the block size is the largest divisor :math:`B` of :math:`n`
-    that is a multiple of ``multiple``, with ``size / 2`` :math:`\le B \le` ``size`` and a block count :math:`n / B`
-    divisible by ``shards``. Where no divisor qualifies, ``shards`` is halved until one does.
-    A row that still has none is a single block if it is no longer than ``size`` (rounded up
-    to a multiple), and otherwise is cut into blocks of ``size``, the last one padded.
+    that is a multiple of ``multiple``, with ``size / 2`` :math:`\le B \le` ``size`` and a block
+    count :math:`n / B` divisible by ``shards``. Where no divisor qualifies, ``shards`` is halved
+    until one does. A row that still has none is a single block if it is no longer than ``size``
+    (rounded up to a multiple), and otherwise is cut into blocks of ``size``, the last one padded.
 
     The rule never looks at the mesh, so a checkpoint does not depend on it.
 

@@ -68,7 +68,8 @@ class Scaled(RowByRow):
             :math:`s`.
 
     Raises:
-        ValueError: if ``rounding`` is neither, if codes of blocks do not fill whole bytes, or ``keep_sign`` does not fit the map.
+        ValueError: if ``rounding`` is neither, if the codes of a block do not fill whole bytes, or
+            ``keep_sign`` does not fit the map.
 
     Reference: Dettmers et al. (arXiv 2110.02861), Li et al. (arXiv 2309.01507).
     """

@@ -116,6 +116,6 @@ def test_embeddings_and_norms_have_a_rate_of_their_own() -> None:
 
 
 def test_no_multiple_of_zero_is_a_rate() -> None:
-    with pytest.raises(PretrainError, match="--lr of sgd is 0.*--embeddings-lr sgd=0"):
+    with pytest.raises(PretrainError, match=r"--lr of sgd is 0.*--embeddings-lr sgd=0"):
         built(optimizer="sgd", lr=("0",), embeddings_lr=("0.02",))
     assert built(optimizer="sgd", lr=("0",), embeddings_lr=("0",))
