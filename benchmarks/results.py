@@ -2,8 +2,8 @@
 
 python -m benchmarks.results    # writes each table into the page that has its place
 
-A place is a pair of comments, ``<!-- table of benchmarks/results/frontier.csv -->`` and ``<!-- end
-of table -->``; pages whose table is another than that of its file are not built.
+The mark of a place is ``table of`` and the file; pages whose table is another than that of its file
+are not built.
 """
 
 import csv
@@ -14,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.places import filled
+
 ROOT = Path(__file__).parents[1]
-PLACE = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"<!-- (table of (\S+)) -->")
 BASELINE = "AdamW"
 
 
@@ -117,11 +119,9 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 def renewed(markdown: str) -> str:
     """Returns a page with the tables that its files give."""
-
-    def place(match: re.Match[str]) -> str:
-        return "\n".join([match[1], *table(read(ROOT / match[2])), "", match[3]])
-
-    return PLACE.sub(place, markdown)
+    for mark, file in MARK.findall(markdown):
+        markdown = filled(markdown, mark, table(read(ROOT / file)))
+    return markdown
 
 
 def mean_loss(runs: dict[int, Run]) -> float:
