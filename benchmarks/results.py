@@ -18,7 +18,6 @@ from benchmarks.places import filled
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"<!-- (table of (\S+)) -->")
-BASELINE = "AdamW"
 
 
 class Run(NamedTuple):
@@ -97,16 +96,20 @@ def difference(runs: dict[int, Run], baseline: dict[int, Run]) -> tuple[float, f
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """Returns a Markdown table of the best rates, largest state first, beside AdamW's."""
+    """Returns a Markdown table of the best rates, largest state first, beside the first setting."""
     chosen = best(runs)
+    first = next(iter(chosen), "")
     lines = [
-        "| setting | bytes per parameter | learning rate | seeds | held-out loss | beside AdamW |",
+        (
+            "| setting | bytes per parameter | learning rate | seeds | held-out loss | beside "
+            f"{first} |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for setting in sorted(chosen, key=lambda name: -size_of(chosen[name])):
         by_seed = chosen[setting]
-        gap, error = difference(by_seed, chosen.get(BASELINE, {}))
-        cell = "" if setting == BASELINE or math.isnan(gap) else f"{gap:+.3f}"
+        gap, error = difference(by_seed, chosen.get(first, {}))
+        cell = "" if setting == first or math.isnan(gap) else f"{gap:+.3f}"
         if cell and not math.isnan(error):
             cell += f" ± {error:.3f}"
         rate = next(iter(by_seed.values())).rate
