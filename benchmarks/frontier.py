@@ -30,6 +30,7 @@ from microadam_jax import (
     lion4bit,
     microadam,
     muon8bit,
+    sinkhorn2bit,
     sinkhorn4bit,
     snsm,
 )
@@ -84,12 +85,14 @@ TRIALS: dict[str, Trial] = {
     "lion4bit": Trial(evenly(lion4bit), LION),
     "muon8bit": Trial(evenly(muon8bit), ADAM),
     "sinkhorn4bit": Trial(evenly(sinkhorn4bit), ADAM),
+    "sinkhorn2bit": Trial(evenly(sinkhorn2bit), ADAM),
     "galore": Trial(evenly(galore, rank=RANK, update_interval=EVERY), NORMS),
     "grass": Trial(evenly(grass, rank=RANK, update_interval=EVERY), ADAM),
     "ldadam": Trial(evenly(ldadam, rank=RANK), ADAM),
     "snsm": Trial(evenly(snsm, rank=RANK, update_interval=Refresh(EVERY)), NORMS),
     # The search: what was tried and is no optimizer of the library.
     "Sinkhorn, float32": Trial(evenly(sinkhorn4bit, mu_codec="float32"), ADAM),
+    "Sinkhorn, 2 bits, beta = 0.8": Trial(evenly(sinkhorn2bit, beta=0.8), ADAM),
     "Sinkhorn, 4 bits to nearest": Trial(evenly(sinkhorn4bit, mu_codec="dynamic4"), ADAM),
     "Sinkhorn, beta = 0.9": Trial(evenly(sinkhorn4bit, beta=0.9), ADAM),
     "Muon, 4 bits": Trial(evenly(muon8bit, mu_codec=dynamic4(rounding="stochastic")), ADAM),
