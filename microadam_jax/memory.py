@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.execution import scope, within
-from microadam_jax.stacks import layer_axes, layers_of
+from microadam_jax.layout.stacks import layer_axes, layers_of
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
 GIB = 2**30

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from microadam_jax.boxes import box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
+from microadam_jax.layout.stacks import STACKED, layer_axes
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
-from microadam_jax.stacks import STACKED, layer_axes
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 
 FLOAT32 = Plain("float32")

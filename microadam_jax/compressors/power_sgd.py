@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
+from microadam_jax.layout.stacks import stacks_first_axis
 from microadam_jax.sharding import contract, moment_zeros, place_moment
-from microadam_jax.stacks import stacks_first_axis
 from microadam_jax.trees import KeyPath, leaf_key
 
 # What is left of a column after the projection, relative to its length, is rounding error below.

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
+from microadam_jax.layout.stacks import stacks_first_axis
 from microadam_jax.sharding import state_zeros
-from microadam_jax.stacks import stacks_first_axis
 from microadam_jax.trees import KeyPath
 from pallas_kernels.topk_compress import select_top_k
 

@@ -21,7 +21,7 @@ from microadam_jax import (
     project_gradients,
     subspace_momentum,
 )
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.subspace import (
     FeedBack,
     NormMatchedRest,

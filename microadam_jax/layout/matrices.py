@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from microadam_jax.axes import AxisBlocks, Shape, Sides
+from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
+from microadam_jax.layout.partition import Assignment, Partition
+from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
-from microadam_jax.partition import Assignment, Partition
-from microadam_jax.subspace.view import MatrixView
 from microadam_jax.trees import KeyPath, path_name
 
 OUTPUT_HEAD = r"(lm_head|head|logits|logits_dense|output_projection|classifier)/[^/]+"

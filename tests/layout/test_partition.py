@@ -12,10 +12,10 @@ from flax import nnx
 
 from examples.llama.model import ModelConfig, init_params
 from microadam_jax import Partition, explain_partition, memory_report, scale_by_adam_mini
-from microadam_jax.axes import Axes, AxesError, Fused, Shape
-from microadam_jax.layer_names import transformer_rules
+from microadam_jax.layout.axes import Axes, AxesError, Fused, Shape
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.partition import Assignment
 from microadam_jax.models import MODELS, model_shapes
-from microadam_jax.partition import Assignment
 
 # A model of 4 query heads, of which 2 share a key head, each of 4 elements.
 EMBED, HEADS, KV, DIM, HIDDEN, VOCAB, LAYERS, EXPERTS = 16, 4, 2, 4, 24, 32, 3, 5

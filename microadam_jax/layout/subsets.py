@@ -7,10 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
-from microadam_jax.partition import Assignment
+from microadam_jax.layout.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
+from microadam_jax.layout.partition import Assignment
+from microadam_jax.layout.stacks import layers_of
 from microadam_jax.sharding import whole_where_uneven
-from microadam_jax.stacks import layers_of
 
 
 @dataclasses.dataclass(frozen=True)

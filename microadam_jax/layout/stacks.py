@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from microadam_jax.boxes import axis_names, box_path
-from microadam_jax.layer_names import LORA, NORM
+from microadam_jax.layout.names import LORA, NORM
 from microadam_jax.trees import KeyPath, path_name
 
 Shape = tuple[int, ...]
@@ -60,7 +60,7 @@ def layer_axes(
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from microadam_jax.stacks import layer_axes
+        >>> from microadam_jax.layout.stacks import layer_axes
         >>> params = {
         ...     "blocks": {"block_0": {"kernel": jnp.zeros((4, 2, 2))}},
         ...     "layers": {"kernel": jnp.zeros((3, 4, 8)), "bias": jnp.zeros((3, 8))},

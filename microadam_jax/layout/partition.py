@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import jax
 
-from microadam_jax.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.boxes import box_path
-from microadam_jax.layer_names import NORM, transformer_rules
+from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
+from microadam_jax.layout.names import NORM, transformer_rules
+from microadam_jax.layout.orientation import Orientation, orientations
+from microadam_jax.layout.stacks import STACKED, layer_axes, layers_of
 from microadam_jax.memory import format_table, is_reporting, remark
-from microadam_jax.orientation import Orientation, orientations
-from microadam_jax.stacks import STACKED, layer_axes, layers_of
 from microadam_jax.trees import KeyPath, path_name
 
 Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
@@ -93,7 +93,7 @@ class Partition:
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import Partition, explain_partition
-        >>> from microadam_jax.layer_names import transformer_rules
+        >>> from microadam_jax.layout.names import transformer_rules
         >>> rules = (("adapter/w", "in | out -> out"), *transformer_rules(heads=4))
         >>> params = {"adapter": {"w": jnp.zeros((8, 16))}, "mixer": jnp.zeros((8, 8))}
         >>> print(explain_partition(params, Partition(rules)))

@@ -40,7 +40,7 @@ def orientations(shapes: Mapping[str, Shape]) -> dict[str, Orientation]:
         The orientation by path; a kernel that is missing is ``(in, out)``, as in Flax.
 
     Examples:
-        >>> from microadam_jax.orientation import orientations
+        >>> from microadam_jax.layout.orientation import orientations
         >>> shapes = {"up/kernel": (3, 3, 6, 5), "up/bias": (6,), "mlp/kernel": (6, 5)}
         >>> {path: found.value for path, found in orientations(shapes).items()}
         {'up/kernel': '(out, in)'}

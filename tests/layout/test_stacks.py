@@ -13,9 +13,9 @@ from flax import nnx
 from microadam_jax import Matrices, Partition, Storage, explain_partition, top_k
 from microadam_jax.codecs import rank1_linear4
 from microadam_jax.compressors import power_sgd
-from microadam_jax.layer_names import transformer_rules
-from microadam_jax.stacks import STACKED, layer_axes
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.stacks import STACKED, layer_axes
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.trees import path_name
 
 Shape = tuple[int, ...]
