@@ -13,7 +13,8 @@ from microadam_jax.boxes import box_path
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
-from microadam_jax.layout.stacks import STACKED, layer_axes, layers_of
+from microadam_jax.layout.path_rules import PathRules, path_pattern
+from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, layers_of
 from microadam_jax.memory import format_table, is_reporting, remark
 from microadam_jax.trees import KeyPath, path_name
 
@@ -21,8 +22,6 @@ Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
 
 UNKNOWN = ("elementwise", "output", "error")
 OUTPUT = Axes("in | out -> out")
-# A vector without a rule is worth a warning only where it is a whole model, flattened.
-LONG_VECTOR = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +65,18 @@ class Partition:
     r"""Rules that say which elements of a parameter share a second moment.
 
     The first rule whose pattern matches the parameter's path and whose axes fit its shape
-    counts. A pattern is a regular expression for the end of the path, whole components of it:
-    ``"(query|key)/kernel"`` matches ``"layers/0/query/kernel"`` but not ``"subquery/kernel"``. A
-    parameter that follows no rule shares nothing: each of its elements keeps its own second
-    moment, which is safe and costs memory. :func:`explain_partition` shows what comes of it.
+    counts. A pattern is a regular expression for the end of the path, whole components of it
+    (:func:`path_pattern`): ``"(query|key)/kernel"`` matches ``"layers/0/query/kernel"`` but not
+    ``"subquery/kernel"``. A parameter that follows no rule shares nothing: each of its elements
+    keeps its own second moment, which is safe and costs memory. :func:`explain_partition` shows
+    what comes of it.
 
     Args:
         rules: pairs of a pattern and the axes, :class:`Axes` or its notation, or
             :class:`Fused`. Put your own before those of :func:`transformer_rules`.
-        stacked: a regular expression for paths of parameters of layers that are stacked for a
-            scan. Each layer has blocks of its own. Where the index of a layer follows the match,
-            as in ``"layers/layer_0/"``, the parameter belongs to a single one. The default also
+        stacked: a pattern for the containers of layers that are stacked for a scan, or for their
+            parameters. Each layer has blocks of its own. Where the index of a layer follows, as in
+            ``"layers/layer_0/kernel"``, the parameter belongs to a single one. The default also
             asks the tree whether the layers have one size. A parameter in a Linen box that names
             its layer axis needs no pattern.
         layer_axis: the layer axis of those, 0 or, as in MaxText, 1.
@@ -115,13 +115,10 @@ class Partition:
             raise ValueError(f"Partition.unknown must be one of {UNKNOWN}; got {self.unknown!r}.")
         if self.layer_axis < 0:
             raise ValueError(f"layer_axis must not be negative; got {self.layer_axis}.")
-        for pattern in (*(pattern for pattern, _ in self.rules), self.stacked):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"The partition's pattern {pattern!r} is bad: {error}.") from error
-        rules = [(p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in self.rules]
-        object.__setattr__(self, "rules", tuple(rules))
+        rules = PathRules(self.rules)
+        parsed = ((p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in rules)
+        object.__setattr__(self, "rules", PathRules(parsed))
+        path_pattern(self.stacked)
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], Assignment]:
         """A function from a leaf's path and the leaf to what this partition does to it.
@@ -187,8 +184,8 @@ class Partition:
     ) -> tuple[Axes | Fused, Sharing, Orientation] | None:
         if 0 in shape:
             return None
-        for pattern, axes in self.rules:
-            if isinstance(axes, str) or not re.search(rf"(?:^|/)(?:{pattern})$", path):
+        for axes in PathRules(self.rules).matching(path):
+            if isinstance(axes, str):  # there are none after __post_init__
                 continue
             order = Orientation.IN_OUT
             if isinstance(axes, Kernel):  # other rules describe a parameter as it is stored
@@ -266,7 +263,8 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
 def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> None:
     """Warns of second moments that parameters have for each element because no rule names them.
 
-    A memory report lists them instead. Vectors are worth a warning only if they are long.
+    A memory report lists them instead. Of vectors only those that are not small are worth a
+    warning, such as a whole model that is flattened.
 
     Args:
         optimizer: the name of the transformation.
@@ -277,7 +275,9 @@ def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> Non
         for assignment, bytes_ in costs
         if assignment.rule is None
         and bytes_ > 4
-        and (len(assignment.layer_shape) > 1 or bytes_ >= 4 * LONG_VECTOR * assignment.layers)
+        and (
+            len(assignment.layer_shape) > 1 or not is_small(assignment.shape, assignment.layer_axis)
+        )
     ]
     if not unnamed or is_reporting():
         return
@@ -323,7 +323,7 @@ def _one_layer(shape: Shape, layer_axis: int | None) -> Shape:
 
 
 def _is_unnamed_matrix(path: str, shape: Shape) -> bool:
-    return len(shape) == 2 and re.search(rf"(?:^|/){NORM}(/[^/]+)?$", path) is None
+    return len(shape) == 2 and path_pattern(rf"{NORM}(/[^/]+)?").search(path) is None
 
 
 def _rule_to_add(assignment: Assignment) -> str:
