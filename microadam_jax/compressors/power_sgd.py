@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
 from microadam_jax.layout.path_rules import path_pattern
-from microadam_jax.layout.stacks import stacks_first_axis
+from microadam_jax.layout.stacks import layer_axis_of
 from microadam_jax.sharding import contract, moment_zeros, place_moment
 from microadam_jax.trees import KeyPath, leaf_key
 
@@ -134,7 +134,7 @@ class PowerSGD:
 
     def _right_axes(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
         layers = 1
-        if leaf.ndim > 2 and stacks_first_axis(path, leaf, self.stacked):
+        if leaf.ndim > 2 and layer_axis_of(path, leaf.shape, self.stacked) == 0:
             layers = leaf.shape[0]
         return (layers, *(1,) * (leaf.ndim - 2), leaf.shape[-1])
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.layout.path_rules import path_pattern
-from microadam_jax.layout.stacks import is_small, stacks_first_axis
+from microadam_jax.layout.stacks import is_small, layer_axis_of
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath
 from pallas_kernels.topk_compress import select_top_k
@@ -80,8 +80,8 @@ class TopK:
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
         """Returns True if the leaf at ``path`` of the parameter tree is too small to compress."""
-        layer_axis = 0 if stacks_first_axis(path, leaf, self.stacked) else None
-        return is_small(tuple(leaf.shape), layer_axis, self.min_size, self.min_row)
+        layer_axis = layer_axis_of(path, leaf.shape, self.stacked)
+        return is_small(leaf.shape, layer_axis, self.min_size, self.min_row)
 
     def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
         """Yields notes for the memory report about the leaf at ``path``."""

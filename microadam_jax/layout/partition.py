@@ -14,7 +14,7 @@ from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, eleme
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
 from microadam_jax.layout.path_rules import PathRules, path_pattern
-from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, layers_of
+from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, one_layer
 from microadam_jax.memory import format_table, is_reporting, remark
 from microadam_jax.trees import KeyPath, path_name
 
@@ -50,14 +50,9 @@ class Assignment:
         return 4 * math.prod(self.sharing.moment_shape)
 
     @property
-    def layers(self) -> int:
-        """Counts the layers that are stacked; 1 if none are."""
-        return layers_of(self.shape, self.layer_axis)
-
-    @property
     def layer_shape(self) -> Shape:
         """The shape of one layer."""
-        return self.shape if self.layer_axis is None else _without(self.shape, self.layer_axis)
+        return one_layer(self.shape, self.layer_axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +130,7 @@ class Partition:
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         known = orientations(
             {
-                path_name(box_path(path)): _one_layer(leaf.shape, axis_of(path, leaf))
+                path_name(box_path(path)): one_layer(leaf.shape, axis_of(path, leaf))
                 for path, leaf in leaves
                 if hasattr(leaf, "shape")
             }
@@ -159,7 +154,7 @@ class Partition:
         self, path: str, shape: Shape, layer_axis: int | None, orientation: Orientation
     ) -> Assignment:
         if layer_axis is not None:
-            found = self._rule(path, _without(shape, layer_axis), orientation)
+            found = self._rule(path, one_layer(shape, layer_axis), orientation)
             if found is not None:
                 rule, sharing, orientation = found
                 stacked = sharing.with_axis(layer_axis, shape[layer_axis])
@@ -170,7 +165,7 @@ class Partition:
             # A rule for the whole shape tells that there is no stack, if it leaves the axis alone.
             if layer_axis is None or sharing.moment_shape[layer_axis] == shape[layer_axis]:
                 return Assignment(path, shape, rule, sharing, None, orientation)
-        layer = _one_layer(shape, layer_axis)
+        layer = one_layer(shape, layer_axis)
         if self.unknown == "output" and _is_unnamed_matrix(path, layer):
             sharing = OUTPUT.fit(layer)
             if sharing is not None and layer_axis is not None:
@@ -312,14 +307,6 @@ def require_shape(path: KeyPath, moment: jax.Array, shape: Shape) -> None:
             f"The state of {path_name(path)!r} holds a second moment of shape {moment.shape}, but "
             f"by these rules it has {shape}. Use the partition that the state was made with."
         )
-
-
-def _without(shape: Shape, axis: int) -> Shape:
-    return (*shape[:axis], *shape[axis + 1 :])
-
-
-def _one_layer(shape: Shape, layer_axis: int | None) -> Shape:
-    return tuple(shape) if layer_axis is None else _without(shape, layer_axis)
 
 
 def _is_unnamed_matrix(path: str, shape: Shape) -> bool:

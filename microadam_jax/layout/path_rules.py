@@ -46,22 +46,13 @@ def path_pattern(pattern: str) -> re.Pattern[str]:
 
 
 class PathRules(tuple[tuple[str, Value], ...], Generic[Value]):
-    """Pairs of a path pattern and a value; the first pattern that matches counts.
-
-    Args:
-        rules: the pairs, each with a pattern as for :func:`path_pattern`.
+    """Pairs of a path pattern (:func:`path_pattern`) and a value, in the order in which they count.
 
     Raises:
-        ValueError: if a rule is no such pair, or a pattern no regular expression.
-
-    Examples:
-        >>> from microadam_jax.layout.path_rules import PathRules
-        >>> bits = PathRules([("embedding", 32), ("(query|key)/kernel", 8), (".*", 4)])
-        >>> [next(bits.matching(path)) for path in ("wte/embedding", "0/key/kernel", "head")]
-        [32, 8, 4]
+        ValueError: if a rule is no such pair, or a pattern is bad.
     """
 
-    def __new__(cls, rules: Iterable[tuple[str, Value]] = ()) -> "PathRules[Value]":
+    def __new__(cls, rules: Iterable[tuple[str, Value]]) -> "PathRules[Value]":
         """Checks the rules; those that were checked before come back."""
         if isinstance(rules, cls):
             return rules
@@ -73,5 +64,5 @@ class PathRules(tuple[tuple[str, Value], ...], Generic[Value]):
         return super().__new__(cls, pairs)  # pyrefly: ignore
 
     def matching(self, path: str) -> Iterator[Value]:
-        """Yields the values whose patterns match ``path``, in their order."""
+        """Yields the values whose patterns match ``path``; the first is the one that counts."""
         return (value for pattern, value in self if path_pattern(pattern).search(path))

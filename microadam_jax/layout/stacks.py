@@ -91,49 +91,40 @@ def layer_axes(
     return axis_of
 
 
-def layers_of(shape: Shape, layer_axis: int | None) -> int:
-    """Counts the layers that are stacked in a shape: 1 without a layer axis."""
-    return 1 if layer_axis is None else shape[layer_axis]
+def one_layer(shape: Shape, layer_axis: int | None) -> Shape:
+    """Returns the shape of one layer of a leaf that stacks layers along ``layer_axis``, if any."""
+    return tuple(n for axis, n in enumerate(shape) if axis != layer_axis)
 
 
-def is_small(
-    shape: Shape, layer_axis: int | None = None, min_size: int = 4096, min_row: int = 1
-) -> bool:
+def is_small(shape: Shape, layer_axis: int | None, min_size: int = 4096, min_row: int = 1) -> bool:
     """Returns True if a leaf is too small for what saves bytes on larger ones only.
 
-    The sizes are those of the whole leaf, never of a device's shard of it, so that no state
-    depends on the mesh; and of one layer, so that none depends on the stacking of layers.
-
     Args:
-        shape: of the leaf.
-        layer_axis: the axis along which it stacks layers, if any.
-        min_size: the least elements of a layer of a leaf that is not small.
+        shape: of the whole leaf, never of a device's shard: no state depends on the mesh.
+        layer_axis: the axis along which it stacks layers, one of which counts, if any.
+        min_size: the least elements of a leaf that is not small.
         min_row: the least elements of its last axis.
     """
-    size = math.prod(shape) // max(1, layers_of(shape, layer_axis))
-    return size < min_size or (shape[-1] if shape else 1) < min_row
+    few = math.prod(one_layer(shape, layer_axis)) < min_size
+    return few or (shape[-1] if shape else 1) < min_row
 
 
-def stacks_first_axis(path: KeyPath, leaf: Any, stacked: str | None) -> bool:
-    """Returns True if the leaf at ``path`` stacks layers along its first axis.
+@functools.lru_cache(maxsize=4096)
+def layer_axis_of(path: KeyPath, shape: Shape, stacked: str | None) -> int | None:
+    """Returns 0 if a leaf stacks layers along its first axis, else None.
 
     It is :func:`layer_axes` for whoever sees one leaf at a time.
 
     Args:
         path: the leaf's path.
-        leaf: an array, or its shape.
+        shape: its shape.
         stacked: as for :func:`layer_axes`; None if no leaves are stacked.
     """
     if stacked is None:
-        return False
-    return _one_leaf(path_name(box_path(path)), tuple(leaf.shape), stacked)
-
-
-@functools.lru_cache(maxsize=4096)
-def _one_leaf(name: str, shape: Shape, stacked: str) -> bool:
+        return None
     leaf = jax.ShapeDtypeStruct(shape, "float32")
-    tree: dict[str, Any] = {name: leaf}
-    return layer_axes(tree, stacked)((jax.tree_util.DictKey(name),), leaf) == 0
+    name = path_name(box_path(path))
+    return layer_axes({name: leaf}, stacked)((jax.tree_util.DictKey(name),), leaf)
 
 
 @dataclasses.dataclass

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
 from microadam_jax.layout.partition import Assignment
-from microadam_jax.layout.stacks import layers_of
 from microadam_jax.sharding import whole_where_uneven
 
 
@@ -101,7 +100,7 @@ class RunBlocks:
 
     @property
     def _layers(self) -> int:
-        return layers_of(self.shape, self.layer_axis)
+        return 1 if self.layer_axis is None else self.shape[self.layer_axis]
 
     def _with_layers(self, shape: list[int]) -> Shape:
         axis = self.layer_axis or 0

@@ -72,13 +72,13 @@ def test_an_end_for_any_path_is_asked_for() -> None:
 
 
 def test_small_is_a_question_of_layers_and_rows() -> None:
-    assert not is_small((16, 256))
+    assert not is_small((16, 256), None)
     assert is_small((16, 256), layer_axis=0)
     assert not is_small((16, 4096), layer_axis=0)
-    assert is_small((4096, 8), min_row=16)
-    assert is_small(())
+    assert is_small((4096, 8), None, min_row=16)
+    assert is_small((), None)
     assert is_small((0, 5), layer_axis=0)
-    assert not is_small((), min_size=0)
+    assert not is_small((), None, min_size=0)
 
 
 def test_labels_of_states_before_are_those_of_now() -> None:
