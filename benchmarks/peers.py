@@ -44,7 +44,7 @@ from microadam_jax import (
 )
 from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import dynamic8, float8
-from microadam_jax.layer_names import transformer_rules
+from microadam_jax.layout.names import transformer_rules
 from microadam_jax.subspace.subspace import Arrays, KeepsVectors
 
 HEADS, RANK, INTERVAL, STEPS = 12, 64, 20, 30

@@ -9,9 +9,9 @@ import optax
 from benchmarks.sweep import Setting, Trial, sweep
 from examples.llama.config import Config
 from microadam_jax import Partition, adam_mini, adam_sn, came
-from microadam_jax.axes import Axes
-from microadam_jax.layer_names import transformer_rules
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.axes import Axes
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.subsets import Subsets
 
 RULES = transformer_rules(heads=Config().heads)
 EACH = "... -> ..."

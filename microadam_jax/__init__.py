@@ -35,8 +35,8 @@ from microadam_jax.codecs import Storage
 from microadam_jax.compressors import top_k
 from microadam_jax.diagnostics import with_diagnostics
 from microadam_jax.execution import run_with
+from microadam_jax.layout.partition import Partition, explain_partition
 from microadam_jax.memory import memory_report
-from microadam_jax.partition import Partition, explain_partition
 from microadam_jax.state_format import require_state_format, state_format
 from microadam_jax.state_shardings import state_shardings
 from microadam_jax.subspace import Matrices, Refresh

@@ -1,7 +1,6 @@
 """What compression does to each group of parameters, recorded in the state."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import optax
 
 from microadam_jax.boxes import box_path
 from microadam_jax.execution import scope, within
+from microadam_jax.layout.path_rules import PathRules
 from microadam_jax.trees import KeyPath, path_name, rows_of
 
 Squares = dict[str, jax.Array]
@@ -112,9 +112,10 @@ def with_diagnostics(
 
     Args:
         inner: any transformation.
-        groups: for each name of a group a regular expression, found anywhere in a path such as
-            ``"layers/attention/query/kernel"``; the first match counts. All other leaves are
-            the group ``"other"``.
+        groups: for each name of a group a path pattern; the first match counts. A pattern is a
+            regular expression for the end of a path, as for :class:`Partition`, so that
+            ``"attention/.*"`` is for all below an ``attention``. All other leaves are the group
+            ``"other"``.
 
     Returns:
         The transformation.
@@ -136,19 +137,11 @@ def with_diagnostics(
         {}
     """
     inner = optax.with_extra_args_support(inner)
-    patterns: dict[str, re.Pattern[str]] = {}
-    for name, pattern in groups.items():
-        try:
-            patterns[name] = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"The pattern {pattern!r} of group {name!r} is bad: {error}."
-            ) from error
-    names = (*patterns, "other")
+    rules = PathRules((pattern, name) for name, pattern in groups.items())
+    names = (*groups, "other")
 
     def group_of(path: KeyPath) -> str:
-        text = path_name(box_path(path))
-        return next((name for name, p in patterns.items() if p.search(text)), "other")
+        return next(rules.matching(path_name(box_path(path))), "other")
 
     def total(entries: list[tuple[KeyPath, Squares]], quantity: str) -> dict[str, jax.Array]:
         sums = dict.fromkeys(names, jnp.zeros([], jnp.float32))

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.execution import scope, within
-from microadam_jax.stacks import layer_axes, layers_of
+from microadam_jax.layout.stacks import is_small, layer_axes
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
 GIB = 2**30
 ADAM_BYTES = 8  # of two float32 moments
-SMALL = 4096  # elements of a layer; what a smaller one takes does not matter
 ROUNDING = 16  # bytes: counts, and the single bytes of arrays that a leaf does not need
 
 
@@ -133,8 +132,7 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
 
     Args:
         state: the state, or its shapes.
-        params: the parameters. Those of at most 4096 elements, where layers are stacked in each
-            of them, are left out.
+        params: the parameters. Small ones (:func:`is_small`) are left out.
 
     Returns:
         Their paths and the bytes of their states.
@@ -150,8 +148,8 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     for path, leaf in leaves.items():
         shape = tuple(getattr(leaf, "shape", ()))
         size = math.prod(shape)
-        layers = layers_of(shape, axis_of(path, leaf) if shape else None)
-        if size > SMALL * layers and taken[path] > ADAM_BYTES * size + ROUNDING:
+        small = is_small(shape, axis_of(path, leaf) if shape else None)
+        if not small and taken[path] > ADAM_BYTES * size + ROUNDING:
             found.append((path, taken[path]))
     return found
 

@@ -17,7 +17,7 @@ from examples.llama.metrics import DiagnosticsFile
 from microadam_jax import adamw8bit, error_feedback, microadam, to_dense, top_k, with_diagnostics
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
-GROUPS = {"matrices": "^w"}
+GROUPS = {"matrices": "w.*"}
 
 
 def get(state: object, field: str) -> dict[str, jax.Array]:
@@ -74,11 +74,6 @@ def test_nothing_else_changes_and_guards_go_around(inner: optax.GradientTransfor
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert get(after, "update_norm")["matrices"] > 0
-
-
-def test_a_bad_pattern_is_named() -> None:
-    with pytest.raises(ValueError, match=r"pattern '\(' of group 'a' is bad"):
-        with_diagnostics(microadam(1e-3), {"a": "("})
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from microadam_jax import (
     snsm,
     sparse_mfac,
 )
-from microadam_jax.layer_names import transformer_rules
+from microadam_jax.layout.names import transformer_rules
 from microadam_jax.methods import METHODS
 
 UNNAMED = {"wq": jnp.zeros((32, 16)), "w1": jnp.zeros((16, 64)), "norm": {"scale": jnp.zeros(16)}}

@@ -83,7 +83,7 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
             optimizer = microadam_jax.round_updates(optimizer, config.rounding, seed=config.seed)
         if config.diagnostics or loses_updates(config):
             optimizer = microadam_jax.with_diagnostics(
-                optimizer, {"attention": "attention/", "feed-forward": "mlp/"}
+                optimizer, {"attention": "attention/.*", "feed-forward": "mlp/.*"}
             )
         built[label] = optimizer
     return built

@@ -9,8 +9,8 @@ from jax.typing import ArrayLike, DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.codecs import Codec, Storage
-from microadam_jax.partition import Partition
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.partition import Partition
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.transforms import (
     decay_updated_weights,
     scale_by_adam_mini,
@@ -68,7 +68,7 @@ def adam_mini(
     Examples:
         >>> from microadam_jax import Partition, adam_mini, memory_report
         >>> from microadam_jax.models import model_shapes
-        >>> from microadam_jax.layer_names import transformer_rules
+        >>> from microadam_jax.layout.names import transformer_rules
         >>> tx = adam_mini(1e-3, partition=Partition(transformer_rules(heads=32)))
         >>> round(memory_report(tx, model_shapes("llama2-7b")).total / 1e9, 2)  # gigabytes
         26.96
@@ -187,7 +187,7 @@ def adagrad_sn(
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import adagrad_sn
-        >>> from microadam_jax.subsets import Subsets
+        >>> from microadam_jax.layout.subsets import Subsets
         >>> params = {"kernel": jnp.zeros((64, 32)), "scale": jnp.zeros(30)}
         >>> tx = adagrad_sn(1.0, subsets=Subsets("runs", size=8))
         >>> state = tx.init(params)[0]

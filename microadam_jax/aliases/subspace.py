@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.aliases.galore import HIDDEN, Mask
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.subspace import (
     OUTPUT_HEAD,
     Complement,

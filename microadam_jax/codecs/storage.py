@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +13,17 @@ from jax.typing import DTypeLike
 from microadam_jax.boxes import box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
+from microadam_jax.layout.path_rules import PathRules, path_pattern
+from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
-from microadam_jax.stacks import STACKED, layer_axes
 from microadam_jax.trees import KeyPath, map_with_path, path_name
 
 FLOAT32 = Plain("float32")
+# What `STACKED` was at first, of which the labels of stored states have digests.
+FIRST_STACKED = (
+    r"(^|/)(\w*_)?(layers|blocks|stack|h|encoderblock)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
+)
 Field = dict[str, dict[str, Any]]
 Slots = tuple[jax.Array, ...]
 
@@ -34,15 +38,14 @@ class Storage:
 
     Args:
         codec: a codec or its name.
-        rules: pairs of a pattern and a codec for the leaves whose path it matches; the first
-            match counts. A pattern is a regular expression, found anywhere in a path such as
-            ``"layers/0/query/kernel"``.
+        rules: pairs of a path pattern and a codec for the leaves whose path it matches; the first
+            match counts. A pattern is a regular expression for the end of a path, as for
+            :class:`Partition`: ``"embedding"``, or ``"embedding/.*"`` for what stands below one.
         min_size: leaves with fewer elements stay in float32. The size is that of the whole
             leaf, never of a device's shard of it, and of one layer where layers are stacked.
         min_row: leaves whose last axis is shorter stay in float32, because the scales of short
             blocks would take more than they save.
-        stacked: a regular expression for paths of parameters of layers that are stacked for a
-            scan. A leaf in a Linen box that names its layer axis needs none.
+        stacked: a path pattern for what stacks layers for a scan, as for :class:`Partition`.
         layer_axis: the layer axis of those.
 
     Raises:
@@ -63,13 +66,10 @@ class Storage:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", as_codec(self.codec))
-        rules = tuple((pattern, as_codec(codec)) for pattern, codec in self.rules)
+        rules = PathRules(self.rules)
+        rules = PathRules((pattern, as_codec(codec)) for pattern, codec in rules)
         object.__setattr__(self, "rules", rules)
-        for pattern in (*(pattern for pattern, _ in rules), self.stacked):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"The storage's pattern {pattern!r} is bad: {error}.") from error
+        path_pattern(self.stacked)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
@@ -94,8 +94,9 @@ class Storage:
         """The names of the codecs; with rules or other limits, also a digest of those."""
         names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
         rules = tuple((pattern, as_codec(codec).name) for pattern, codec in self.rules)
-        limits = (rules, self.min_size, self.min_row, self.stacked, self.layer_axis)
-        if limits == ((), 4096, 16, STACKED, 0):
+        stacked = FIRST_STACKED if self.stacked == STACKED else self.stacked
+        limits = (rules, self.min_size, self.min_row, stacked, self.layer_axis)
+        if limits == ((), 4096, 16, FIRST_STACKED, 0):
             return names
         return f"{names}_{zlib.crc32(repr(limits).encode()):08x}"
 
@@ -115,12 +116,10 @@ class Storage:
         def codec_of(path: KeyPath, leaf: Any) -> Codec:
             shape, name = tuple(leaf.shape), path_name(box_path(path))
             axis = axis_of(path, leaf)
-            size, row = math.prod(shape), shape[-1] if shape else 1
-            size //= shape[axis] if axis is not None and size else 1
-            if size < self.min_size or row < self.min_row or not size:
+            if 0 in shape or is_small(shape, axis, self.min_size, self.min_row):
                 return FLOAT32
-            matches = (codec for pattern, codec in self.rules if re.search(pattern, name))
-            return as_codec(next(matches, self.codec)).for_layers(axis)
+            codec = next(PathRules(self.rules).matching(name), self.codec)
+            return as_codec(codec).for_layers(axis)
 
         return codec_of
 
@@ -286,7 +285,7 @@ class Unstored:
 def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:
     """The storage that a codec, its name or a list of rules stands for.
 
-    A list of rules ends with a pattern that matches all paths, ``""``.
+    A list of rules ends with the pattern that matches all paths, ``".*"``.
 
     Raises:
         ValueError: if a list of rules has no such end.
@@ -294,11 +293,11 @@ def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str
     if isinstance(storage, Storage):
         return storage
     if isinstance(storage, Sequence) and not isinstance(storage, str):
-        *rules, (last, codec) = storage
-        if last != "":
+        *rules, (last, codec) = PathRules(storage)
+        if last != ".*":
             raise ValueError(
-                "A list of rules ends with a codec for all other leaves, ('', codec); "
+                "A list of rules ends with a codec for all other leaves, ('.*', codec); "
                 f"this one ends with {last!r}."
             )
-        return Storage(codec, tuple(rules))
+        return Storage(codec, rules)
     return Storage(storage)

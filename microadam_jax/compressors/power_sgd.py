@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
+from microadam_jax.layout.path_rules import path_pattern
+from microadam_jax.layout.stacks import layer_axis_of
 from microadam_jax.sharding import contract, moment_zeros, place_moment
-from microadam_jax.stacks import stacks_first_axis
 from microadam_jax.trees import KeyPath, leaf_key
 
 # What is left of a column after the projection, relative to its length, is rounding error below.
@@ -44,14 +45,12 @@ class PowerSGD:
     Args:
         rank: :math:`r`. Vectors, and matrices of which the factors would be no smaller, are kept
             dense.
-        stacked: a regular expression; leaves whose path matches it (``re.search`` on a path
-            such as ``"layers/mlp/kernel"``) stack layers along their first axis, and each layer
-            is a matrix of its own. Where an index of a layer follows the match, as in
-            ``"layers/layer_0/"``, the leaf belongs to a single one.
+        stacked: a path pattern for what stacks layers along its first axis, as for
+            :class:`Partition`; each layer is a matrix of its own.
         seed: of :math:`Q_0`, which is drawn from the seed and the leaf's path.
 
     Raises:
-        ValueError: if ``rank`` is not a positive integer.
+        ValueError: if ``rank`` is not a positive integer, or ``stacked`` no regular expression.
     """
 
     rank: int = 4
@@ -59,6 +58,7 @@ class PowerSGD:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        path_pattern(self.stacked or "")
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"PowerSGD.rank must be a positive int; got {self.rank!r}.")
 
@@ -134,7 +134,7 @@ class PowerSGD:
 
     def _right_axes(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
         layers = 1
-        if leaf.ndim > 2 and stacks_first_axis(path, leaf, self.stacked):
+        if leaf.ndim > 2 and layer_axis_of(path, leaf.shape, self.stacked) == 0:
             layers = leaf.shape[0]
         return (layers, *(1,) * (leaf.ndim - 2), leaf.shape[-1])
 

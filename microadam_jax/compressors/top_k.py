@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 
 from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
+from microadam_jax.layout.path_rules import path_pattern
+from microadam_jax.layout.stacks import is_small, layer_axis_of
 from microadam_jax.sharding import state_zeros
-from microadam_jax.stacks import stacks_first_axis
 from microadam_jax.trees import KeyPath
 from pallas_kernels.topk_compress import select_top_k
 
@@ -39,13 +40,12 @@ class TopK:
             whole parameter, never of a device's shard of it.
         min_row: leaves whose rows are shorter than this are kept dense, because the
             bookkeeping of a short block costs more than the moments it replaces.
-        stacked: a regular expression; leaves whose path matches it (``re.search`` on a path
-            such as ``"layers/norm/scale"``) stack layers along their first axis, and
-            ``min_size`` is compared with the size of one layer. Where an index of a layer
-            follows the match, as in ``"layers/layer_0/"``, the leaf belongs to a single one.
+        stacked: a path pattern for what stacks layers along its first axis, as for
+            :class:`Partition`; ``min_size`` is compared with the size of one layer.
 
     Raises:
-        ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two.
+        ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two;
+            if ``stacked`` is no regular expression.
     """
 
     density: float | None = None
@@ -56,6 +56,7 @@ class TopK:
     stacked: str | None = None
 
     def __post_init__(self) -> None:
+        path_pattern(self.stacked or "")
         if (self.density is None) == (self.count is None):
             raise ValueError(
                 f"TopK takes either a density or a count; got density={self.density} and "
@@ -79,10 +80,8 @@ class TopK:
 
     def keeps_dense(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
         """Returns True if the leaf at ``path`` of the parameter tree is too small to compress."""
-        size, row = math.prod(leaf.shape), leaf.shape[-1] if leaf.ndim else 1
-        if stacks_first_axis(path, leaf, self.stacked):
-            size //= max(1, leaf.shape[0])
-        return size < self.min_size or row < self.min_row
+        layer_axis = layer_axis_of(path, leaf.shape, self.stacked)
+        return is_small(leaf.shape, layer_axis, self.min_size, self.min_row)
 
     def remarks(self, path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> Iterator[str]:
         """Yields notes for the memory report about the leaf at ``path``."""

@@ -1,5 +1,6 @@
 """Subspaces of gradients: which matrices, what spans them, when they change, and the rest."""
 
+from microadam_jax.layout.matrices import OUTPUT_HEAD, Matrices, MatrixDimensionNumbers
 from microadam_jax.subspace.complement import (
     Complement,
     Discard,
@@ -17,7 +18,6 @@ from microadam_jax.subspace.dense import (
     srht,
     svd,
 )
-from microadam_jax.subspace.matrices import OUTPUT_HEAD, Matrices, MatrixDimensionNumbers
 from microadam_jax.subspace.refresh import Refresh, refresh_every
 from microadam_jax.subspace.selected import dct_columns, sampled_rows, top_k_rows, uniform_rows
 from microadam_jax.subspace.subspace import Subspace, of_rank

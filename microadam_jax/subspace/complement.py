@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from microadam_jax.layout.view import ONE, WHOLE
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.subspace import Arrays, Slots
-from microadam_jax.subspace.view import ONE, WHOLE
 
 NORM_EPS = 1e-8  # the papers' guard of a projected gradient of zeros
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from microadam_jax.layout.view import MatrixView
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import PRECISION, DenseBasis
 from microadam_jax.subspace.subspace import Arrays, KeepsVectors, Seeded, Slots, require_rank
-from microadam_jax.subspace.view import MatrixView
 
 
 @dataclasses.dataclass(frozen=True)

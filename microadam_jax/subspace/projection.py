@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from microadam_jax.layout.matrices import Assigned, Matrices
+from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
 from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros, replicated
 from microadam_jax.subspace.basis import Basis
-from microadam_jax.subspace.matrices import Assigned, Matrices
 from microadam_jax.subspace.refresh import Refresh
 from microadam_jax.subspace.subspace import Arrays, Slots, Subspace, none_found, unfound
-from microadam_jax.subspace.view import MatrixView
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 

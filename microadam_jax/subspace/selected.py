@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from microadam_jax.layout.view import Layout, MatrixView
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import ColumnBasis, RowBasis, inner_products, row_norms
 from microadam_jax.subspace.subspace import Arrays, Indices, Slots, WeightedIndices, require_rank
-from microadam_jax.subspace.view import Layout, MatrixView
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.layout.view import Layout, MatrixView
 from microadam_jax.subspace.basis import Basis, DenseBasis
-from microadam_jax.subspace.view import Layout, MatrixView
 
 Arrays = tuple[jax.Array, ...]
 Slots = tuple[tuple[Layout, DTypeLike], ...]  # of the arrays that are kept for a matrix

@@ -8,13 +8,13 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
-from microadam_jax.leafwise import Arrays, Leaf, leafwise
-from microadam_jax.partition import (
+from microadam_jax.layout.partition import (
     Partition,
     remark_assignment,
     require_shape,
     warn_unnamed,
 )
+from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.axes import Shape
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.layout.axes import Shape
+from microadam_jax.layout.partition import Assignment, Partition, require_shape
 from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.partition import Assignment, Partition, require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.factors import (
     axes_of_a_layer,

@@ -9,8 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, as_storage
+from microadam_jax.layout.partition import Partition, require_shape, warn_unnamed
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
-from microadam_jax.partition import Partition, require_shape, warn_unnamed
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.axes import Shape, Sides
-from microadam_jax.partition import Assignment
+from microadam_jax.layout.axes import Shape, Sides
+from microadam_jax.layout.partition import Assignment
 
 
 def sides(assignment: Assignment) -> Sides | None:

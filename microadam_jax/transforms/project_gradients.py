@@ -10,11 +10,12 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.execution import scope, within
+from microadam_jax.layout.matrices import Matrices
+from microadam_jax.layout.view import WHOLE, Layout, MatrixView
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.complement import Complement, Discard, Step
-from microadam_jax.subspace.matrices import Matrices
 from microadam_jax.subspace.projection import (
     Projected,
     Projection,
@@ -25,7 +26,6 @@ from microadam_jax.subspace.projection import (
 )
 from microadam_jax.subspace.refresh import Refresh, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
-from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import one_minus_power
 from microadam_jax.transforms.transformation import transformation

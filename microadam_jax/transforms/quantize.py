@@ -64,7 +64,7 @@ def quantize_state(
     Args:
         inner: any transformation, such as ``optax.adamw(1e-3)`` or ``scale_by_adam_mini()``.
         codecs: for each field name, such as ``"mu"``, ``"nu"`` or ``"trace"``, a codec, its name,
-            a list of (path pattern, codec) whose last pattern is ``""``, or a :class:`Storage`.
+            a list of (path pattern, codec) whose last pattern is ``".*"``, or a :class:`Storage`.
         elementwise: whether ``inner`` treats every element alone and all leaves alike, as
             ``optax.scale_by_adam``, ``scale_by_lion`` and ``trace`` do. Large leaves are then
             updated a few rows at a time, which is faster on CPUs, and no full-size float32 copy

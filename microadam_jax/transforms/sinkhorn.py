@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage
-from microadam_jax.subspace.matrices import OUTPUT_HEAD, Matrices
+from microadam_jax.layout.matrices import OUTPUT_HEAD, Matrices
 from microadam_jax.transforms.matrix_momentum import Direction, matrix_momentum
 
 ROUNDS = 5

@@ -9,15 +9,15 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
-from microadam_jax.partition import (
+from microadam_jax.layout.partition import (
     Assignment,
     Partition,
     remark_assignment,
     require_shape,
     warn_unnamed,
 )
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.sharding import moment_zeros, state_zeros
-from microadam_jax.subsets import Subsets
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path

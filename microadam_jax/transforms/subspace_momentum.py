@@ -9,12 +9,13 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like, boxed_moments
+from microadam_jax.layout.matrices import Matrices
+from microadam_jax.layout.partition import require_shape
+from microadam_jax.layout.subsets import Subsets
+from microadam_jax.layout.view import WHOLE, Layout, MatrixView
 from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.partition import require_shape
 from microadam_jax.sharding import moment_zeros, state_zeros
-from microadam_jax.subsets import Subsets
 from microadam_jax.subspace.basis import Basis
-from microadam_jax.subspace.matrices import Matrices
 from microadam_jax.subspace.projection import (
     Projected,
     Projection,
@@ -25,7 +26,6 @@ from microadam_jax.subspace.projection import (
 )
 from microadam_jax.subspace.refresh import Refresh, rotate_first
 from microadam_jax.subspace.subspace import Arrays, Subspace
-from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path

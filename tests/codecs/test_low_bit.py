@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microadam_jax import Blocks
+from microadam_jax import Blocks, codecs
 from microadam_jax.codecs import (
     Codec,
     RankOne,
@@ -345,6 +345,21 @@ def test_rank_one_of_stacked_layers_is_that_of_each_layer() -> None:
 )
 def test_bytes(codec: str, per_element: float) -> None:
     assert encoded_bytes(codec, (2048, 4096)) == per_element * 2048 * 4096
+
+
+def test_a_name_is_that_of_the_default_of_its_constructor() -> None:
+    named = named_codecs()
+    made = {name: getattr(codecs, name)() for name in named if hasattr(codecs, name)}
+    assert len(made) == 6
+    made |= {
+        f"{name}_unsigned": getattr(codecs, name)(signed=False)
+        for name in ("dynamic8", "dynamic4", "linear4")
+    }
+    made |= {f: float8(f) for f in ("e4m3", "e5m2")} | {"e4m3": float8()}
+    made |= {f"{f}_expanded": float8(f, expansion=True) for f in ("e4m3", "e5m2")}
+    made |= {dtype: codecs.Plain(dtype) for dtype in ("float32", "bfloat16")}
+    assert made == named
+    assert {name: as_codec(name) for name in made} == made
 
 
 def test_names_differ_where_arrays_do() -> None:

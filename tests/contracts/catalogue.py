@@ -33,11 +33,11 @@ from microadam_jax import (
     to_dense,
     top_k,
 )
-from microadam_jax.axes import Axes
 from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, linear2, rank1_linear4
 from microadam_jax.compressors import power_sgd
+from microadam_jax.layout.axes import Axes
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.methods import METHODS
-from microadam_jax.subsets import Subsets
 from microadam_jax.subspace import sampled_rows, srht
 
 COMPRESSOR = top_k(count=3, blocks=Blocks(64), min_size=0, min_row=0)

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Partition, microadam, scale_by_adam_mini
-from microadam_jax.axes import Axes, Fused
 from microadam_jax.compressors import PowerSGD
+from microadam_jax.layout.axes import Axes, Fused
 from tests.contracts.catalogue import (
     ENTRIES,
     SPECS,

@@ -17,8 +17,8 @@ import optax
 import pytest
 
 from microadam_jax import Partition, adam_mini, came, scale_by_subset_norm
-from microadam_jax.layer_names import transformer_rules
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.subsets import Subsets
 from tests.oracles.adam_mini import AdamMiniOracle
 from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Floats, Indices

@@ -23,8 +23,8 @@ from microadam_jax import (
     scale_by_came,
     scale_by_subset_norm,
 )
-from microadam_jax.layer_names import transformer_rules
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.subsets import Subsets
 from tests.oracles.adam_mini import AdamMiniOracle
 from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Indices

@@ -4,18 +4,20 @@ import enum
 import re
 from collections.abc import Mapping
 
+from microadam_jax.layout.path_rules import path_pattern
+
 Shape = tuple[int, ...]
 
 _KERNEL = re.compile(r"(?:^|(?P<parent>.*)/)(?P<leaf>kernel|w)")
 _BIASES = {"kernel": "bias", "w": "b"}
 # Haiku's and Keras's transposed convolutions.
-_ALWAYS = re.compile(r"(?:^|/)conv[123]_?d_transpose(_\d+)?$")
+_ALWAYS = path_pattern(r"conv[123]_?d_transpose(_\d+)?")
 # Linear maps of the GPT-2 of Hugging Face Flax, which others write with kernels (in, out).
-_EXPANDS = re.compile(r"(?:^|/)(c_attn|c_fc)$")
-_CONTRACTS = re.compile(r"(?:^|/)mlp[^/]*/c_proj$")
-_FAMILY = re.compile(r"(?:^|/)(c_attn|c_fc|c_proj|q_attn)$")
+_EXPANDS = path_pattern("c_attn|c_fc")
+_CONTRACTS = path_pattern("mlp[^/]*/c_proj")
+_FAMILY = path_pattern("c_attn|c_fc|c_proj|q_attn")
 # Flax's have an option for it, `transpose_kernel`.
-_TRANSPOSED = re.compile(r"(?:^|/)(\w*_)?[Cc]onv_?[Tt]ranspose\w*$")
+_TRANSPOSED = path_pattern(r"(\w*_)?[Cc]onv_?[Tt]ranspose\w*")
 
 
 class Orientation(enum.Enum):
@@ -40,7 +42,7 @@ def orientations(shapes: Mapping[str, Shape]) -> dict[str, Orientation]:
         The orientation by path; a kernel that is missing is ``(in, out)``, as in Flax.
 
     Examples:
-        >>> from microadam_jax.orientation import orientations
+        >>> from microadam_jax.layout.orientation import orientations
         >>> shapes = {"up/kernel": (3, 3, 6, 5), "up/bias": (6,), "mlp/kernel": (6, 5)}
         >>> {path: found.value for path, found in orientations(shapes).items()}
         {'up/kernel': '(out, in)'}

@@ -217,7 +217,7 @@ class Axes:
         ValueError: if the notation cannot be read.
 
     Examples:
-        >>> from microadam_jax.axes import Axes
+        >>> from microadam_jax.layout.axes import Axes
         >>> Axes("embed | heads head_dim -> heads").fit((512, 8, 64)).moment_shape
         (1, 8, 1)
         >>> Axes("embed | (heads head_dim) -> heads", heads=8).fit((512, 512)).moment_shape
@@ -321,7 +321,7 @@ class Fused:
         shares: how much of the axis each takes, relative to the others.
 
     Examples:
-        >>> from microadam_jax.axes import Axes, Fused
+        >>> from microadam_jax.layout.axes import Axes, Fused
         >>> heads = Axes("embed | slot heads head_dim -> slot heads")
         >>> each = Axes("embed | slot heads head_dim -> slot heads head_dim")
         >>> Fused((heads, heads, each), axis=1).fit((512, 3, 8, 64)).blocks

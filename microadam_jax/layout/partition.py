@@ -9,20 +9,19 @@ from typing import Any, Literal
 
 import jax
 
-from microadam_jax.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.boxes import box_path
-from microadam_jax.layer_names import NORM, transformer_rules
+from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
+from microadam_jax.layout.names import NORM, transformer_rules
+from microadam_jax.layout.orientation import Orientation, orientations
+from microadam_jax.layout.path_rules import PathRules, path_pattern
+from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, one_layer
 from microadam_jax.memory import format_table, is_reporting, remark
-from microadam_jax.orientation import Orientation, orientations
-from microadam_jax.stacks import STACKED, layer_axes, layers_of
 from microadam_jax.trees import KeyPath, path_name
 
 Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
 
 UNKNOWN = ("elementwise", "output", "error")
 OUTPUT = Axes("in | out -> out")
-# A vector without a rule is worth a warning only where it is a whole model, flattened.
-LONG_VECTOR = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +50,9 @@ class Assignment:
         return 4 * math.prod(self.sharing.moment_shape)
 
     @property
-    def layers(self) -> int:
-        """Counts the layers that are stacked; 1 if none are."""
-        return layers_of(self.shape, self.layer_axis)
-
-    @property
     def layer_shape(self) -> Shape:
         """The shape of one layer."""
-        return self.shape if self.layer_axis is None else _without(self.shape, self.layer_axis)
+        return one_layer(self.shape, self.layer_axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +60,18 @@ class Partition:
     r"""Rules that say which elements of a parameter share a second moment.
 
     The first rule whose pattern matches the parameter's path and whose axes fit its shape
-    counts. A pattern is a regular expression for the end of the path, whole components of it:
-    ``"(query|key)/kernel"`` matches ``"layers/0/query/kernel"`` but not ``"subquery/kernel"``. A
-    parameter that follows no rule shares nothing: each of its elements keeps its own second
-    moment, which is safe and costs memory. :func:`explain_partition` shows what comes of it.
+    counts. A pattern is a regular expression for the end of the path, whole components of it
+    (:func:`path_pattern`): ``"(query|key)/kernel"`` matches ``"layers/0/query/kernel"`` but not
+    ``"subquery/kernel"``. A parameter that follows no rule shares nothing: each of its elements
+    keeps its own second moment, which is safe and costs memory. :func:`explain_partition` shows
+    what comes of it.
 
     Args:
         rules: pairs of a pattern and the axes, :class:`Axes` or its notation, or
             :class:`Fused`. Put your own before those of :func:`transformer_rules`.
-        stacked: a regular expression for paths of parameters of layers that are stacked for a
-            scan. Each layer has blocks of its own. Where the index of a layer follows the match,
-            as in ``"layers/layer_0/"``, the parameter belongs to a single one. The default also
+        stacked: a pattern for the containers of layers that are stacked for a scan, or for their
+            parameters. Each layer has blocks of its own. Where the index of a layer follows, as in
+            ``"layers/layer_0/kernel"``, the parameter belongs to a single one. The default also
             asks the tree whether the layers have one size. A parameter in a Linen box that names
             its layer axis needs no pattern.
         layer_axis: the layer axis of those, 0 or, as in MaxText, 1.
@@ -93,7 +88,7 @@ class Partition:
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import Partition, explain_partition
-        >>> from microadam_jax.layer_names import transformer_rules
+        >>> from microadam_jax.layout.names import transformer_rules
         >>> rules = (("adapter/w", "in | out -> out"), *transformer_rules(heads=4))
         >>> params = {"adapter": {"w": jnp.zeros((8, 16))}, "mixer": jnp.zeros((8, 8))}
         >>> print(explain_partition(params, Partition(rules)))
@@ -115,13 +110,10 @@ class Partition:
             raise ValueError(f"Partition.unknown must be one of {UNKNOWN}; got {self.unknown!r}.")
         if self.layer_axis < 0:
             raise ValueError(f"layer_axis must not be negative; got {self.layer_axis}.")
-        for pattern in (*(pattern for pattern, _ in self.rules), self.stacked):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"The partition's pattern {pattern!r} is bad: {error}.") from error
-        rules = [(p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in self.rules]
-        object.__setattr__(self, "rules", tuple(rules))
+        rules = PathRules(self.rules)
+        parsed = ((p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in rules)
+        object.__setattr__(self, "rules", PathRules(parsed))
+        path_pattern(self.stacked)
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], Assignment]:
         """A function from a leaf's path and the leaf to what this partition does to it.
@@ -138,7 +130,7 @@ class Partition:
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         known = orientations(
             {
-                path_name(box_path(path)): _one_layer(leaf.shape, axis_of(path, leaf))
+                path_name(box_path(path)): one_layer(leaf.shape, axis_of(path, leaf))
                 for path, leaf in leaves
                 if hasattr(leaf, "shape")
             }
@@ -162,7 +154,7 @@ class Partition:
         self, path: str, shape: Shape, layer_axis: int | None, orientation: Orientation
     ) -> Assignment:
         if layer_axis is not None:
-            found = self._rule(path, _without(shape, layer_axis), orientation)
+            found = self._rule(path, one_layer(shape, layer_axis), orientation)
             if found is not None:
                 rule, sharing, orientation = found
                 stacked = sharing.with_axis(layer_axis, shape[layer_axis])
@@ -173,7 +165,7 @@ class Partition:
             # A rule for the whole shape tells that there is no stack, if it leaves the axis alone.
             if layer_axis is None or sharing.moment_shape[layer_axis] == shape[layer_axis]:
                 return Assignment(path, shape, rule, sharing, None, orientation)
-        layer = _one_layer(shape, layer_axis)
+        layer = one_layer(shape, layer_axis)
         if self.unknown == "output" and _is_unnamed_matrix(path, layer):
             sharing = OUTPUT.fit(layer)
             if sharing is not None and layer_axis is not None:
@@ -187,8 +179,8 @@ class Partition:
     ) -> tuple[Axes | Fused, Sharing, Orientation] | None:
         if 0 in shape:
             return None
-        for pattern, axes in self.rules:
-            if isinstance(axes, str) or not re.search(rf"(?:^|/)(?:{pattern})$", path):
+        for axes in PathRules(self.rules).matching(path):
+            if isinstance(axes, str):  # there are none after __post_init__
                 continue
             order = Orientation.IN_OUT
             if isinstance(axes, Kernel):  # other rules describe a parameter as it is stored
@@ -266,7 +258,8 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
 def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> None:
     """Warns of second moments that parameters have for each element because no rule names them.
 
-    A memory report lists them instead. Vectors are worth a warning only if they are long.
+    A memory report lists them instead. Of vectors only those that are not small are worth a
+    warning, such as a whole model that is flattened.
 
     Args:
         optimizer: the name of the transformation.
@@ -277,7 +270,9 @@ def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> Non
         for assignment, bytes_ in costs
         if assignment.rule is None
         and bytes_ > 4
-        and (len(assignment.layer_shape) > 1 or bytes_ >= 4 * LONG_VECTOR * assignment.layers)
+        and (
+            len(assignment.layer_shape) > 1 or not is_small(assignment.shape, assignment.layer_axis)
+        )
     ]
     if not unnamed or is_reporting():
         return
@@ -314,16 +309,8 @@ def require_shape(path: KeyPath, moment: jax.Array, shape: Shape) -> None:
         )
 
 
-def _without(shape: Shape, axis: int) -> Shape:
-    return (*shape[:axis], *shape[axis + 1 :])
-
-
-def _one_layer(shape: Shape, layer_axis: int | None) -> Shape:
-    return tuple(shape) if layer_axis is None else _without(shape, layer_axis)
-
-
 def _is_unnamed_matrix(path: str, shape: Shape) -> bool:
-    return len(shape) == 2 and re.search(rf"(?:^|/){NORM}(/[^/]+)?$", path) is None
+    return len(shape) == 2 and path_pattern(rf"{NORM}(/[^/]+)?").search(path) is None
 
 
 def _rule_to_add(assignment: Assignment) -> str:

@@ -1,7 +1,8 @@
-"""Which axis of a parameter stacks layers: the one place that decides it."""
+"""Which axis of a parameter stacks layers, and which layers are small: decided here alone."""
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,20 +10,20 @@ from typing import Any
 import jax
 
 from microadam_jax.boxes import axis_names, box_path
-from microadam_jax.layer_names import LORA, NORM
+from microadam_jax.layout.names import LORA, NORM
+from microadam_jax.layout.path_rules import path_pattern
 from microadam_jax.trees import KeyPath, path_name
 
 Shape = tuple[int, ...]
 
 # Containers of layers that nn.scan, nnx.vmap and MaxText stack: no number follows them. As a
-# default it also asks the tree, see `layer_axes`. Part of the labels of stored states.
-STACKED = r"(^|/)(\w*_)?(layers|blocks|stack|h|encoderblock)/(?!\d+(/|$))|(^|/)(Scan|Vmap)\w*_\d+/"
+# default it also asks the tree, see `layer_axes`.
+STACKED = r"(\w*_)?(layers|blocks|stack|h|encoderblock)|(Scan|Vmap)\w*_\d+"
 
 LAYER_AXIS_NAMES = ("layers", "layer", "blocks", "stack", "scan")
 
-_CONTAINER = re.compile(STACKED.replace(r"(?!\d+(/|$))", ""))
 # Names that single layers have as often: a recurrent cell's hidden projection, an MLP's list.
-_DOUBTFUL = re.compile(r"(^|/)(\w+_h|hidden_layers|\w+_stack)/$")
+_DOUBTFUL = path_pattern(r"\w+_h|hidden_layers|\w+_stack")
 # `layer_0`, `Block_3`, `h_11`, `layers_2`; but the parts of a layer, such as `MoeBlock_0` and
 # `Conv_0`, are numbered too.
 _INDEXED = re.compile(
@@ -30,10 +31,8 @@ _INDEXED = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+")
-_VECTOR = re.compile(
-    rf"(?:^|/)(?:b|beta|gamma|scale|offset|[^/]*[Bb]ias|{NORM}/(weight|kernel|w))$"
-)
-_MATRIX = re.compile(rf"(?:^|/)(?:kernel|w|embeddings?|[^/]*{LORA})$")
+_VECTOR = path_pattern(rf"b|beta|gamma|scale|offset|[^/]*[Bb]ias|{NORM}/(weight|kernel|w)")
+_MATRIX = path_pattern(rf"kernel|w|embeddings?|[^/]*{LORA}")
 
 
 def layer_axes(
@@ -41,26 +40,26 @@ def layer_axes(
 ) -> Callable[[KeyPath, Any], int | None]:
     r"""Returns a function from a leaf's path and the leaf to the axis along which it stacks layers.
 
-    A box that names its axes counts first. Otherwise the path must match ``stacked``, and what
-    follows the match must be no index of its own: ``layers/0/``, ``layers/layer_0/`` and
-    ``blocks/block_3/`` hold single layers.
+    A box that names its axes counts first. Otherwise ``stacked`` must match the path of a
+    container of the leaf, or of the leaf itself, and what follows must be no index of a layer:
+    ``layers/0/``, ``layers/layer_0/`` and ``blocks/block_3/`` hold single layers.
 
-    The default pattern knows names only, which single layers have too. So it also asks the
-    leaves below the container: a stack has one size along the layer axis in all of them, no
+    The default pattern knows names only, which single layers have too. So it is for containers,
+    and also asks the leaves below one: a stack has one size along the layer axis in all of them, no
     kernel of two axes and no bias of one. Of names such as ``hidden_layers`` and ``conv_stack``
     it takes more to be a stack: a bias or norm scale that has a layer axis as well.
 
     Args:
         tree: all leaves: parameters, updates or their shapes.
-        stacked: a regular expression for the paths of stacked parameters.
-        layer_axis: their layer axis.
+        stacked: a path pattern (:func:`path_pattern`) such as ``"trunk"`` for what stacks layers.
+        layer_axis: the layer axis of those.
 
     Returns:
         The function. It gives None where no layers are stacked.
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from microadam_jax.stacks import layer_axes
+        >>> from microadam_jax.layout.stacks import layer_axes
         >>> params = {
         ...     "blocks": {"block_0": {"kernel": jnp.zeros((4, 2, 2))}},
         ...     "layers": {"kernel": jnp.zeros((3, 4, 8)), "bias": jnp.zeros((3, 8))},
@@ -82,42 +81,50 @@ def layer_axes(
                 return axes[0]
         name = path_name(boxed)
         if asks_tree:
-            is_stacked = any(prefix in found for prefix in _prefixes(_CONTAINER, name))
+            is_stacked = any(container in found for container, _ in _parts(stacked, name))
         else:
-            is_stacked = any(
-                not _is_indexed(name[len(prefix) :])
-                for prefix in _prefixes(re.compile(stacked), name)
+            is_stacked = bool(path_pattern(stacked).search(name)) or any(
+                not _is_indexed(rest) for _, rest in _parts(stacked, name)
             )
         return layer_axis if is_stacked and rank > layer_axis else None
 
     return axis_of
 
 
-def layers_of(shape: Shape, layer_axis: int | None) -> int:
-    """Counts the layers that are stacked in a shape: 1 without a layer axis."""
-    return 1 if layer_axis is None else shape[layer_axis]
+def one_layer(shape: Shape, layer_axis: int | None) -> Shape:
+    """Returns the shape of one layer of a leaf that stacks layers along ``layer_axis``, if any."""
+    return tuple(n for axis, n in enumerate(shape) if axis != layer_axis)
 
 
-def stacks_first_axis(path: KeyPath, leaf: Any, stacked: str | None) -> bool:
-    """Returns True if the leaf at ``path`` stacks layers along its first axis.
+def is_small(shape: Shape, layer_axis: int | None, min_size: int = 4096, min_row: int = 1) -> bool:
+    """Returns True if a leaf is too small for what saves bytes on larger ones only.
+
+    Args:
+        shape: of the whole leaf, never of a device's shard: no state depends on the mesh.
+        layer_axis: the axis along which it stacks layers, one of which counts, if any.
+        min_size: the least elements of a leaf that is not small.
+        min_row: the least elements of its last axis.
+    """
+    few = math.prod(one_layer(shape, layer_axis)) < min_size
+    return few or (shape[-1] if shape else 1) < min_row
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_axis_of(path: KeyPath, shape: Shape, stacked: str | None) -> int | None:
+    """Returns 0 if a leaf stacks layers along its first axis, else None.
 
     It is :func:`layer_axes` for whoever sees one leaf at a time.
 
     Args:
         path: the leaf's path.
-        leaf: an array, or its shape.
-        stacked: a regular expression for the paths of stacked leaves; None if there are none.
+        shape: its shape.
+        stacked: as for :func:`layer_axes`; None if no leaves are stacked.
     """
     if stacked is None:
-        return False
-    return _one_leaf(path_name(box_path(path)), tuple(leaf.shape), stacked)
-
-
-@functools.lru_cache(maxsize=4096)
-def _one_leaf(name: str, shape: Shape, stacked: str) -> bool:
+        return None
     leaf = jax.ShapeDtypeStruct(shape, "float32")
-    tree: dict[str, Any] = {name: leaf}
-    return layer_axes(tree, stacked)((jax.tree_util.DictKey(name),), leaf) == 0
+    name = path_name(box_path(path))
+    return layer_axes({name: leaf}, stacked)((jax.tree_util.DictKey(name),), leaf)
 
 
 @dataclasses.dataclass
@@ -143,7 +150,7 @@ class _Group:
             return False
         if indices or _DOUBTFUL.search(self.container):
             # A body that consists of one module calls it `Block_0`.
-            return any(_VECTOR.search(self.container + rest) for rest, _ in self.leaves)
+            return any(_VECTOR.search(f"{self.container}/{rest}") for rest, _ in self.leaves)
         return True
 
 
@@ -152,18 +159,17 @@ def _stacks(tree: Any, layer_axis: int) -> frozenset[str]:
     groups: dict[str, _Group] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = path_name(box_path(path))
-        for prefix in _prefixes(_CONTAINER, name):
-            group = groups.setdefault(prefix, _Group(prefix))
-            group.leaves.append((name[len(prefix) :], tuple(getattr(leaf, "shape", ()))))
-    return frozenset(prefix for prefix, group in groups.items() if group.is_stack(layer_axis))
+        for container, rest in _parts(STACKED, name):
+            group = groups.setdefault(container, _Group(container))
+            group.leaves.append((rest, tuple(getattr(leaf, "shape", ()))))
+    return frozenset(name for name, group in groups.items() if group.is_stack(layer_axis))
 
 
-def _prefixes(pattern: re.Pattern[str], name: str) -> Iterator[str]:
-    """Yields what ends with a match of ``pattern``; matches may share a slash."""
-    match = pattern.search(name)
-    while match:
-        yield name[: match.end()]
-        match = pattern.search(name, max(match.end() - 1, match.start() + 1))
+def _parts(pattern: str, name: str) -> Iterator[tuple[str, str]]:
+    """Yields each container of a path that ``pattern`` matches, and the path from there."""
+    for slash in re.finditer("/", name):
+        if path_pattern(pattern).search(name[: slash.start()]):
+            yield name[: slash.start()], name[slash.end() :]
 
 
 def _index(rest: str) -> re.Match[str] | None:
@@ -174,13 +180,12 @@ def _index(rest: str) -> re.Match[str] | None:
 
 def _is_indexed(rest: str) -> bool:
     """Returns True if a path goes on with the index of a layer after a container."""
-    rest = rest.removeprefix("/")
     return bool(_NUMBER.fullmatch(rest.split("/")[0]) or _index(rest))
 
 
 def _least_rank(rest: str, container: str) -> int:
     """Returns how many axes a leaf of this name has in a single layer, at least."""
-    name = container + rest
+    name = f"{container}/{rest}"
     if _VECTOR.search(name):
         return 1
     return 2 if _MATRIX.search(name) else 0

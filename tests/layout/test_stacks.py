@@ -13,9 +13,9 @@ from flax import nnx
 from microadam_jax import Matrices, Partition, Storage, explain_partition, top_k
 from microadam_jax.codecs import rank1_linear4
 from microadam_jax.compressors import power_sgd
-from microadam_jax.layer_names import transformer_rules
-from microadam_jax.stacks import STACKED, layer_axes
-from microadam_jax.subsets import Subsets
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.stacks import STACKED, layer_axes
+from microadam_jax.layout.subsets import Subsets
 from microadam_jax.trees import path_name
 
 Shape = tuple[int, ...]
@@ -118,7 +118,7 @@ def test_a_stack_within_a_single_layer_is_one() -> None:
 
 def test_a_pattern_of_ones_own_is_trusted_but_for_indices() -> None:
     shapes = {"trunk/mlp/kernel": (16, 24), "trunk/layer_0/kernel": (16, 24), "trunk/1": (16,)}
-    found = axes(tree(**shapes), stacked="^trunk/")
+    found = axes(tree(**shapes), stacked="trunk")
     assert found == {"trunk/mlp/kernel": 0, "trunk/layer_0/kernel": None, "trunk/1": None}
 
 
@@ -178,17 +178,17 @@ def test_sizes_of_storage_and_top_k_count_the_whole_layer() -> None:
     codec_of = Storage(rank1_linear4()).assign(SINGLE)
     for path, leaf in leaves:
         assert codec_of(path, leaf) == rank1_linear4()
-        for pattern in (STACKED, "blocks/"):
+        for pattern in (STACKED, "blocks"):
             assert not top_k(stacked=pattern).keeps_dense(path, leaf)
-        assert top_k(stacked="blocks/block_0/").keeps_dense(path, leaf)
+        assert top_k(stacked="blocks/block_0").keeps_dense(path, leaf)
 
 
 def test_each_layer_is_a_matrix_of_its_own_only_in_a_stack() -> None:
     (path, leaf), *_ = jax.tree_util.tree_leaves_with_path(
         {"layers/layer_0/kernel": jnp.zeros((8, 4, 16))}
     )
-    assert power_sgd(stacked="layers/").first(path, leaf).right.shape == (1, 1, 16, 4)
-    assert power_sgd(stacked="layer_0/").first(path, leaf).right.shape == (8, 1, 16, 4)
+    assert power_sgd(stacked="layers").first(path, leaf).right.shape == (1, 1, 16, 4)
+    assert power_sgd(stacked="layer_0").first(path, leaf).right.shape == (8, 1, 16, 4)
 
 
 def test_subspaces_and_subsets_see_the_matrix_of_a_single_layer() -> None:

@@ -20,11 +20,11 @@ from microadam_jax import (
     memory_report,
     snsm,
 )
-from microadam_jax.axes import Axes
-from microadam_jax.layer_names import transformer_rules
+from microadam_jax.layout.axes import Axes
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.view import WHOLE, Layout, MatrixView
 from microadam_jax.models import model_shapes
 from microadam_jax.subspace import Discard, FeedBack, MatrixDimensionNumbers, top_k_rows
-from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 
 GIB = 2**30
 LARGER = {"side": "larger", "square": "out"}

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from microadam_jax import Matrices, Partition, explain_partition
-from microadam_jax.axes import Axes
-from microadam_jax.layer_names import transformer_rules
+from microadam_jax.layout.axes import Axes
+from microadam_jax.layout.names import transformer_rules
 
 Shape = tuple[int, ...]
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from microadam_jax.axes import AxisBlocks, Shape, Sides
+from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
+from microadam_jax.layout.partition import Assignment, Partition
+from microadam_jax.layout.path_rules import PathRules, path_pattern
+from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
-from microadam_jax.partition import Assignment, Partition
-from microadam_jax.subspace.view import MatrixView
 from microadam_jax.trees import KeyPath, path_name
 
 OUTPUT_HEAD = r"(lm_head|head|logits|logits_dense|output_projection|classifier)/[^/]+"
@@ -43,8 +43,8 @@ class Matrices:
         side: what is compressed: the ``"smaller"`` side, as in GaLore, the ``"larger"``, as
             where rows are selected, the inputs ``"in"`` or the outputs ``"out"``.
         square: which of the two is compressed where both sides have one size.
-        exclude: a regular expression for the ends of paths, whole components of them, of
-            parameters that are left alone.
+        exclude: a pattern for the paths of parameters that are left alone
+            (:func:`path_pattern`).
         dimension_numbers: pairs of such a pattern and the axes of a linear map. They count
             before the names.
         partition: the rules of the names; None stands for those of :func:`transformer_rules`.
@@ -66,7 +66,7 @@ class Matrices:
     side: Literal["smaller", "larger", "in", "out"] = "smaller"
     square: Literal["in", "out"] = "in"
     exclude: str | None = None
-    dimension_numbers: tuple[tuple[str, MatrixDimensionNumbers], ...] = ()
+    dimension_numbers: Sequence[tuple[str, MatrixDimensionNumbers]] = ()
     partition: Partition | None = None
 
     def __post_init__(self) -> None:
@@ -74,11 +74,8 @@ class Matrices:
             raise ValueError(f"Matrices.side must be one of {SIDES}; got {self.side!r}.")
         if self.square not in ("in", "out"):
             raise ValueError(f"Matrices.square must be 'in' or 'out'; got {self.square!r}.")
-        for pattern in (self.exclude or "", *(pattern for pattern, _ in self.dimension_numbers)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"The matrices' pattern {pattern!r} is bad: {error}.") from error
+        path_pattern(self.exclude or "")
+        object.__setattr__(self, "dimension_numbers", PathRules(self.dimension_numbers))
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], "Assigned"]:
         """A function from a leaf's path and the leaf to how it is seen.
@@ -92,7 +89,7 @@ class Matrices:
             assignment = assignment_of(path, leaf)
             if 0 in leaf.shape or len(leaf.shape) < 2:
                 return Assigned(assignment, None, "no matrix")
-            if self.exclude is not None and _ends(self.exclude, assignment.path):
+            if self.exclude is not None and path_pattern(self.exclude).search(assignment.path):
                 return Assigned(assignment, None, "excluded by its name")
             sides = self._sides(assignment)
             if sides is None:
@@ -117,9 +114,8 @@ class Matrices:
         return [(path_name(path), assign(path, leaf).view) for path, leaf in leaves]
 
     def _sides(self, assignment: Assignment) -> Sides | None:
-        for pattern, numbers in self.dimension_numbers:
-            if _ends(pattern, assignment.path):
-                return _checked(numbers, assignment)
+        for numbers in PathRules(self.dimension_numbers).matching(assignment.path):
+            return _checked(numbers, assignment)
         if assignment.sharing.matrix is not None:
             return assignment.sharing.matrix
         axes = [i for i in range(len(assignment.shape)) if i != assignment.layer_axis]
@@ -154,10 +150,6 @@ class Assigned(NamedTuple):
         """Tells the memory report of a parameter that is left alone."""
         if self.view is None:
             remark(path, f"{self.reason}, not projected")
-
-
-def _ends(pattern: str, path: str) -> bool:
-    return re.search(rf"(?:^|/)(?:{pattern})$", path) is not None
 
 
 def _checked(numbers: MatrixDimensionNumbers, assignment: Assignment) -> Sides:

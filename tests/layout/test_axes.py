@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microadam_jax.axes import (
+from microadam_jax.layout.axes import (
     ELEMENTWISE,
     Axes,
     AxesError,

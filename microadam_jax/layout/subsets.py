@@ -7,10 +7,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
-from microadam_jax.partition import Assignment
+from microadam_jax.layout.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
+from microadam_jax.layout.partition import Assignment
 from microadam_jax.sharding import whole_where_uneven
-from microadam_jax.stacks import layers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class RunBlocks:
 
     @property
     def _layers(self) -> int:
-        return layers_of(self.shape, self.layer_axis)
+        return 1 if self.layer_axis is None else self.shape[self.layer_axis]
 
     def _with_layers(self, shape: list[int]) -> Shape:
         axis = self.layer_axis or 0

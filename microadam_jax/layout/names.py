@@ -7,7 +7,7 @@ originals.
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from microadam_jax.axes import ELEMENTWISE, Axes, Fused, Kernel
+from microadam_jax.layout.axes import ELEMENTWISE, Axes, Fused, Kernel
 
 Rule = tuple[str, Axes | Fused | Kernel]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.axes import Shape
+from microadam_jax.layout.axes import Shape
 from microadam_jax.sharding import explicit_sharding, place_on, zeros_sharded_on
 
 

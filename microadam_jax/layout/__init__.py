@@ -1,0 +1,1 @@
+"""What the axes of a parameter are: names, axes, stacked layers, partition, subsets, matrices."""
