@@ -107,9 +107,12 @@ def as_codec(codec: Codec | str) -> Codec:
     """The codec that ``codec`` names, or ``codec`` itself.
 
     Raises:
-        ValueError: if the name is not one of those allowed.
+        TypeError: if ``codec`` is neither a codec nor a name.
+        ValueError: if the name is not a known one.
     """
     if not isinstance(codec, str):
+        if isinstance(codec, type) or not hasattr(codec, "Encoded"):
+            raise TypeError(f"A codec must be one such as dynamic8(), or a name; got {codec!r}.")
         return codec
     named = named_codecs()
     if codec not in named:

@@ -86,3 +86,16 @@ class Compressor(Protocol):
     def remarks(self, path: KeyPath, leaf: jax.Array) -> Iterable[str]:
         """Yields notes for the memory report about the leaf at ``path``."""
         ...
+
+
+def require_compressor(compressor: Any) -> None:
+    """Refuses what is not a compressor.
+
+    Raises:
+        TypeError: if it is a density, a rank, a name or a function.
+    """
+    if isinstance(compressor, type) or not hasattr(compressor, "Carried"):
+        raise TypeError(
+            "compressor must be one such as top_k(density=0.01) or power_sgd(rank=4); got "
+            f"{compressor!r}."
+        )

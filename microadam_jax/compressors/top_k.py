@@ -63,8 +63,10 @@ class TopK:
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"TopK.density must lie in (0, 1]; got {self.density}.")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"TopK.count must be at least 1; got {self.count}.")
+        if self.count is not None and (not isinstance(self.count, int) or self.count < 1):
+            raise ValueError(f"TopK.count must be a positive integer; got {self.count!r}.")
+        if not isinstance(self.blocks, Blocks):
+            raise TypeError(f"TopK.blocks must be such as Blocks(256); got {self.blocks!r}.")
         if self.blocks.size > MAX_BLOCK:
             raise ValueError(
                 f"TopK.blocks.size must be at most {MAX_BLOCK}, so that indices fit in 16 bits; "

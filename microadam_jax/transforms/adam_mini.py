@@ -16,6 +16,7 @@ from microadam_jax.partition import (
     warn_unnamed,
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
+from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -95,7 +96,8 @@ def scale_by_adam_mini(
 
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 1.
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
     storage = (
         Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec).signed("mu")
     )

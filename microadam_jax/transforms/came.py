@@ -20,7 +20,7 @@ from microadam_jax.transforms.factors import (
     sides,
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -114,7 +114,8 @@ def scale_by_came(
 
     Reference: Luo et al., CAME (arXiv 2307.02047), Algorithm 2.
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByCameState:

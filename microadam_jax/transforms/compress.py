@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.boxes import boxed_blocks, boxed_like
-from microadam_jax.compressors import Compressor, is_compressed, top_k
+from microadam_jax.compressors import Compressor, is_compressed, require_compressor, top_k
 from microadam_jax.sharding import unused_factor
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
@@ -41,6 +41,7 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
         >>> print(updates)
         [0. 3.]
     """
+    require_compressor(compressor)
     arrays = len(compressor.Carried._fields)
 
     def init(params: optax.Params) -> CompressState:

@@ -13,6 +13,7 @@ from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.partition import Partition, require_shape, warn_unnamed
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -84,7 +85,8 @@ def scale_by_factored_adam(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
     storage = as_storage(mu_codec).signed("mu")
 
     def init(leaf: Leaf) -> Arrays:

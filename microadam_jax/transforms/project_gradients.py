@@ -132,12 +132,15 @@ def project_gradients(
         2410.16103).
     """
     inner = optax.with_extra_args_support(inner)
+    projection = Projection(matrices, subspace, refresh)
+    if isinstance(complement, type) or not hasattr(complement, "feeds_back"):
+        raise TypeError(f"complement must be one such as Discard(); got {complement!r}.")
     if refresh.moments == "released":
         raise ValueError(
             "Refresh(moments='released') is a trait of subspace_momentum's authors' code: choose "
             "'keep', 'reset', 'rotate_first' or 'rotate'."
         )
-    rules = _Rules(Projection(matrices, subspace, refresh), complement, scale, b1, b2)
+    rules = _Rules(projection, complement, scale, b1, b2)
 
     def init(params: optax.Params) -> ProjectGradientsState:
         assign = rules.projection.assign(params)

@@ -19,7 +19,7 @@ from microadam_jax.partition import (
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.subsets import Subsets
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -91,7 +91,9 @@ def scale_by_subset_norm(
 
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (arXiv 2411.07120).
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
+    require_kind(Subsets, subsets=subsets)
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleBySubsetNormState:

@@ -27,7 +27,7 @@ from microadam_jax.subspace.refresh import Refresh, rotate_first
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.subspace.view import WHOLE, Layout, MatrixView
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -106,12 +106,13 @@ def subspace_momentum(
 
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (ICML 2025, arXiv 2411.07120).
     """
+    projection = Projection(matrices, subspace, refresh)
+    require_kind(Subsets, subsets=subsets)
     if refresh.needs_decay_rates:
         raise ValueError(
             "subspace_momentum has no second moment in its subspace: choose Refresh(moments=...) "
             "'reset', 'keep' or 'rotate_first', and no momentum_share."
         )
-    projection = Projection(matrices, subspace, refresh)
 
     def low(view: MatrixView) -> Layout:
         return Layout(rows=subspace.size(view), columns=None)

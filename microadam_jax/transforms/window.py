@@ -35,7 +35,8 @@ def as_window(window: Window | int | jax.Array) -> Window:
     """``window``, or a :class:`Window` of that length.
 
     Raises:
-        TypeError: if the length is a traced array.
+        TypeError: if the length is a traced array, or neither an integer nor a :class:`Window`.
+        ValueError: if the length is not positive.
     """
     if isinstance(window, jax.Array):
         raise TypeError(
@@ -43,4 +44,9 @@ def as_window(window: Window | int | jax.Array) -> Window:
             "window=Window(length), which optax.inject_hyperparams leaves alone, or name it in its "
             "static_args."
         )
-    return Window(window) if isinstance(window, int) else window
+    window = Window(window) if isinstance(window, int) else window
+    if not isinstance(window, Window):
+        raise TypeError(
+            f"window must be a number of steps or a Window, Window(10); got {window!r}."
+        )
+    return window

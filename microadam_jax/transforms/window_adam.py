@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
-from microadam_jax.compressors import BlockSparse, TopK, is_compressed, top_k
+from microadam_jax.compressors import BlockSparse, TopK, is_compressed, require_compressor, top_k
 from microadam_jax.compressors.rows import overwrite_each
 from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import Arrays
@@ -99,6 +99,7 @@ def scale_by_window_adam(
 
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
     """
+    require_compressor(compressor)
     window = as_window(window)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:
