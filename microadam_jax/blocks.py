@@ -34,7 +34,7 @@ class BlockLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    r"""The rule that cuts rows into blocks; it looks at the row's length and nothing else.
+    r"""Cuts rows into blocks, by the row's length and nothing else.
 
     For a row of :math:`n` elements the block size is the largest even divisor :math:`B` of
     :math:`n` with ``size / 2`` :math:`\le B \le` ``size`` and a block count :math:`n / B`
@@ -72,7 +72,7 @@ class Blocks:
             raise ValueError(f"Blocks.shards must be a positive integer; got {self.shards}.")
 
     def layout(self, row: int) -> BlockLayout:
-        """The layout of a row of ``row`` elements."""
+        """Returns the layout of a row of ``row`` elements."""
         shards = self.shards
         while shards:
             candidates = [
@@ -88,7 +88,7 @@ class Blocks:
         return BlockLayout(row, self.size, math.ceil(row / self.size))
 
     def layout_of(self, tensor: jax.Array | jax.ShapeDtypeStruct) -> BlockLayout:
-        """The layout of the rows of ``tensor``."""
+        """Returns the layout of the rows of ``tensor``."""
         return self.layout(tensor.shape[-1] if tensor.ndim else 1)
 
 

@@ -27,7 +27,7 @@ class _Observed:
 
 
 class DiagnosticsState(NamedTuple):
-    """The latest step in numbers, and the state of what was measured.
+    """Holds the latest step in numbers, and the state of what was measured.
 
     Each field but the last is a dictionary with one float32 scalar for each group. The three
     about the residual are empty where no link is :func:`error_feedback`. What its compressor

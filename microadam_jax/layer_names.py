@@ -36,7 +36,7 @@ def transformer_rules(
     kv_heads: int | None = None,
     weight: Literal["in out", "out in"] | None = None,
 ) -> tuple[Rule, ...]:
-    r"""Adam-mini's blocks, by the names that frameworks give to layers.
+    r"""Returns Adam-mini's blocks, by the names that frameworks give to layers.
 
     One second moment for each head of a query or key, for each output of any other linear map
     or convolution, for each token of an embedding, for each position of a position embedding,

@@ -47,7 +47,7 @@ class Assignment:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the float32 second moment."""
+        """Counts the bytes of the float32 second moment."""
         return 4 * math.prod(self.sharing.moment_shape)
 
     @property
@@ -57,13 +57,13 @@ class Assignment:
 
     @property
     def layer_shape(self) -> Shape:
-        """The shape of one layer."""
+        """Returns the shape of one layer."""
         return self.shape if self.layer_axis is None else _without(self.shape, self.layer_axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    r"""Rules that say which elements of a parameter share a second moment.
+    r"""Says by rules which elements of a parameter share a second moment.
 
     The first rule whose pattern matches the parameter's path and whose axes fit its shape
     counts. A pattern is a regular expression for the end of the path, whole components of it:
@@ -124,7 +124,7 @@ class Partition:
         object.__setattr__(self, "rules", tuple(rules))
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], Assignment]:
-        """A function from a leaf's path and the leaf to what this partition does to it.
+        """Returns a function from a leaf's path and the leaf to what this partition does to it.
 
         Args:
             params: the tree of the leaves, which tells stacks from single layers and kernels
@@ -214,7 +214,7 @@ class PartitionReport:
 
     @property
     def unnamed(self) -> tuple[Assignment, ...]:
-        """The parameters that follow no rule, and share nothing."""
+        """Returns the parameters that follow no rule, and share nothing."""
         return tuple(a for a in self.assignments if a.rule is None)
 
     def __str__(self) -> str:

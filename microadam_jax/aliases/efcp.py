@@ -27,7 +27,7 @@ def sparse_mfac(
     residual: Codec | str = "affine4",
     window: Window = Window(32),
 ) -> GradientTransformationExtraArgs:
-    r"""Sparse M-FAC: the inverse Fisher matrix of a window of Top-K gradients, the rest fed back.
+    r"""Runs sparse M-FAC: the inverse Fisher matrix of a window of Top-K gradients, with feedback.
 
     .. math::
 
@@ -83,7 +83,7 @@ def lowrank_mfac(
     residual: Codec | str = "affine4",
     window: Window = Window(32),
 ) -> GradientTransformationExtraArgs:
-    r"""Low-rank M-FAC: the inverse Fisher matrix of a window of PowerSGD's gradients.
+    r"""Runs low-rank M-FAC: the inverse Fisher matrix of a window of PowerSGD's gradients.
 
     .. math::
 
@@ -142,7 +142,7 @@ def sparse_ggt(
     residual: Codec | str = "affine4",
     window: Window = Window(32),
 ) -> GradientTransformationExtraArgs:
-    r"""Sparse GGT: full-matrix AdaGrad on a window of Top-K gradients, the rest fed back.
+    r"""Runs sparse GGT: full-matrix AdaGrad on a window of Top-K gradients, the rest fed back.
 
     With :math:`G_t` the window of the latest :math:`c`, a row each,
 
@@ -193,7 +193,7 @@ def mfac(
     *,
     window: Window = Window(32, dtype="float32"),
 ) -> GradientTransformationExtraArgs:
-    r"""M-FAC: the inverse Fisher matrix of a window of whole gradients. For small models.
+    r"""Runs M-FAC: the inverse Fisher matrix of a window of whole gradients. For small models.
 
     .. math::
 

@@ -49,7 +49,7 @@ def galore(
     complement: Complement = Discard(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""GaLore: Adam in the leading singular subspace of each gradient matrix.
+    r"""Runs GaLore: Adam in the leading singular subspace of each gradient matrix.
 
     With the basis :math:`P`, renewed every :math:`T` steps, and :math:`R_t = P^T G_t`,
 
@@ -131,7 +131,7 @@ def fira(
     complement: Complement = NormMatchedRest(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""Fira: GaLore, and what it misses, scaled as Adam scaled the subspace.
+    r"""Runs Fira: GaLore, and what it misses, scaled as Adam scaled the subspace.
 
     With :math:`N_t = m_t / (\sqrt{v_t} + \epsilon)` in the subspace and, for each column,
     :math:`\phi = \lVert N_t \rVert / (\lVert R_t \rVert + 10^{-8})`,
@@ -211,7 +211,7 @@ def apollo(
     complement: Complement = ScaledGradient(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""APOLLO: the gradient, each of its columns scaled as Adam would scale a random projection.
+    r"""Runs APOLLO: each column of a gradient, scaled as Adam would scale a random projection.
 
     With normal numbers :math:`P` of variance :math:`1/r`, drawn anew every :math:`T` steps,
     :math:`R_t = P^T G_t` and its :math:`N_t = m_t / (\sqrt{v_t} + \epsilon)`,
@@ -289,7 +289,7 @@ def apollo_mini(
     subspace: Subspace | None = None,
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""APOLLO-Mini: the gradient, each matrix scaled as Adam would scale one random projection.
+    r"""Runs APOLLO-Mini: each gradient matrix, scaled as Adam would scale one random projection.
 
     It is :func:`apollo` with rank 1, one :math:`\phi` for the whole matrix and a larger
     :math:`s`; see there.

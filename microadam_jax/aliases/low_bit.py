@@ -28,7 +28,7 @@ def adamw8bit(
     nu_codec: Storage | Codec | str = "dynamic8_unsigned",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with both moments in 8 bits on the dynamic exponent map.
+    r"""Runs AdamW with both moments in 8 bits on the dynamic exponent map.
 
     With the codecs :math:`Q_m` and :math:`Q_v`,
 
@@ -88,7 +88,7 @@ def adamw4bit(
     nu_codec: Storage | Codec | str = "rank1_linear4",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with both moments in 4 bits, the second scaled by rows and columns.
+    r"""Runs AdamW with both moments in 4 bits, the second scaled by rows and columns.
 
     With the codecs :math:`Q_m` and :math:`Q_v`,
 
@@ -151,7 +151,7 @@ def adamw_fp8(
     nu_codec: Storage | Codec | str = "e4m3_expanded",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with both moments in 8-bit floating point, each block's range expanded.
+    r"""Runs AdamW with both moments in 8-bit floating point, each block's range expanded.
 
     With the codecs :math:`Q_m` and :math:`Q_v`,
 
@@ -211,7 +211,7 @@ def adamw4bit_factored(
     mu_codec: Storage | Codec | str = "dynamic4",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with a first moment in 4 bits and a factored second one.
+    r"""Runs AdamW with a first moment in 4 bits and a factored second one.
 
     With the factors of :func:`scale_by_factored_adam`,
 
@@ -267,7 +267,7 @@ def adam_mini8bit(
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
+    r"""Runs Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
 
     It is :func:`adam_mini` with its first moment stored through a codec :math:`Q`:
 
@@ -325,7 +325,7 @@ def adam_mini4bit(
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
+    r"""Runs Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
 
     It is :func:`adam_mini` with its first moment stored through a codec :math:`Q`:
 

@@ -25,7 +25,7 @@ def lion4bit(
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Lion with its momentum in 4 bits: 0.53 bytes per parameter.
+    r"""Runs Lion with its momentum in 4 bits: 0.53 bytes per parameter.
 
     With the codec :math:`Q`,
 
@@ -91,7 +91,7 @@ def muon8bit(
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Muon on matrices and Adam-mini on all else, their momentum in 8 bits: 1.02 bytes.
+    r"""Runs Muon on matrices and Adam-mini on all else, momentum in 8 bits: 1.02 bytes.
 
     With :math:`u_t` of :func:`scale_by_muon`, whose momentum is stored through a codec :math:`Q`,
 

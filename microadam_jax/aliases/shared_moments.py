@@ -34,7 +34,7 @@ def adam_mini(
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Adam-mini: AdamW with one second moment for each block of parameters.
+    r"""Runs Adam-mini: AdamW with one second moment for each block of parameters.
 
     With :math:`B(i)` the block of parameter :math:`i`,
 
@@ -99,7 +99,7 @@ def adam_sn(
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
-    r"""Adam with subset norms: each gradient element over the norm of its subset.
+    r"""Runs Adam with subset norms: each gradient element over the norm of its subset.
 
     With :math:`S(i)` the subset of parameter :math:`i`,
 
@@ -157,7 +157,7 @@ def adagrad_sn(
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
-    r"""AdaGrad with subset norms and momentum.
+    r"""Runs AdaGrad with subset norms and momentum.
 
     With :math:`S(i)` the subset of parameter :math:`i`,
 
@@ -219,7 +219,7 @@ def came(
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
-    r"""CAME: a momentum divided by factored second moments of gradient and instability.
+    r"""Runs CAME: a momentum divided by factored second moments of gradient and instability.
 
     With the factored update :math:`m_t / \sqrt{R_t C_t / \bar R_t}` of :func:`scale_by_came`,
 

@@ -40,7 +40,7 @@ def grass(
     subspace: Subspace | None = None,
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""Grass: Adam on selected rows of each gradient matrix; the others wait.
+    r"""Runs Grass: Adam on selected rows of each gradient matrix; the others wait.
 
     With the selected rows :math:`\sigma_j` and their weights :math:`\rho_j`, renewed every
     :math:`T` steps,
@@ -119,7 +119,7 @@ def ldadam(
     complement: Complement = FeedBack(),
     matrices: Matrices = Matrices(square="out", exclude=OUTPUT_HEAD),
 ) -> GradientTransformationExtraArgs:
-    r"""LDAdam: Adam in a subspace that moves in every step, with moments that follow it.
+    r"""Runs LDAdam: Adam in a subspace that moves in every step, with moments that follow it.
 
     With the error :math:`E`, :math:`c_i = 1 - \beta_i^{t-1}` and :math:`Q = P_t^T P_{t-1}`,
 
@@ -202,7 +202,7 @@ def dct_adamw(
     complement: Complement = Discard(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""DCT-AdamW: Adam on the columns of a cosine transform that the gradient is largest in.
+    r"""Runs DCT-AdamW: Adam on the columns of a cosine transform where the gradient is largest.
 
     With the orthogonal transform :math:`Q` and its columns :math:`P` with the largest
     :math:`\lVert Q_j^T G_t \rVert_1`, chosen in every step,
@@ -278,7 +278,7 @@ def snsm(
     subsets: Subsets = Subsets(),
     matrices: Matrices = Matrices(),
 ) -> GradientTransformationExtraArgs:
-    r"""SNSM: momentum in a subspace, the raw gradient outside, over the norms of subsets.
+    r"""Runs SNSM: momentum in a subspace, the raw gradient outside, over the norms of subsets.
 
     With the basis :math:`P` and the subset :math:`S(i)` of element :math:`i`,
 

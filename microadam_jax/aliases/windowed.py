@@ -78,7 +78,7 @@ def microadam(
     alpha: ArrayLike | None = None,
     layout: MicroAdamLayout | str = "fast",
 ) -> GradientTransformationExtraArgs:
-    r"""MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
+    r"""Runs MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
 
     .. math::
 

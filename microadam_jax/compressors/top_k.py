@@ -96,16 +96,16 @@ class TopK:
 
     @property
     def Carried(self) -> type[NothingCarried]:
-        """Nothing is carried from one step to the next."""
+        """Returns the NamedTuple of what is carried from one step to the next: nothing."""
         return NothingCarried
 
     def first(self, path: KeyPath, parameter: jax.Array) -> NothingCarried:
-        """Nothing."""
+        """Returns nothing, which is what Top-K carries."""
         del path, parameter
         return NothingCarried()
 
     def carry(self, sent: BlockSparse, carried: Any) -> NothingCarried:
-        """Nothing."""
+        """Returns nothing, which is what Top-K carries."""
         del sent, carried
         return NothingCarried()
 
@@ -116,7 +116,7 @@ class TopK:
         length: int,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """Zeros for values and indices ``(*lead, blocks, length, k)``."""
+        """Returns zeros for values and indices ``(*lead, blocks, length, k)``."""
         del path
         layout = self.blocks.layout_of(parameter)
         k = self.survivors(layout.size)
@@ -127,7 +127,7 @@ class TopK:
     def compress(
         self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()
     ) -> BlockSparse:
-        """The elements of the float32 ``update`` that survive.
+        """Returns the elements of the float32 ``update`` that survive.
 
         Args:
             update: ``(*lead, n)`` float32.
@@ -159,7 +159,7 @@ def top_k(
     min_row: int = 16,
     stacked: str | None = None,
 ) -> TopK:
-    """Top-K by magnitude within each block; see :class:`TopK` for the arguments.
+    """Selects the largest magnitudes of each block; see :class:`TopK` for the arguments.
 
     Without a density or a count it keeps 3 elements of each block of 256.
 

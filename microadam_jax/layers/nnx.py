@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Fp8Linear(nnx.Linear):
-    """``nnx.Linear`` by way of :func:`fp8_linear`.
+    """Replaces ``nnx.Linear`` by way of :func:`fp8_linear`.
 
     The arguments and parameters are those of ``nnx.Linear``; ``dtype`` is that of the outputs, and
     the kernel is quantized from ``param_dtype``. A bias is added in ``dtype``.
@@ -57,7 +57,7 @@ class Fp8Linear(nnx.Linear):
 
 
 class Fp8RMSNorm(nnx.RMSNorm):
-    """``nnx.RMSNorm`` over the last axis by way of :func:`fp8_rms_norm`.
+    """Replaces ``nnx.RMSNorm`` over the last axis by way of :func:`fp8_rms_norm`.
 
     The arguments and parameters are those of ``nnx.RMSNorm``. It has a scale, and takes no mask.
 

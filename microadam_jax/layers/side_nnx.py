@@ -64,7 +64,7 @@ class Pool(nnx.Module):
 
 
 class SideNetwork(nnx.Module):
-    r"""A network of width :math:`d / r` that learns beside a frozen backbone of width :math:`d`.
+    r"""Learns at width :math:`d / r` beside a frozen backbone of width :math:`d`.
 
     With the backbone's hidden states :math:`h_{f,0}` (its embedding) to :math:`h_{f,N}`, side
     layers :math:`g_i`, downsamplings :math:`D_i` and :math:`\beta_i = \sigma(\gamma_i)`,

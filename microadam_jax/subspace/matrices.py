@@ -19,7 +19,7 @@ SIDES = ("smaller", "larger", "in", "out")
 
 
 class MatrixDimensionNumbers(NamedTuple):
-    """The axes of a linear map; what is in neither is a batch of maps.
+    """Names the axes of a linear map; what is in neither is a batch of maps.
 
     Attributes:
         reduction_axis: the input axes, which a forward pass sums over.
@@ -81,7 +81,7 @@ class Matrices:
                 raise ValueError(f"The matrices' pattern {pattern!r} is bad: {error}.") from error
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], "Assigned"]:
-        """A function from a leaf's path and the leaf to how it is seen.
+        """Returns a function from a leaf's path and the leaf to how it is seen.
 
         Args:
             params: the tree of the leaves: its Flax boxes may name the axes.
@@ -111,7 +111,7 @@ class Matrices:
         return assign
 
     def list(self, params: Any) -> list[tuple[str, MatrixView | None]]:
-        """Each parameter's path and how it is seen; None where it is left alone."""
+        """Returns each parameter's path and how it is seen; None where it is left alone."""
         assign = self.assign(params)
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         return [(path_name(path), assign(path, leaf).view) for path, leaf in leaves]

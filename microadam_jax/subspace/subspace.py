@@ -75,11 +75,11 @@ class Subspace(Protocol):
         ...
 
     def layouts(self, size: int) -> Slots:
-        """The layout and dtype of each array of ``Kept``."""
+        """Returns the layout and dtype of each array of ``Kept``."""
         ...
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
-        """A new basis.
+        """Computes a new basis.
 
         Args:
             matrix: float32, the folded matrices to approximate.
@@ -93,7 +93,7 @@ class Subspace(Protocol):
         ...
 
     def basis(self, kept: Arrays, shape: tuple[int, ...], key: jax.Array) -> Basis:
-        """The basis of what is kept of it.
+        """Returns the basis of what is kept of it.
 
         Args:
             kept: what :meth:`find` returned.

@@ -20,7 +20,7 @@ from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByAdamMiniState(NamedTuple):
-    """A first moment for each parameter and a second one for each block.
+    """Holds a first moment for each parameter and a second one for each block.
 
     Attributes:
         count: int32 scalar, steps taken.

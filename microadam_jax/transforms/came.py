@@ -25,7 +25,7 @@ from microadam_jax.trees import KeyPath, map_with_path
 
 
 class ScaleByCameState(NamedTuple):
-    """A momentum, and two factors each of two second moments.
+    """Holds a momentum, and two factors each of two second moments.
 
     For a parameter that is not factored ``nu_row`` is its whole second moment, and the other
     three hold one number that is not used.

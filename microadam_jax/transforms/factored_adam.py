@@ -17,7 +17,7 @@ from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByFactoredAdamState(NamedTuple):
-    """A first moment, and two factors of a second moment.
+    """Holds a first moment, and two factors of a second moment.
 
     Attributes:
         count: int32 scalar, steps taken.

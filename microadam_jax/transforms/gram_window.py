@@ -19,7 +19,7 @@ Coefficients = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class GramWindowState(NamedTuple):
-    """The latest updates of every leaf, and their inner products over the whole model.
+    """Holds the latest updates of every leaf, and their inner products over the whole model.
 
     Attributes:
         count: int32 scalar, steps taken. Step ``t`` lies in row ``(t - 1) % m``.

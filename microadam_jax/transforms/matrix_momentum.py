@@ -23,7 +23,7 @@ from microadam_jax.trees import KeyPath, map_with_path
 
 
 class MatrixMomentumState(NamedTuple):
-    """A momentum for each parameter, and second moments for what is no matrix.
+    """Holds a momentum for each parameter, and second moments for what is no matrix.
 
     Attributes:
         count: int32 scalar, steps taken.

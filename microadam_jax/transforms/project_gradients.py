@@ -35,7 +35,7 @@ FIRST_MOMENTS = ("mu", "trace")
 
 
 class ProjectGradientsState(NamedTuple):
-    """The bases, what complements need, and the state of the inner transformation.
+    """Holds the bases, what complements need, and the inner transformation's state.
 
     Of a parameter that is not projected, ``basis`` and ``complement`` hold one number for each
     array, which is not used; with :class:`FeedBack` inside :func:`accumulate_into_residual`,

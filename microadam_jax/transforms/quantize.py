@@ -30,7 +30,7 @@ SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
 
 class QuantizedState(NamedTuple):
-    """The state of another transformation, some fields of which are stored through codecs.
+    """Holds the state of another transformation, some of its fields quantized.
 
     Attributes:
         count: int32 scalar, steps taken.

@@ -24,7 +24,7 @@ from microadam_jax.trees import KeyPath, map_with_path
 
 
 class ScaleBySubsetNormState(NamedTuple):
-    """A first moment for each parameter and a second one for each subset.
+    """Holds a first moment for each parameter and a second one for each subset.
 
     Attributes:
         count: int32 scalar, steps taken.

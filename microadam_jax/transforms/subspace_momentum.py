@@ -32,7 +32,7 @@ from microadam_jax.trees import KeyPath, map_with_path
 
 
 class SubspaceMomentumState(NamedTuple):
-    """The bases, a momentum in each subspace, and a second moment for each subset.
+    """Holds the bases, a momentum in each subspace, and a second moment for each subset.
 
     Attributes:
         count: int32 scalar, steps taken.

@@ -12,7 +12,7 @@ from microadam_jax.transforms.transformation import transformation
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
-    """Adam's moments.
+    """Holds Adam's moments.
 
     Attributes:
         mu: float32 first moments, of the parameters' shapes.
@@ -24,7 +24,7 @@ class ScaleByUncorrectedAdamState(NamedTuple):
 
 
 class CorrectBiasState(NamedTuple):
-    """The age of the moments.
+    """Counts the age of the moments.
 
     Attributes:
         count: int32 scalar, steps taken.

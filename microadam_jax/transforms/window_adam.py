@@ -34,7 +34,7 @@ from pallas_kernels.window_update import window_adam, window_apply, window_updat
 
 
 class ScaleByWindowAdamState(NamedTuple):
-    """The latest sparse gradients; for leaves that are kept dense, Adam's two moments.
+    """Holds the latest sparse gradients; Adam's two moments for leaves that are kept dense.
 
     Attributes:
         count: int32 scalar, steps taken. Step ``t`` lies in row ``(t - 1) % length``.
