@@ -214,7 +214,7 @@ class Axes:
         **sizes: sizes by name; of the parts of an axis, all but one must be given.
 
     Raises:
-        ValueError: if the notation cannot be read.
+        AxesError: a ValueError, if the notation cannot be read.
 
     Examples:
         >>> from microadam_jax.axes import Axes
@@ -319,6 +319,9 @@ class Fused:
         parts: the axes of each tensor; all of one rank.
         axis: along which they lie.
         shares: how much of the axis each takes, relative to the others.
+
+    Raises:
+        AxesError: a ValueError, if there are not as many ``shares`` as ``parts``.
 
     Examples:
         >>> from microadam_jax.axes import Axes, Fused

@@ -50,6 +50,7 @@ class Blocks:
             over that many devices (or any divisor of it) exactly where the row itself does.
 
     Raises:
+        TypeError: if ``size`` or ``shards`` is not a plain integer.
         ValueError: if ``size`` is not a positive even integer or ``shards`` not positive.
 
     Examples:

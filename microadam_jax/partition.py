@@ -251,6 +251,9 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
     Returns:
         The report; print it.
 
+    Raises:
+        ValueError: if ``partition`` has ``unknown="error"`` and a parameter follows no rule.
+
     Examples:
         >>> from microadam_jax import explain_partition
         >>> from microadam_jax.models import model_shapes

@@ -130,6 +130,7 @@ def test_an_interval_keeps_what_the_method_does_with_moments() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: microadam(1e-3, layout=None), "layout must be .*'paper'.* got None"),
         (lambda: adam_mini(1e-3, partition="kernel"), "partition must be .* Partition.*'kernel'"),
         (lambda: adamw4bit_factored(1e-3, partition={}), "partition must be .* Partition.*{}"),
         (lambda: came(1e-3, partition=[]), r"partition must be .* Partition.*\[\]"),

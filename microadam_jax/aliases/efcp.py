@@ -55,6 +55,14 @@ def sparse_mfac(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
+            part is of another class, or ``damping`` is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``damping`` is not positive, or ``residual`` is an unknown name or has no
+            negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import sparse_mfac
@@ -113,6 +121,14 @@ def lowrank_mfac(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
+            part is of another class, or ``damping`` is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``damping`` is not positive, or ``residual`` is an unknown name or has no
+            negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import lowrank_mfac
@@ -167,6 +183,14 @@ def sparse_ggt(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
+            part is of another class, or ``eps`` is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``eps`` is not positive, ``residual`` is an unknown name or has no negative
+            numbers, or the window is normalized; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import sparse_ggt
@@ -217,6 +241,13 @@ def mfac(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or
+            of another class, or ``damping`` is an array in fewer bits than float32; in ``init``, if
+            a leaf is not a floating-point array.
+        ValueError: if ``damping`` is not positive; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp

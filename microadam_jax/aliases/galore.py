@@ -84,10 +84,13 @@ def galore(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
+            in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -165,10 +168,13 @@ def fira(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
+            in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -246,10 +252,13 @@ def apollo(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
+            in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -311,9 +320,12 @@ def apollo_mini(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``update_interval`` is not a positive integer. A traced one needs
-            ``static_args=("update_interval",)`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace`` or ``matrices`` is of another class, ``weight_decay`` is a
+            schedule, or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``update_interval`` is not a positive integer (``optax.inject_hyperparams``
+            needs ``static_args=("update_interval",)``); in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

@@ -55,6 +55,13 @@ def adamw8bit(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax
         >>> from microadam_jax import adamw8bit, memory_report
@@ -118,6 +125,13 @@ def adamw4bit(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax
         >>> from microadam_jax import adamw4bit, memory_report
@@ -178,6 +192,13 @@ def adamw_fp8(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax
         >>> from microadam_jax import adamw_fp8, memory_report
@@ -235,6 +256,13 @@ def adamw4bit_factored(
     Returns:
         The optimizer.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax
         >>> from microadam_jax import adamw4bit_factored, memory_report
@@ -290,6 +318,13 @@ def adam_mini8bit(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -350,6 +385,13 @@ def adam_mini4bit(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

@@ -53,10 +53,11 @@ def lion4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a decay rate is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a decay rate is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``mu_codec`` is of another class; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -121,10 +122,11 @@ def muon8bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -194,10 +196,11 @@ def sinkhorn4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

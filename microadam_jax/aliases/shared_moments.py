@@ -65,6 +65,14 @@ def adam_mini(
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
+            has no negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is
+            the number 0.
+
     Examples:
         >>> from microadam_jax import Partition, adam_mini, memory_report
         >>> from microadam_jax.models import model_shapes
@@ -130,6 +138,13 @@ def adam_sn(
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``subsets`` or ``partition`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import adam_sn
@@ -183,6 +198,13 @@ def adagrad_sn(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``subsets`` or ``partition`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -247,6 +269,12 @@ def came(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
+            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

@@ -74,10 +74,12 @@ def grass(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace`` or ``matrices`` is of another class, or a decay rate is an array
+            in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -158,10 +160,13 @@ def ldadam(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class, or a decay
+            rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -235,10 +240,13 @@ def dct_adamw(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class, or a decay
+            rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -315,10 +323,13 @@ def snsm(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``subsets`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a number is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

@@ -97,7 +97,11 @@ class Affine4(RowByRow):
         return self
 
     def zeros(self, parameter: jax.Array) -> AffineCodes:
-        """Returns the encoding of zeros: every level 0, every bucket from 0 to 0."""
+        """Returns the encoding of zeros: every level 0, every bucket from 0 to 0.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its buckets.
+        """
         layout = self.buckets.layout_of(parameter)
         codes = blocked_shape(parameter.shape, layout, layout.size // 2)
         bucket = blocked_shape(parameter.shape, layout)
@@ -137,6 +141,10 @@ def affine4(
 
     Returns:
         The codec.
+
+    Raises:
+        ValueError: if a bucket is not of a positive even number of elements, or ``rounding`` or
+            ``statistics`` is not one of those.
     """
     return Affine4(as_blocks(bucket), rounding, statistics)
 

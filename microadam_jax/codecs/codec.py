@@ -130,6 +130,10 @@ def encoded_bytes(codec: Codec | str, shape: tuple[int, ...]) -> int:
     Returns:
         The bytes of all its arrays, exactly.
 
+    Raises:
+        TypeError: if ``codec`` is neither a codec nor a name.
+        ValueError: if the name is not a known one.
+
     Examples:
         >>> from microadam_jax.codecs import encoded_bytes
         >>> encoded_bytes("dynamic4", (1024, 1024)) / 1024**2

@@ -122,7 +122,11 @@ class Float8(RowByRow):
         return self
 
     def zeros(self, parameter: jax.Array) -> Any:
-        """Returns the encoding of zeros: all bytes zero."""
+        """Returns the encoding of zeros: all bytes zero.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         layout = self.blocks.layout_of(parameter)
         codes = (*parameter.shape[:-1], layout.count * layout.size)
         block = blocked_shape(parameter.shape, layout)

@@ -23,6 +23,10 @@ class Plain(RowByRow):
 
     Args:
         dtype: a floating dtype such as ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        TypeError: if ``dtype`` is not a dtype.
+        ValueError: if ``dtype`` is not a floating dtype.
     """
 
     dtype: str = "float32"

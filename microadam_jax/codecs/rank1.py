@@ -104,7 +104,11 @@ class RankOne:
         return dataclasses.replace(self, layer_axis=axis)
 
     def zeros(self, parameter: jax.Array) -> RankOneCodes:
-        """Returns the encoding of zeros: all bytes zero."""
+        """Returns the encoding of zeros: all bytes zero.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         codes = code_zeros(parameter, self.map, self.blocks)
         if self._is_vector(parameter.shape):
             scales = self._by_block.zeros(parameter).scales

@@ -107,7 +107,11 @@ class Scaled(RowByRow):
         return self
 
     def zeros(self, parameter: jax.Array) -> ScaledCodes:
-        """Returns the encoding of zeros: all bytes zero."""
+        """Returns the encoding of zeros: all bytes zero.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         return ScaledCodes(
             codes=code_zeros(parameter, self.map, self.blocks),
             scales=state_zeros(

@@ -46,7 +46,8 @@ class Storage:
         layer_axis: the layer axis of those.
 
     Raises:
-        ValueError: if a name is none of a codec, or a pattern no regular expression.
+        TypeError: if a codec is neither a codec nor a name.
+        ValueError: if a name is unknown, or a pattern is not a regular expression.
 
     Examples:
         >>> from microadam_jax import Storage
@@ -289,7 +290,8 @@ def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str
     A list of rules ends with a pattern that matches all paths, ``""``.
 
     Raises:
-        ValueError: if a list of rules has no such end.
+        TypeError: if ``storage`` is none of these.
+        ValueError: if a name is unknown, or a list of rules has no such end.
     """
     if isinstance(storage, Storage):
         return storage

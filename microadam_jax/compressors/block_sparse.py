@@ -24,6 +24,10 @@ class BlockSparse:
         shape: the dense shape ``(*lead, n)``.
         dtype: the dtype that the dense update had.
         layout: how a row is cut into blocks.
+
+    Raises:
+        TypeError: if ``indices`` are floating-point numbers, as after arithmetic on a sparse
+            update.
     """
 
     values: jax.Array

@@ -26,6 +26,9 @@ class LowRank:
         mark: an int32 that arithmetic would turn into a float, and so betrays itself.
         shape: the dense shape ``(*lead, n)``.
         dtype: the dtype that the dense update had.
+
+    Raises:
+        TypeError: if ``mark`` is a floating-point number, as after arithmetic on a low-rank update.
     """
 
     left: jax.Array

@@ -154,6 +154,9 @@ def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> Power
         The compressor, for :func:`error_feedback`, :func:`compress`, :func:`scale_by_mfac` and
         :func:`scale_by_ggt`.
 
+    Raises:
+        ValueError: if ``rank`` is not a positive integer.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import compress, to_dense

@@ -45,7 +45,9 @@ class TopK:
             follows the match, as in ``"layers/layer_0/"``, the leaf belongs to a single one.
 
     Raises:
-        ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two.
+        TypeError: if ``blocks`` is not a :class:`Blocks`.
+        ValueError: if ``density`` is outside (0, 1], ``count`` is not a positive integer, both or
+            neither are given, or blocks have more than 32768 elements.
     """
 
     density: float | None = None
@@ -116,7 +118,11 @@ class TopK:
         length: int,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns zeros for values and indices ``(*lead, blocks, length, k)``."""
+        """Returns zeros for values and indices ``(*lead, blocks, length, k)``.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         del path
         layout = self.blocks.layout_of(parameter)
         k = self.survivors(layout.size)
@@ -166,6 +172,11 @@ def top_k(
     Returns:
         The compressor, for :func:`error_feedback`, :func:`compress` and the windows,
         :func:`scale_by_window_adam`, :func:`scale_by_mfac` and :func:`scale_by_ggt`.
+
+    Raises:
+        TypeError: if ``blocks`` is not a :class:`Blocks`.
+        ValueError: if ``density`` is outside (0, 1], ``count`` is not a positive integer, both are
+            given, or blocks have more than 32768 elements.
 
     Examples:
         >>> from microadam_jax import top_k

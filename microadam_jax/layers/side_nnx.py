@@ -59,7 +59,11 @@ class Pool(nnx.Module):
         self.reduction, self.kind = reduction, kind
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Maps ``(..., d)`` to ``(..., d / r)``."""
+        """Maps ``(..., d)`` to ``(..., d / r)``.
+
+        Raises:
+            ValueError: if ``r`` does not divide ``d``.
+        """
         return (max_pool if self.kind == "max" else average_pool)(hidden, self.reduction)
 
 

@@ -244,6 +244,10 @@ class FeedBack:
     Args:
         momentum: whether that term is there.
         dtype: in which :math:`E` is kept; it takes as much memory as the parameter.
+
+    Raises:
+        TypeError: if ``dtype`` is not a dtype.
+        ValueError: if ``dtype`` is not a floating dtype.
     """
 
     momentum: bool = True

@@ -85,6 +85,10 @@ class Matrices:
 
         Args:
             params: the tree of the leaves: its Flax boxes may name the axes.
+
+        Raises:
+            ValueError: from the function, if ``dimension_numbers`` names axes that a leaf does not
+                have.
         """
         assignment_of = (self.partition or Partition()).assign(params)
 

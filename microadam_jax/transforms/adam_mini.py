@@ -75,8 +75,10 @@ def scale_by_adam_mini(
         ``mu_codec="dynamic4"``.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype or ``mu_codec`` has no negative numbers;
-            in ``update``, if the state was made for another partition.
+        TypeError: if a number is an array in fewer bits than float32, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
+            has no negative numbers; in ``update``, if the state was made for another partition.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -93,7 +93,9 @@ def scale_by_came(
         The transformation. Its state takes 4 bytes per parameter and 8 for each row and column.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+        TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
+            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update``, if the state was made
             for another partition.
 
     Examples:

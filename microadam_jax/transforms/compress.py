@@ -33,6 +33,10 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
     Returns:
         The transformation. It has no state but what the compressor carries.
 
+    Raises:
+        TypeError: if ``compressor`` is not a compressor; in ``init``, if a leaf is not a
+            floating-point array.
+
     Examples:
         >>> import jax.numpy as jnp, optax
         >>> from microadam_jax import compress, to_dense, top_k

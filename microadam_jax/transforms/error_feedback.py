@@ -80,7 +80,10 @@ def error_feedback(
         The transformation. Its state takes 0.53 bytes per parameter with the default codec.
 
     Raises:
-        ValueError: if ``residual`` names no codec, or ``alpha`` lies outside [0, 1).
+        TypeError: if ``compressor`` or ``residual`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``residual`` is an unknown name or has no negative numbers, or ``alpha`` is
+            outside [0, 1).
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -72,8 +72,10 @@ def scale_by_factored_adam(
         The transformation. Its state takes 0.53 bytes per parameter and 4 for each row and column.
 
     Raises:
-        ValueError: if a codec does not exist or has no negative numbers; in ``update``, if the
-            state was made for another partition or through another codec.
+        TypeError: if a number is an array in fewer bits than float32, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``, if
+            the state was made for another partition or through another codec.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -109,8 +109,11 @@ def project_gradients(
         elements for each field, and a dense basis n r.
 
     Raises:
-        ValueError: if ``b1`` or ``b2`` is needed and missing; in ``init``, if the inner state has
-            no such moments.
+        TypeError: if ``subspace``, ``refresh``, ``complement`` or ``matrices`` is of another class,
+            or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``refresh`` has moments that only :func:`subspace_momentum` has; in ``init``,
+            if ``b1`` or ``b2`` is needed and missing, or the inner state has no such moments.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -75,7 +75,9 @@ def scale_by_subset_norm(
         each other one; 4 for all with runs as subsets.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+        TypeError: if a number is an array in fewer bits than float32, or ``subsets`` or
+            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update``, if the state was made
             for other subsets.
 
     Examples:

@@ -93,7 +93,10 @@ def subspace_momentum(
         and n r for a dense basis.
 
     Raises:
-        ValueError: if both moments shall be rotated, or the basis found for the momentum.
+        TypeError: if ``subspace``, ``refresh``, ``subsets`` or ``matrices`` is of another class, or
+            a number is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``refresh`` rotates both moments or has a ``momentum_share``.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -55,6 +55,10 @@ def scale_by_uncorrected_adam(
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32; in ``init``, if a leaf is not
+            a floating-point array.
+
     Examples:
         >>> import jax.numpy as jnp, optax
         >>> from microadam_jax import correct_bias, scale_by_uncorrected_adam
@@ -100,6 +104,10 @@ def correct_bias(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is
+            not a floating-point array.
     """
 
     def init(params: optax.Params) -> CorrectBiasState:

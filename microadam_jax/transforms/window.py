@@ -18,6 +18,9 @@ class Window:
             divide by :math:`m` before :math:`m` rows are filled. True divides by
             :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window with no such
             growth and thus another learning rate, and by :math:`\min(t, m)`.
+
+    Raises:
+        ValueError: if ``length`` is not a positive integer, or ``dtype`` is another.
     """
 
     length: int = 10

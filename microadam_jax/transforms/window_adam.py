@@ -85,8 +85,11 @@ def scale_by_window_adam(
         The transformation. Its state takes 0.35 bytes per parameter by default.
 
     Raises:
-        TypeError: if the window's length is a traced array.
-        ValueError: in ``update``, if an update was not made by ``compressor``.
+        TypeError: if the window's length is a traced array, a part is of another class, or a number
+            is an array in fewer bits than float32; in ``init``, if a leaf is not a floating-point
+            array.
+        ValueError: if the window's length is not positive; in ``update``, if an update was not made
+            by ``compressor``.
 
     Examples:
         >>> import jax.numpy as jnp, optax
