@@ -73,6 +73,9 @@ def saved_bytes(
     Returns:
         The arrays of both by shape and dtype, and their bytes.
 
+    Raises:
+        ValueError: if ``f`` changes in place what is not an NNX module, and ``after`` is None.
+
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from microadam_jax.layers import saved_bytes
