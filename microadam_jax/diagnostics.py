@@ -120,7 +120,7 @@ def with_diagnostics(
         The transformation.
 
     Raises:
-        ValueError: if a pattern is no regular expression.
+        ValueError: if a pattern is not a regular expression.
 
     Examples:
         >>> import jax.numpy as jnp, optax

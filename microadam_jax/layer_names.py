@@ -56,7 +56,7 @@ def transformer_rules(
         Pairs of a path pattern and the axes, for :class:`Partition`.
 
     Raises:
-        ValueError: if ``weight`` is none of those, or ``kv_heads`` does not divide ``heads``.
+        ValueError: if ``weight`` is not one of those, or ``kv_heads`` does not divide ``heads``.
 
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 3 and Section 2.3.
     """

@@ -30,7 +30,8 @@ class Subsets:
             rate about ten times Adam's.
 
     Raises:
-        ValueError: if a value is none of those.
+        ValueError: if ``rule`` or ``reduction`` is not one of those, or ``size`` is 0 or not an
+            integer.
     """
 
     rule: Literal["larger", "runs"] = "larger"

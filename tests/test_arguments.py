@@ -143,6 +143,7 @@ def test_an_interval_keeps_what_the_method_does_with_moments() -> None:
         (lambda: project_gradients(optax.trace(0.9), svd(2), 10), "refresh must be .*got 10"),
         (lambda: adam_mini8bit(1e-3, mu_codec=8), "codec must be .*dynamic8.*got 8"),
         (lambda: error_feedback(top_k(), None), "codec must be .*dynamic8.*got None"),
+        (lambda: affine4(64.0), "Blocks.size shapes the state.*plain Python int; got float"),
         (lambda: quantize_state(optax.trace(0.9), "dynamic8"), "codecs must name .*'dynamic8'"),
         (lambda: compress(top_k), "compressor must be .*<function top_k"),
         (lambda: sparse_mfac(1e-3, compressor=0.1), "compressor must be .*got 0.1"),

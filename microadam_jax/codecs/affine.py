@@ -143,8 +143,9 @@ def affine4(
         The codec.
 
     Raises:
-        ValueError: if a bucket is not of a positive even number of elements, or ``rounding`` or
-            ``statistics`` is not one of those.
+        TypeError: if ``bucket`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``bucket`` is not positive and even, or ``rounding`` or ``statistics`` is not
+            one of those.
     """
     return Affine4(as_blocks(bucket), rounding, statistics)
 

@@ -236,7 +236,9 @@ def float8(
         The codec, for first and second moments.
 
     Raises:
-        ValueError: if ``format`` or ``rounding`` does not exist.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``format`` or ``rounding`` is not one
+            of those.
     """
     return Float8(format, expansion, as_blocks(block), rounding)
 

@@ -177,7 +177,8 @@ def nf4(block: int | Blocks = Blocks(64, shards=1), *, group: int = 256) -> Nf4:
         The codec.
 
     Raises:
-        ValueError: if ``block`` or ``group`` is not a positive integer.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``group`` is not a positive integer.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -61,7 +61,7 @@ class RankOne:
         layer_axis: the axis of stacked layers; :func:`quantize_state` finds it.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        ValueError: if ``rounding`` is not one of those.
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.2.
     """
@@ -194,7 +194,8 @@ def rank1_linear4(block: int | Blocks = 128, *, rounding: str = "nearest") -> Ra
         The codec, for second moments.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
     """
     return RankOne(LINEAR4_UNSIGNED, as_blocks(block), rounding)
 
@@ -211,6 +212,7 @@ def rank1_dynamic4(block: int | Blocks = 128, *, rounding: str = "nearest") -> R
         The codec, for second moments.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
     """
     return RankOne(DYNAMIC4_UNSIGNED, as_blocks(block), rounding)

@@ -196,7 +196,9 @@ def dynamic8(
         The codec.
 
     Raises:
-        ValueError: if the options contradict each other.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, ``rounding`` is not one of those, or
+            options contradict each other, such as ``symmetric=True`` and ``signed=False``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -235,7 +237,9 @@ def dynamic4(
         The codec.
 
     Raises:
-        ValueError: if the options contradict each other.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, ``rounding`` is not one of those, or
+            options contradict each other, such as ``symmetric=True`` and ``signed=False``.
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 3 and Appendix E.
     """
@@ -260,7 +264,8 @@ def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "
         The codec.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.1.
     """
@@ -268,8 +273,12 @@ def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "
 
 
 def as_blocks(block: int | Blocks) -> Blocks:
-    """The rule for blocks of at most ``block`` elements, or ``block`` itself."""
-    return Blocks(block) if isinstance(block, int) else block
+    """Returns the rule for blocks of at most ``block`` elements, or ``block`` itself.
+
+    Raises:
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`, as if it is traced.
+    """
+    return block if isinstance(block, Blocks) else Blocks(block)
 
 
 def require_rounding(rounding: str) -> None:

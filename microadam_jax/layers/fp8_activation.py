@@ -55,7 +55,8 @@ class Fp8Activation:
         rounding: ``"nearest"``, halves to even, or ``"stochastic"``, without bias.
 
     Raises:
-        ValueError: if an argument is none of those.
+        ValueError: if ``format`` or ``rounding`` is not one of those, or ``group`` is not a
+            positive integer or None.
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
@@ -162,7 +163,8 @@ def fp8_activation(
         The codec.
 
     Raises:
-        ValueError: if an argument is none of those.
+        ValueError: if ``format`` or ``rounding`` is not one of those, or ``group`` is not a
+            positive integer or None.
 
     Examples:
         >>> import jax.numpy as jnp

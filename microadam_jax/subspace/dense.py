@@ -160,7 +160,7 @@ def svd(rank: int) -> SingularVectors:
         which takes far longer than any other of the library's subspaces.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Zhao et al., GaLore (arXiv 2403.03507).
     """
@@ -186,7 +186,7 @@ def randomized_svd(
         The spec.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on, or a count is negative.
+        ValueError: if ``rank`` is not a positive integer, or a count is negative.
 
     Reference: Halko, Martinsson and Tropp (arXiv 0909.4061).
     """
@@ -210,7 +210,7 @@ def power_iteration(rank: int) -> PowerVectors:
         The spec. The whole gradient of a matrix is gathered for every new basis.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Robert et al., LDAdam (arXiv 2410.16103).
     """
@@ -228,7 +228,7 @@ def orthogonal_gaussian(rank: int, *, seed: int = 0) -> OrthogonalGaussian:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
     """
     return OrthogonalGaussian(rank, seed)
 
@@ -248,7 +248,7 @@ def srht(rank: int, *, seed: int = 0) -> Hadamard:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
     """
     return Hadamard(rank, seed)
 
@@ -267,7 +267,7 @@ def gaussian(rank: int, *, seed: int = 0) -> Gaussian:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Zhu et al., APOLLO (arXiv 2412.05270).
     """

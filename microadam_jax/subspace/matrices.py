@@ -50,7 +50,8 @@ class Matrices:
         partition: the rules of the names; None stands for those of :func:`transformer_rules`.
 
     Raises:
-        ValueError: if a value is none of those, or a pattern is no regular expression.
+        ValueError: if ``side`` or ``square`` is not one of those, or a pattern is not a regular
+            expression.
 
     Examples:
         >>> import jax.numpy as jnp

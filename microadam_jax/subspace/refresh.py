@@ -35,7 +35,8 @@ class Refresh:
             :math:`\rho P_{old} \hat m + (1 - \rho) G`; None: the gradient.
 
     Raises:
-        ValueError: if a value is none of those.
+        ValueError: if ``every`` is not a positive integer, ``first`` or ``moments`` is not one of
+            those, or ``momentum_share`` is outside [0, 1].
     """
 
     every: int = 200

@@ -139,7 +139,7 @@ def top_k_rows(rank: int) -> TopRows:
         devices; choose the compressed side so that it is the one that is not sharded.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Muhamed et al., Grass (arXiv 2406.17660), Top-r.
     """
@@ -164,7 +164,7 @@ def sampled_rows(
         The spec.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Muhamed et al., Grass (arXiv 2406.17660), Multinomial-Norm.
     """
@@ -182,7 +182,7 @@ def uniform_rows(rank: int, *, seed: int = 0) -> UniformRows:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
     """
     return UniformRows(rank, seed)
 
@@ -201,7 +201,7 @@ def dct_columns(rank: int) -> CosineColumns:
         The spec. The basis is computed from the indices in every step.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: FFT-based dynamic subspace selection (arXiv 2505.17967).
     """
