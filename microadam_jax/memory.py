@@ -91,6 +91,9 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
     Returns:
         The bytes by state field and in total.
 
+    Raises:
+        Exception: what ``tx.init`` raises.
+
     Examples:
         >>> import jax, optax
         >>> from microadam_jax import memory_report, microadam

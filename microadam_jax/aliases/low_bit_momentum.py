@@ -269,10 +269,11 @@ def sinkhorn2bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

@@ -266,7 +266,7 @@ def dynamic4(
 
 
 def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
-    """2 bits: half a root mean square of the block and one and a half, with either sign.
+    """Returns 2 bits: half a root mean square of the block and one and a half, of either sign.
 
     These are nearly the four numbers with the least error for what is normally distributed. What
     is beyond one and a half is cut; rounding is unbiased up to there if it is stochastic, which a
@@ -280,7 +280,8 @@ def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
         The codec.
 
     Raises:
-        ValueError: if ``rounding`` is neither, or ``block`` is no multiple of 4.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is no positive multiple of 4, or ``rounding`` is not one of those.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -290,9 +291,8 @@ def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
         >>> print(codec.decode(codec.encode(x), x.shape).round(2))
         [ 1.23 -1.23  0.41 -0.41]
     """
-    rule = Blocks(block, multiple=4) if isinstance(block, int) else block
-    rule = dataclasses.replace(rule, multiple=4)
-    return Scaled(LINEAR2, rule, rounding, deviations=1.5)
+    rule = block if isinstance(block, Blocks) else Blocks(block, multiple=4)
+    return Scaled(LINEAR2, dataclasses.replace(rule, multiple=4), rounding, deviations=1.5)
 
 
 def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "nearest") -> Scaled:
