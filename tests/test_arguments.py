@@ -69,7 +69,7 @@ def test_the_papers_buckets_stay_with_other_blocks() -> None:
     [
         ({"density": 1.5}, r"TopK.density must lie in \(0, 1\]"),
         ({"window": 0}, "Window.length must be a positive int"),
-        ({"block_size": 7}, "Blocks.size must be a positive even integer"),
+        ({"block_size": 7}, "Blocks.size must be a positive multiple of 2"),
         ({"block_size": 65536}, "at most 32768"),
         ({"layout": "slow"}, "Unknown layout 'slow'"),
     ],

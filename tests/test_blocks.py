@@ -95,7 +95,7 @@ def test_the_promised_shards_divide_the_blocks(shards: int, multiple: int) -> No
 
 @pytest.mark.parametrize("size", [0, -2, 3])
 def test_odd_or_empty_blocks_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match="positive even integer"):
+    with pytest.raises(ValueError, match="positive multiple of 2"):
         Blocks(size=size)
 
 

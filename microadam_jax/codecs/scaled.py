@@ -64,8 +64,8 @@ class Scaled(RowByRow):
         keep_sign: whether a negative number that would be rounded to zero takes the code below
             zero, as in bitsandbytes.
         deviations: if a number :math:`a`, then :math:`s = a \sqrt{\mathrm{mean}\, x_i^2}` over
-            the elements of the block that are not zero, and what is larger than :math:`s` becomes
-            :math:`s`.
+            the elements of the block that are not zero, unless the largest magnitude is smaller;
+            what is larger than :math:`s` becomes :math:`s`.
 
     Raises:
         ValueError: if ``rounding`` is neither, if the codes of a block do not fill whole bytes, or
@@ -169,7 +169,7 @@ class Scaled(RowByRow):
         """Returns the scales ``(..., 1)`` of blocks ``(..., size)``; NaN if not finite."""
         scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
         if self.deviations is not None:
-            scale = self.deviations * root_mean_square(block, scale)
+            scale = jnp.minimum(self.deviations * root_mean_square(block, scale), scale)
         return (jnp.where(jnp.isfinite(scale), scale, jnp.nan),)
 
     def _codes_of(self, block: jax.Array, scale: jax.Array, xi: jax.Array | None) -> jax.Array:
@@ -289,7 +289,7 @@ def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
         >>> x = jnp.array([1.0, -1, 0.2, 0])
         >>> codec = linear2()
         >>> print(codec.decode(codec.encode(x), x.shape).round(2))
-        [ 1.23 -1.23  0.41 -0.41]
+        [ 1.   -1.    0.33 -0.33]
     """
     rule = block if isinstance(block, Blocks) else Blocks(block, multiple=4)
     return Scaled(LINEAR2, dataclasses.replace(rule, multiple=4), rounding, deviations=1.5)
