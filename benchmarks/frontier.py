@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.sweep import Setting, sweep
+from benchmarks.sweep import Setting, Trial, sweep
 from microadam_jax import (
     Refresh,
     adam_mini,
@@ -30,6 +30,7 @@ from microadam_jax import (
     lion4bit,
     microadam,
     muon8bit,
+    sinkhorn2bit,
     sinkhorn4bit,
     snsm,
 )
@@ -66,38 +67,36 @@ def adafactor(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransf
 
 
 ADAM, NORMS, LION = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2), (2e-4, 4e-4)
-# Each setting with the learning rates of its matrices.
-SETTINGS: dict[str, tuple[Setting, tuple[float, ...]]] = {
-    "AdamW": (evenly(optax.adamw), ADAM),
-    "Adafactor": (evenly(adafactor), ADAM),
-    "Muon": (evenly(muon8bit, mu_codec="float32"), ADAM),
-    "microadam": (evenly(microadam, layout="pretrain"), ADAM),
-    "adam_mini": (evenly(adam_mini), ADAM),
-    "adam_sn": (evenly(adam_sn), NORMS),
-    "came": (evenly(came), ADAM),
-    "adamw8bit": (evenly(adamw8bit), ADAM),
-    "adamw_fp8": (evenly(adamw_fp8), ADAM),
-    "adamw4bit": (evenly(adamw4bit), ADAM),
-    "adamw4bit_factored": (evenly(adamw4bit_factored), ADAM),
-    "adam_mini8bit": (evenly(adam_mini8bit), ADAM),
-    "adam_mini4bit": (evenly(adam_mini4bit), ADAM),
-    "lion4bit": (evenly(lion4bit), LION),
-    "muon8bit": (evenly(muon8bit), ADAM),
-    "sinkhorn4bit": (evenly(sinkhorn4bit), ADAM),
-    "galore": (evenly(galore, rank=RANK, update_interval=EVERY), NORMS),
-    "grass": (evenly(grass, rank=RANK, update_interval=EVERY), ADAM),
-    "ldadam": (evenly(ldadam, rank=RANK), ADAM),
-    "snsm": (evenly(snsm, rank=RANK, update_interval=Refresh(EVERY)), NORMS),
+# With the learning rates of their matrices.
+TRIALS: dict[str, Trial] = {
+    "AdamW": Trial(evenly(optax.adamw), ADAM),
+    "Adafactor": Trial(evenly(adafactor), ADAM),
+    "Muon": Trial(evenly(muon8bit, mu_codec="float32"), ADAM),
+    "microadam": Trial(evenly(microadam, layout="pretrain"), ADAM),
+    "adam_mini": Trial(evenly(adam_mini), ADAM),
+    "adam_sn": Trial(evenly(adam_sn), NORMS),
+    "came": Trial(evenly(came), ADAM),
+    "adamw8bit": Trial(evenly(adamw8bit), ADAM),
+    "adamw_fp8": Trial(evenly(adamw_fp8), ADAM),
+    "adamw4bit": Trial(evenly(adamw4bit), ADAM),
+    "adamw4bit_factored": Trial(evenly(adamw4bit_factored), ADAM),
+    "adam_mini8bit": Trial(evenly(adam_mini8bit), ADAM),
+    "adam_mini4bit": Trial(evenly(adam_mini4bit), ADAM),
+    "lion4bit": Trial(evenly(lion4bit), LION),
+    "muon8bit": Trial(evenly(muon8bit), ADAM),
+    "sinkhorn4bit": Trial(evenly(sinkhorn4bit), ADAM),
+    "sinkhorn2bit": Trial(evenly(sinkhorn2bit), ADAM),
+    "galore": Trial(evenly(galore, rank=RANK, update_interval=EVERY), NORMS),
+    "grass": Trial(evenly(grass, rank=RANK, update_interval=EVERY), ADAM),
+    "ldadam": Trial(evenly(ldadam, rank=RANK), ADAM),
+    "snsm": Trial(evenly(snsm, rank=RANK, update_interval=Refresh(EVERY)), NORMS),
     # The search: what was tried and is no optimizer of the library.
-    "Sinkhorn, float32": (evenly(sinkhorn4bit, mu_codec="float32"), ADAM),
-    "Sinkhorn, 4 bits to nearest": (evenly(sinkhorn4bit, mu_codec="dynamic4"), ADAM),
-    "Sinkhorn, beta = 0.9": (evenly(sinkhorn4bit, beta=0.9), ADAM),
-    "Muon, 4 bits": (evenly(muon8bit, mu_codec=dynamic4(rounding="stochastic")), ADAM),
+    "Sinkhorn, float32": Trial(evenly(sinkhorn4bit, mu_codec="float32"), ADAM),
+    "Sinkhorn, 2 bits, beta = 0.8": Trial(evenly(sinkhorn2bit, beta=0.8), ADAM),
+    "Sinkhorn, 4 bits to nearest": Trial(evenly(sinkhorn4bit, mu_codec="dynamic4"), ADAM),
+    "Sinkhorn, beta = 0.9": Trial(evenly(sinkhorn4bit, beta=0.9), ADAM),
+    "Muon, 4 bits": Trial(evenly(muon8bit, mu_codec=dynamic4(rounding="stochastic")), ADAM),
 }
 
 if __name__ == "__main__":
-    sweep(
-        __doc__.splitlines()[0],
-        {name: setting for name, (setting, _) in SETTINGS.items()},
-        {name: rates for name, (_, rates) in SETTINGS.items()},
-    )
+    sweep(__doc__.splitlines()[0], TRIALS)

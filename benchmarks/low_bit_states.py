@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.sweep import Setting, sweep
+from benchmarks.sweep import Setting, Trial, sweep
 from microadam_jax import (
     adam_mini,
     adam_mini4bit,
@@ -92,4 +92,4 @@ LION_RATES = (1e-4, 2e-4, 4e-4)  # every element moves by the whole rate
 
 if __name__ == "__main__":
     rates = dict.fromkeys(SETTINGS, RATES) | {"Lion, 4 bits": LION_RATES}
-    sweep(__doc__.splitlines()[0], SETTINGS, rates)
+    sweep(__doc__.splitlines()[0], {name: Trial(SETTINGS[name], rates[name]) for name in SETTINGS})

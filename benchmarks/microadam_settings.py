@@ -7,7 +7,7 @@ import dataclasses
 
 import optax
 
-from benchmarks.sweep import sweep
+from benchmarks.sweep import Trial, sweep
 from microadam_jax import MicroAdamLayout, Window, error_feedback, microadam, to_dense, top_k
 from microadam_jax.codecs import affine4
 
@@ -52,4 +52,5 @@ SETTINGS = {
 
 
 if __name__ == "__main__":
-    sweep(__doc__.splitlines()[0], SETTINGS, dict.fromkeys(SETTINGS, (1e-3, 2e-3, 4e-3)))
+    rates = 1e-3, 2e-3, 4e-3
+    sweep(__doc__.splitlines()[0], {name: Trial(SETTINGS[name], rates) for name in SETTINGS})

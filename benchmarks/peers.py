@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.places import filled
 from benchmarks.scale import step_of
 from microadam_jax import (
     Partition,
@@ -65,7 +66,7 @@ COLUMNS = (
     "time / own AdamW: released",
     "ours",
 )
-BEGIN, END = "<!-- begin: python -m benchmarks.peers -->", "<!-- end -->"
+MARK = "python -m benchmarks.peers"
 
 Tensors = dict[str, np.ndarray]  # by the path in SHAPES, in the layout of JAX
 
@@ -571,18 +572,6 @@ def version(package: str) -> str:
         return ""
 
 
-def with_results(page: str, text: str) -> str:
-    """The page with ``text`` between its markers.
-
-    Raises:
-        ValueError: if it has no markers.
-    """
-    if page.count(BEGIN) != 1 or END not in page.split(BEGIN)[1]:
-        raise ValueError(f"The page needs one line {BEGIN!r} and after it one {END!r}.")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of optimizers' names")
@@ -590,7 +579,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/peers.csv"), help="the file of all results"
     )
-    parser.add_argument("--page", type=Path, help="where to write the table, between its markers")
+    parser.add_argument("--page", type=Path, help="the page that has a place for the table")
     args = parser.parse_args()
 
     for pair in released_pairs():
@@ -604,7 +593,7 @@ def main() -> None:
     text = table(read(args.out))
     print(text)
     if args.page is not None:
-        args.page.write_text(with_results(args.page.read_text(), text))
+        args.page.write_text(filled(args.page.read_text(), MARK, [text]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python -m benchmarks.results    # writes each table into the page that has its place
 
-A place is a pair of comments, ``<!-- table of benchmarks/results/frontier.csv -->`` and ``<!-- end
-of table -->``; pages whose table is another than that of its file are not built.
+The mark of a place is ``table of`` and the file; pages whose table is another than that of its file
+are not built.
 """
 
 import csv
@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.places import filled
+
 ROOT = Path(__file__).parents[1]
-PLACE = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-BASELINE = "AdamW"
+MARK = re.compile(r"<!-- (table of (\S+)) -->")
 
 
 class Run(NamedTuple):
@@ -95,16 +96,20 @@ def difference(runs: dict[int, Run], baseline: dict[int, Run]) -> tuple[float, f
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """Returns a Markdown table of the best rates, largest state first, beside AdamW's."""
+    """Returns a Markdown table of the best rates, largest state first, beside the first setting."""
     chosen = best(runs)
+    first = next(iter(chosen), "")
     lines = [
-        "| setting | bytes per parameter | learning rate | seeds | held-out loss | beside AdamW |",
+        (
+            "| setting | bytes per parameter | learning rate | seeds | held-out loss | beside "
+            f"{first} |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for setting in sorted(chosen, key=lambda name: -size_of(chosen[name])):
         by_seed = chosen[setting]
-        gap, error = difference(by_seed, chosen.get(BASELINE, {}))
-        cell = "" if setting == BASELINE or math.isnan(gap) else f"{gap:+.3f}"
+        gap, error = difference(by_seed, chosen.get(first, {}))
+        cell = "" if setting == first or math.isnan(gap) else f"{gap:+.3f}"
         if cell and not math.isnan(error):
             cell += f" ± {error:.3f}"
         rate = next(iter(by_seed.values())).rate
@@ -117,11 +122,9 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 def renewed(markdown: str) -> str:
     """Returns a page with the tables that its files give."""
-
-    def place(match: re.Match[str]) -> str:
-        return "\n".join([match[1], *table(read(ROOT / match[2])), "", match[3]])
-
-    return PLACE.sub(place, markdown)
+    for mark, file in MARK.findall(markdown):
+        markdown = filled(markdown, mark, table(read(ROOT / file)))
+    return markdown
 
 
 def mean_loss(runs: dict[int, Run]) -> float:

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import resource
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.places import filled
 from microadam_jax import fused_apply
 from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS, model_shapes
@@ -303,14 +303,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(mark: str, lines: list[str]) -> None:
-    """Replaces what stands between the marks of a table on the page."""
-    first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    pattern = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
-    text = PAGE.read_text()
-    if not pattern.search(text):
-        raise SystemExit(f"{PAGE} has no place for this table: {first} ... {last}.")
-    body = "\n".join([first, "", *lines, "", last])
-    PAGE.write_text(pattern.sub(functools.partial(lambda body, _: body, body), text))
+    """Puts a table into its place on the page."""
+    PAGE.write_text(filled(PAGE.read_text(), mark, lines))
 
 
 if __name__ == "__main__":

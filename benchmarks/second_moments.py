@@ -6,7 +6,7 @@ python -m benchmarks.second_moments --out runs/second_moments.csv
 import jax
 import optax
 
-from benchmarks.sweep import Setting, sweep
+from benchmarks.sweep import Setting, Trial, sweep
 from examples.llama.config import Config
 from microadam_jax import Partition, adam_mini, adam_sn, came
 from microadam_jax.layout.axes import Axes
@@ -35,41 +35,38 @@ def tenfold(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 ADAM, TENFOLD = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2, 4e-2)
-# Each setting with its learning rates.
-SETTINGS: dict[str, tuple[Setting, tuple[float, ...]]] = {
-    "AdamW": (lambda rate: optax.adamw(rate, weight_decay=0.0), ADAM),
-    "AdamW, embeddings and norms tenfold": (tenfold, ADAM),
-    "AdamW, b2 = 0.95": (lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0), ADAM),
-    "Adam-mini": (mini(), ADAM),
-    "Adam-mini, b2 = 0.95": (mini(b2=0.95), ADAM),
-    "Adam-mini, query and key by output": (mini(("(query|key)/kernel", "in | out -> out")), ADAM),
-    "Adam-mini, value by head": (
+TRIALS: dict[str, Trial] = {
+    "AdamW": Trial(lambda rate: optax.adamw(rate, weight_decay=0.0), ADAM),
+    "AdamW, embeddings and norms tenfold": Trial(tenfold, ADAM),
+    "AdamW, b2 = 0.95": Trial(lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0), ADAM),
+    "Adam-mini": Trial(mini(), ADAM),
+    "Adam-mini, b2 = 0.95": Trial(mini(b2=0.95), ADAM),
+    "Adam-mini, query and key by output": Trial(
+        mini(("(query|key)/kernel", "in | out -> out")), ADAM
+    ),
+    "Adam-mini, value by head": Trial(
         mini(("value/kernel", Axes("in | (heads head_dim) -> heads", heads=Config().heads))),
         ADAM,
     ),
-    "Adam-mini, whole value": (mini(("value/kernel", "in out ->")), ADAM),
-    "Adam-mini, down by input": (mini(("down/kernel", "in | out -> in")), ADAM),
-    "Adam-mini, down and attention output by input": (
+    "Adam-mini, whole value": Trial(mini(("value/kernel", "in out ->")), ADAM),
+    "Adam-mini, down by input": Trial(mini(("down/kernel", "in | out -> in")), ADAM),
+    "Adam-mini, down and attention output by input": Trial(
         mini(("(down|out)/kernel", "in | out -> in")),
         ADAM,
     ),
-    "Adam-mini, attention elementwise": (mini((r"attention/\w+/kernel", EACH)), ADAM),
-    "Adam-mini, feed-forward elementwise": (mini((r"mlp/\w+/kernel", EACH)), ADAM),
-    "Adam-mini, embedding elementwise": (mini(("embedding", EACH)), ADAM),
-    "Adam-mini, head elementwise": (mini(("head/kernel", EACH)), ADAM),
-    "Adam-mini, embedding, head and norms elementwise": (
+    "Adam-mini, attention elementwise": Trial(mini((r"attention/\w+/kernel", EACH)), ADAM),
+    "Adam-mini, feed-forward elementwise": Trial(mini((r"mlp/\w+/kernel", EACH)), ADAM),
+    "Adam-mini, embedding elementwise": Trial(mini(("embedding", EACH)), ADAM),
+    "Adam-mini, head elementwise": Trial(mini(("head/kernel", EACH)), ADAM),
+    "Adam-mini, embedding, head and norms elementwise": Trial(
         mini(("embedding|head/kernel|scale", EACH)),
         ADAM,
     ),
-    "AdamSN": (adam_sn, TENFOLD),
-    "AdamSN, mean": (lambda rate: adam_sn(rate, subsets=Subsets(reduction="mean")), ADAM),
-    "AdamSN, runs": (lambda rate: adam_sn(rate, subsets=Subsets("runs")), TENFOLD),
-    "CAME, b3 = 0.99": (lambda rate: came(rate, b3=0.99), (5e-4, 1e-3, 2e-3)),
+    "AdamSN": Trial(adam_sn, TENFOLD),
+    "AdamSN, mean": Trial(lambda rate: adam_sn(rate, subsets=Subsets(reduction="mean")), ADAM),
+    "AdamSN, runs": Trial(lambda rate: adam_sn(rate, subsets=Subsets("runs")), TENFOLD),
+    "CAME, b3 = 0.99": Trial(lambda rate: came(rate, b3=0.99), (5e-4, 1e-3, 2e-3)),
 }
 
 if __name__ == "__main__":
-    sweep(
-        __doc__.splitlines()[0],
-        {name: setting for name, (setting, _) in SETTINGS.items()},
-        {name: rates for name, (_, rates) in SETTINGS.items()},
-    )
+    sweep(__doc__.splitlines()[0], TRIALS)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from benchmarks.sweep import Setting, sweep
+from benchmarks.sweep import Setting, Trial, sweep
 from microadam_jax import (
     Matrices,
     Refresh,
@@ -88,4 +88,4 @@ RATES = {
 }
 
 if __name__ == "__main__":
-    sweep(__doc__.splitlines()[0], SETTINGS, RATES)
+    sweep(__doc__.splitlines()[0], {name: Trial(SETTINGS[name], RATES[name]) for name in SETTINGS})

@@ -5,13 +5,14 @@ as they come, and a second call goes on where the first stopped.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import itertools
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -29,15 +30,28 @@ MODELS = {
 }
 
 
-def sweep(
-    description: str, settings: Mapping[str, Setting], rates: Mapping[str, Sequence[float]]
-) -> None:
+class Trial(NamedTuple):
+    """What one row of a table trains with.
+
+    Attributes:
+        setting: makes the optimizer from its learning rate schedule.
+        rates: the learning rates to try, unless the command line names some.
+        config: what differs from the job of the others.
+        around: wraps the optimizer with its clip.
+    """
+
+    setting: Setting
+    rates: Sequence[float]
+    config: Mapping[str, Any] = MappingProxyType({})
+    around: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+
+
+def sweep(description: str, trials: Mapping[str, Trial]) -> None:
     """Reads the command line, trains what is not in the CSV file yet, and prints the table.
 
     Args:
         description: the first line of ``--help``.
-        settings: makes each optimizer from its learning rate schedule.
-        rates: the learning rates to try with each setting, unless the command line names some.
+        trials: by name; the first is what the others are compared with.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
@@ -46,7 +60,7 @@ def sweep(
     parser.add_argument(
         "--seeds", nargs="*", type=int, default=[0], help="of the weights and the batches"
     )
-    parser.add_argument("--settings", nargs="*", default=list(settings), choices=list(settings))
+    parser.add_argument("--settings", nargs="*", default=list(trials), choices=list(trials))
     parser.add_argument("--rates", nargs="*", type=float, help="for each of the settings")
     args = parser.parse_args()
 
@@ -57,11 +71,13 @@ def sweep(
     done = {(r.setting, r.rate, r.seed, r.model, r.steps) for r in results.read(args.out)}
     code = commit()
     for seed, name in itertools.product(args.seeds, args.settings):
-        for rate in args.rates or rates[name]:
+        trial = trials[name]
+        for rate in args.rates or trial.rates:
             if (name, rate, seed, args.model, args.steps) in done:
                 continue
-            tx = clipped(settings[name], rate, args.steps)
-            result = train(dataclasses.replace(config, seed=seed), tx, corpus)
+            tx = trial.around(clipped(trial.setting, rate, args.steps))
+            own = dataclasses.replace(config, seed=seed, **trial.config)
+            result = train(own, tx, corpus)
             size = result.state_bytes / result.parameters
             loss = result.held_out_loss
             run = Run(name, rate, seed, args.model, args.steps, size, loss, jax.__version__, code)
@@ -74,20 +90,6 @@ def clipped(setting: Setting, rate: float, steps: int) -> optax.GradientTransfor
     """Clips gradients, warms the learning rate up, and lets it fall to a tenth."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, 0.1 * rate)
     return optax.chain(optax.clip_by_global_norm(1.0), setting(schedule))
-
-
-def rows(path: Path) -> list[list[str]]:
-    """Reads the rows that earlier calls wrote, if there were any."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.reader(file))
-
-
-def append(path: Path, row: Sequence[object]) -> None:
-    """Writes one more row."""
-    with path.open("a", newline="") as file:
-        csv.writer(file).writerow(row)
 
 
 def commit() -> str:

@@ -18,7 +18,7 @@ class BlockLayout:
 
     Attributes:
         row: elements in the row (the length of the tensor's last axis; 1 for a scalar).
-        size: elements in a block, always even so that two 4-bit codes share a byte.
+        size: elements in a block, a multiple of 2 or 4, so that codes fill whole bytes.
         count: blocks in the row.
     """
 
@@ -36,21 +36,25 @@ class BlockLayout:
 class Blocks:
     r"""The rule that cuts rows into blocks; it looks at the row's length and nothing else.
 
-    For a row of :math:`n` elements the block size is the largest even divisor :math:`B` of
-    :math:`n` with ``size / 2`` :math:`\le B \le` ``size`` and a block count :math:`n / B`
-    divisible by ``shards``. Where no divisor qualifies, ``shards`` is halved until one does.
-    A row that still has none is a single block if it is no longer than ``size`` (rounded up
-    to an even number), and otherwise is cut into blocks of ``size``, the last one padded.
+    For a row of :math:`n` elements the block size is the largest divisor :math:`B` of :math:`n`
+    that is a multiple of ``multiple``, with ``size / 2`` :math:`\le B \le` ``size`` and a block
+    count :math:`n / B` divisible by ``shards``. Where no divisor qualifies, ``shards`` is halved
+    until one does. A row that still has none is a single block if it is no longer than ``size``
+    (rounded up to a multiple), and otherwise is cut into blocks of ``size``, the last one padded.
 
     The rule never looks at the mesh, so a checkpoint does not depend on it.
 
     Args:
-        size: the largest number of elements in a block; even.
+        size: the largest number of elements in a block, a multiple of ``multiple``.
         shards: the block count should be divisible by this, so that the row's blocks divide
             over that many devices (or any divisor of it) exactly where the row itself does.
+        multiple: of which the sizes of blocks are multiples: 2 for codes of 4 bits, of which two
+            share a byte, and 4 for codes of 2 bits.
 
     Raises:
-        ValueError: if ``size`` is not a positive even integer or ``shards`` not positive.
+        TypeError: if one is no integer.
+        ValueError: if ``size`` is not a positive multiple of ``multiple``, ``shards`` not
+            positive, or ``multiple`` neither 2 nor 4.
 
     Examples:
         >>> from microadam_jax import Blocks
@@ -62,29 +66,34 @@ class Blocks:
 
     size: int = 256
     shards: int = 8
+    multiple: int = 2
 
     def __post_init__(self) -> None:
         _require_static_int("Blocks.size", self.size)
         _require_static_int("Blocks.shards", self.shards)
-        if self.size < 2 or self.size % 2:
-            raise ValueError(f"Blocks.size must be a positive even integer; got {self.size}.")
+        if self.multiple not in (2, 4):
+            raise ValueError(f"Blocks.multiple must be 2 or 4; got {self.multiple!r}.")
+        if self.size < 1 or self.size % self.multiple:
+            raise ValueError(
+                f"Blocks.size must be a positive multiple of {self.multiple}; got {self.size}."
+            )
         if self.shards < 1:
             raise ValueError(f"Blocks.shards must be a positive integer; got {self.shards}.")
 
     def layout(self, row: int) -> BlockLayout:
         """The layout of a row of ``row`` elements."""
-        shards = self.shards
+        shards, multiple = self.shards, self.multiple
         while shards:
             candidates = [
                 size
-                for size in range(2, min(self.size, row) + 1, 2)
+                for size in range(multiple, min(self.size, row) + 1, multiple)
                 if 2 * size >= self.size and row % size == 0 and row // size % shards == 0
             ]
             if candidates:
                 return BlockLayout(row, candidates[-1], row // candidates[-1])
             shards //= 2
         if row <= self.size:
-            return BlockLayout(row, max(2, row + row % 2), 1 if row else 0)
+            return BlockLayout(row, max(multiple, row + -row % multiple), 1 if row else 0)
         return BlockLayout(row, self.size, math.ceil(row / self.size))
 
     def layout_of(self, tensor: jax.Array | jax.ShapeDtypeStruct) -> BlockLayout:

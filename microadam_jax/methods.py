@@ -93,6 +93,7 @@ _ROWS = (
     Method(aliases.lion4bit, "low bits", LION, "1/2 + 4/128", 2e-4),
     Method(aliases.muon8bit, "low bits", MUON, "1 + 4/256", 2e-3),
     Method(aliases.sinkhorn4bit, "low bits", SINKHORN, "1/2 + 4/128", 2e-3),
+    Method(aliases.sinkhorn2bit, "low bits", SINKHORN, "1/4 + 4/256", 2e-3),
     Method(aliases.sparse_mfac, "full matrix", EFCP, "1/2 + 8/256 + 32*3*3/256"),
     Method(
         aliases.lowrank_mfac,

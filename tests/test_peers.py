@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from benchmarks.peers import (
-    BEGIN,
-    END,
+    MARK,
     SHAPES,
     Given,
     OurRun,
@@ -22,8 +21,8 @@ from benchmarks.peers import (
     released_pairs,
     table,
     torch_name,
-    with_results,
 )
+from benchmarks.places import filled
 
 
 def test_a_difference_is_measured_by_the_way_that_was_gone() -> None:
@@ -33,17 +32,10 @@ def test_a_difference_is_measured_by_the_way_that_was_gone() -> None:
     assert difference(ours, released, initial) == pytest.approx((1 / 2, 1 / 4))
 
 
-def test_results_are_written_between_the_markers_alone() -> None:
-    page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert with_results(page, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-    with pytest.raises(ValueError, match="needs one line"):
-        with_results("no markers", "new")
-
-
 def test_the_page_has_what_its_file_says() -> None:
     docs = pathlib.Path(__file__).parents[1] / "docs"
     page = (docs / "peers.md").read_text()
-    assert with_results(page, table(read(docs / "peers.csv"))) == page
+    assert filled(page, MARK, [table(read(docs / "peers.csv"))]) == page
 
 
 def test_trees_and_names() -> None:

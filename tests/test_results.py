@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from benchmarks.places import filled
 from benchmarks.results import Run, append, best, difference, read, renewed, table
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,3 +52,11 @@ def test_a_file_keeps_what_it_has(tmp_path: pathlib.Path) -> None:
 def test_pages_have_the_tables_of_their_files(page: str) -> None:
     text = (ROOT / page).read_text()
     assert renewed(text) == text, "run python -m benchmarks.results"
+
+
+def test_a_place_is_filled_and_nothing_else() -> None:
+    page = "before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n"
+    expected = "before\n<!-- a -->\n\nnew\n\n<!-- end of a -->\nafter\n"
+    assert filled(page, "a", ["new"]) == expected == filled(expected, "a", ["new"])
+    with pytest.raises(ValueError, match="needs one place for this: <!-- b -->"):
+        filled(page, "b", ["new"])

@@ -15,7 +15,7 @@ from microadam_jax.optimizer_names import factory_named, option_value
 
 from .config import Config, PretrainError
 
-DEFAULT_LEARNING_RATE = 1e-3  # of the optimizers of Optax
+DEFAULT_LEARNING_RATE = 2e-3  # of the optimizers of Optax: the best of AdamW
 RANK = 32  # a quarter of this model's width
 
 
@@ -45,7 +45,7 @@ def named(config: Named, *, clip: float) -> dict[str, optax.GradientTransformati
     """
     names = _names_by_label(config.optimizer)
     options = _options(config.opt, names)
-    peaks = _learning_rates(config.lr, names)
+    peaks = _learning_rates("--lr", config.lr, _default_rates(names))
     built = {}
     for label, name in names.items():
         method = METHODS.get(name)
@@ -73,7 +73,11 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
     """
     # If layers are updated in the backward pass, the training loop clips.
     built = named(config, clip=0 if config.update_in_backward else config.clip)
+    relative = _relative_rates(config)
     for label, optimizer in built.items():
+        if relative[label] != 1:
+            faster = optax.masked(optax.scale(relative[label]), _embeddings_and_norms)
+            optimizer = optax.chain(optimizer, faster)
         if config.rounding != "nearest":
             # Around the clip, which would round gradients once more.
             optimizer = microadam_jax.round_updates(optimizer, config.rounding, seed=config.seed)
@@ -117,20 +121,44 @@ def _options(flags: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str,
     return options
 
 
-def _learning_rates(flags: Iterable[str], names: dict[str, str]) -> dict[str, float]:
-    rates = {
+def _embeddings_and_norms(params: optax.Params) -> optax.Params:
+    """True for what is no linear map."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", params)
+
+
+def _default_rates(names: dict[str, str]) -> dict[str, float]:
+    return {
         label: METHODS[name].learning_rate if name in METHODS else DEFAULT_LEARNING_RATE
         for label, name in names.items()
     }
+
+
+def _learning_rates(
+    option: str, flags: Iterable[str], defaults: dict[str, float]
+) -> dict[str, float]:
+    rates = dict(defaults)
     for flag in flags:
         label, equals, value = flag.rpartition("=")
         if equals:
-            _require_label("--lr", flag, label, rates)
+            _require_label(option, flag, label, rates)
         try:
             rates |= dict.fromkeys([label] if equals else rates, float(value))
         except ValueError:
-            raise PretrainError(f"--lr {flag} does not end in a number.") from None
+            raise PretrainError(f"{option} {flag} does not end in a number.") from None
     return rates
+
+
+def _relative_rates(config: Config) -> dict[str, float]:
+    """How many times as fast as matrices the embeddings and norms of each label learn."""
+    matrices = _learning_rates("--lr", config.lr, _default_rates(_names_by_label(config.optimizer)))
+    others = _learning_rates("--embeddings-lr", config.embeddings_lr, matrices)
+    for label, rate in matrices.items():
+        if not rate and others[label]:
+            raise PretrainError(
+                f"--lr of {label} is 0, of which no multiple is {others[label]:g}: name a small "
+                f"rate, or --embeddings-lr {label}=0."
+            )
+    return {label: others[label] / rate if rate else 1.0 for label, rate in matrices.items()}
 
 
 def _require_label(option: str, flag: str, label: str, labels: Iterable[str]) -> None:

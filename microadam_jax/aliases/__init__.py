@@ -10,7 +10,7 @@ from microadam_jax.aliases.low_bit import (
     adamw8bit,
     adamw_fp8,
 )
-from microadam_jax.aliases.low_bit_momentum import lion4bit, muon8bit, sinkhorn4bit
+from microadam_jax.aliases.low_bit_momentum import lion4bit, muon8bit, sinkhorn2bit, sinkhorn4bit
 from microadam_jax.aliases.shared_moments import adagrad_sn, adam_mini, adam_sn, came
 from microadam_jax.aliases.subspace import dct_adamw, grass, ldadam, snsm
 from microadam_jax.aliases.windowed import MicroAdamLayout, microadam
@@ -39,6 +39,7 @@ __all__ = [
     "mfac",
     "microadam",
     "muon8bit",
+    "sinkhorn2bit",
     "sinkhorn4bit",
     "snsm",
     "sparse_ggt",

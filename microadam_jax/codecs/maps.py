@@ -69,7 +69,7 @@ class TableMap:
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return 4
+        return 2 if len(self.numbers) <= 4 else 4
 
     @property
     def signed(self) -> bool:
@@ -258,6 +258,7 @@ DYNAMIC4_UNSIGNED = TableMap(
     "dynamic4_unsigned", tuple(dynamic_numbers(4, signed=False)[i or 1] for i in range(16))
 )
 LINEAR4_UNSIGNED = TableMap("linear4_unsigned", tuple((k + 1) / 16 for k in range(16)))
+LINEAR2 = TableMap("linear2", tuple((2 * k - 3) / 3 for k in range(4)))
 LINEAR4 = TableMap("linear4", tuple((2 * k - 15) / 15 for k in range(16)))
 # Quantiles of a normal distribution, as QLoRA's Appendix E lists them (arXiv 2305.14314): seven
 # below 0, and eight above it.

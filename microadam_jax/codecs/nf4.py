@@ -12,7 +12,7 @@ import numpy as np
 from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, split
 from microadam_jax.blocks import merge as merge_blocks
 from microadam_jax.codecs.maps import NF4, Dynamic8
-from microadam_jax.codecs.nibbles import pack_nibbles
+from microadam_jax.codecs.packing import pack_codes
 from microadam_jax.codecs.scaled import as_blocks, magnitudes, unpacked
 
 SCALES = Dynamic8()  # the 8-bit codebook of the scales
@@ -118,7 +118,7 @@ class Nf4:
         y = grouped / jnp.where(largest > 0, largest, 1)[:, None]
         scale_codes = SCALES.encode(y, 0.5).astype(jnp.uint8).reshape(-1)[: scale.size]
         return Nf4Codes(
-            as_row(pack_nibbles(low, high)), scale_codes.reshape(scale.shape), largest, mean
+            as_row(pack_codes([low, high])), scale_codes.reshape(scale.shape), largest, mean
         )
 
     @functools.partial(jax.jit, static_argnums=(0, 2, 3))

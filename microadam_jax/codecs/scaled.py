@@ -1,4 +1,4 @@
-"""Codes of a few bits, scaled by the largest magnitude of each block."""
+"""Codes of a few bits, scaled by the largest or the typical magnitude of each block."""
 
 import dataclasses
 import functools
@@ -14,12 +14,13 @@ from microadam_jax.codecs.maps import (
     DYNAMIC4,
     DYNAMIC4_SYMMETRIC,
     DYNAMIC4_UNSIGNED,
+    LINEAR2,
     LINEAR4,
     LINEAR4_UNSIGNED,
     Dynamic8,
     Map,
 )
-from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
+from microadam_jax.codecs.packing import pack_codes, unpack_codes
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.sharding import require_whole, state_zeros
@@ -32,9 +33,10 @@ class ScaledCodes(NamedTuple):
 
     Attributes:
         codes: ``(*lead, blocks * size)`` uint8 for 8 bits, half of that for 4: element ``j`` of a
-            block in the low half of its byte ``j``, element ``j + size / 2`` in the high half. An
-            axis for the blocks would be padded by TPUs, which like rows of many times 128.
-        scales: ``(*lead, blocks)`` float32, the largest magnitude of each block.
+            block in the low half of its byte ``j``, element ``j + size / 2`` in the high half;
+            and likewise quarters of a block for 2 bits. An axis for the blocks would be padded by
+            TPUs, which like rows of many times 128.
+        scales: ``(*lead, blocks)`` float32, the largest number that each block can hold.
     """
 
     codes: jax.Array
@@ -61,9 +63,13 @@ class Scaled(RowByRow):
         rounding: ``"nearest"`` or ``"stochastic"``.
         keep_sign: whether a negative number that would be rounded to zero takes the code below
             zero, as in bitsandbytes.
+        deviations: if a number :math:`a`, then :math:`s = a \sqrt{\mathrm{mean}\, x_i^2}` over
+            the elements of the block that are not zero, and what is larger than :math:`s` becomes
+            :math:`s`.
 
     Raises:
-        ValueError: if ``rounding`` is neither, or ``keep_sign`` does not fit the map.
+        ValueError: if ``rounding`` is neither, if the codes of a block do not fill whole bytes, or
+            ``keep_sign`` does not fit the map.
 
     Reference: Dettmers et al. (arXiv 2110.02861), Li et al. (arXiv 2309.01507).
     """
@@ -72,9 +78,15 @@ class Scaled(RowByRow):
     blocks: Blocks
     rounding: str = "nearest"
     keep_sign: bool = False
+    deviations: float | None = None
 
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
+        if self.blocks.multiple * self.bits % 8:
+            raise ValueError(
+                f"Codes of {self.bits} bits fill whole bytes of blocks that are multiples of "
+                f"{8 // self.bits} elements; give Blocks(..., multiple={8 // self.bits})."
+            )
         if self.keep_sign and not (self.signed and self.map.zero is not None):
             raise ValueError(
                 f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
@@ -152,6 +164,8 @@ class Scaled(RowByRow):
     def measure(self, block: jax.Array) -> tuple[jax.Array]:
         """The scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
         scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
+        if self.deviations is not None:
+            scale = self.deviations * root_mean_square(block, scale)
         return (jnp.where(jnp.isfinite(scale), scale, jnp.nan),)
 
     def _codes_of(self, block: jax.Array, scale: jax.Array, xi: jax.Array | None) -> jax.Array:
@@ -243,6 +257,36 @@ def dynamic4(
     )
 
 
+def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
+    """2 bits: half a root mean square of the block and one and a half, with either sign.
+
+    These are nearly the four numbers with the least error for what is normally distributed. What
+    is beyond one and a half is cut; rounding is unbiased up to there if it is stochastic, which a
+    momentum needs: to nearest, small changes are always lost.
+
+    Args:
+        block: the largest number of elements that share a scale, or the rule that cuts rows.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+
+    Returns:
+        The codec.
+
+    Raises:
+        ValueError: if ``rounding`` is neither, or ``block`` is no multiple of 4.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from microadam_jax.codecs import linear2
+        >>> x = jnp.array([1.0, -1, 0.2, 0])
+        >>> codec = linear2()
+        >>> print(codec.decode(codec.encode(x), x.shape).round(2))
+        [ 1.23 -1.23  0.41 -0.41]
+    """
+    rule = Blocks(block, multiple=4) if isinstance(block, int) else block
+    rule = dataclasses.replace(rule, multiple=4)
+    return Scaled(LINEAR2, rule, rounding, deviations=1.5)
+
+
 def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "nearest") -> Scaled:
     """4 bits on evenly spaced numbers.
 
@@ -281,7 +325,8 @@ def require_rounding(rounding: str) -> None:
 def codec_name(base: str, blocks: Blocks) -> str:
     """Returns the name of a format: all that stored arrays depend on, so not their rounding."""
     shards = "" if blocks.shards == Blocks().shards else f"x{blocks.shards}"
-    return f"{base}_b{blocks.size}{shards}"
+    multiple = "" if blocks.multiple == Blocks().multiple else f"m{blocks.multiple}"
+    return f"{base}_b{blocks.size}{shards}{multiple}"
 
 
 def code_zeros(parameter: jax.Array, numbers: Map, blocks: Blocks) -> jax.Array:
@@ -298,6 +343,14 @@ def magnitudes(x: jax.Array) -> jax.Array:
     Whether a maximum passes a NaN on depends on the device.
     """
     return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+
+
+def root_mean_square(block: jax.Array, largest: jax.Array) -> jax.Array:
+    """The root mean square ``(..., 1)`` of the elements that are not zero, nor padding."""
+    relative = block / jnp.where(largest > 0, largest, 1)  # squares of small numbers are zero
+    count = jnp.sum(block != 0, axis=-1, keepdims=True)
+    mean = jnp.sum(jnp.square(relative), axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    return largest * jnp.sqrt(mean)
 
 
 def scaled_codes(
@@ -327,25 +380,29 @@ def packed(
 ) -> jax.Array:
     """The integer codes ``codes_of(block, scale, xi)`` of blocks ``(..., size)`` as bytes.
 
-    Halves of a block that will share bytes are coded each by itself: CPUs take three times as
+    Parts of a block that will share bytes are coded each by itself: CPUs take three times as
     long to code the whole and take the codes apart.
     """
     if numbers.bits == 8:
         return codes_of(block, scale, xi).astype(jnp.uint8)
-    halves = zip(
-        _halves(block), _halves(scale), (None, None) if xi is None else _halves(xi), strict=True
+    count = 8 // numbers.bits
+    of_parts = zip(
+        _parts(block, count),
+        _parts(scale, count),
+        [None] * count if xi is None else _parts(xi, count),
+        strict=True,
     )
-    return pack_nibbles(*(codes_of(*half).astype(jnp.uint8) for half in halves))
+    return pack_codes([codes_of(*part).astype(jnp.uint8) for part in of_parts])
 
 
-def _halves(x: jax.Array) -> Sequence[jax.Array]:
-    """The halves of the last axis, or twice what broadcasts along it."""
-    return (x, x) if x.shape[-1] == 1 else jnp.split(x, 2, axis=-1)
+def _parts(x: jax.Array, count: int) -> Sequence[jax.Array]:
+    """Equal parts of the last axis, or as many times what broadcasts along it."""
+    return [x] * count if x.shape[-1] == 1 else jnp.split(x, count, axis=-1)
 
 
 def unpacked(numbers: Map, codes: jax.Array) -> jax.Array:
     """Integer codes ``(..., size)`` from their bytes."""
-    return unpack_nibbles(codes) if numbers.bits == 4 else codes
+    return codes if numbers.bits == 8 else unpack_codes(codes, numbers.bits)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -57,7 +57,7 @@ def scale_by_uncorrected_adam(
 
     Examples:
         >>> import jax.numpy as jnp, optax
-        >>> from microadam_jax import correct_bias, scale_by_uncorrected_adam
+        >>> from microadam_jax.transforms import correct_bias, scale_by_uncorrected_adam
         >>> tx = optax.chain(scale_by_uncorrected_adam(), correct_bias())
         >>> updates, _ = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.zeros(2)))
         >>> print(updates.round(4))

@@ -39,6 +39,8 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
     for codec in codecs:
         if not hasattr(codec, "codes_of"):
             return f"{codec.name} is not stored in blocks of codes"
+        if codec.bits < 4:
+            return f"codes have 4 or 8 bits; those of {codec.name} have {codec.bits}"
     tiles = _tiling(codecs, shape[-1], shape[-1])
     if isinstance(tiles, str):
         return tiles

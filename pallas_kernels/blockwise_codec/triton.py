@@ -31,6 +31,8 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
     for codec in codecs:
         if not hasattr(codec, "codes_of"):
             return f"{codec.name} is not stored in blocks of codes"
+        if codec.bits < 4:
+            return f"codes have 4 or 8 bits; those of {codec.name} have {codec.bits}"
     sizes = [codec.blocks.layout(shape[-1]).size for codec in codecs]
     if max(sizes) > MAX_SIZE:
         return f"blocks must have at most {MAX_SIZE} elements; these have {sizes}"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from microadam_jax import Blocks
 from microadam_jax.codecs import Affine4, Plain, affine4, as_codec
-from microadam_jax.codecs.nibbles import pack_nibbles, unpack_nibbles
+from microadam_jax.codecs.packing import pack_codes, unpack_codes
 from tests.oracles.microadam import encode, runs
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
@@ -105,9 +105,9 @@ def test_stochastic_rounding_is_unbiased_and_bounded() -> None:
 @given(st.integers(1, 20))
 def test_packing_is_lossless_and_pairs_the_halves(half: int) -> None:
     levels = np.random.default_rng(half).integers(0, 16, (3, 2 * half)).astype(np.uint8)
-    codes = pack_nibbles(*jnp.split(jnp.asarray(levels), 2, axis=-1))
+    codes = pack_codes(jnp.split(jnp.asarray(levels), 2, axis=-1))
     np.testing.assert_array_equal(np.asarray(codes) & 0xF, levels[:, :half])
-    np.testing.assert_array_equal(unpack_nibbles(codes), levels)
+    np.testing.assert_array_equal(unpack_codes(codes, 4), levels)
 
 
 @pytest.mark.parametrize("codec", [affine4(), affine4(64, statistics="bfloat16"), Plain()])

@@ -8,7 +8,7 @@ import pytest
 from microadam_jax import Blocks
 from microadam_jax.codecs import Nf4Codes, nf4
 from microadam_jax.codecs.maps import NF4
-from microadam_jax.codecs.nibbles import unpack_nibbles
+from microadam_jax.codecs.packing import unpack_codes
 from tests.oracles import nf4 as oracle
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
@@ -26,7 +26,7 @@ def decoded(x: np.ndarray, codec=nf4()) -> np.ndarray:
 
 
 def all_codes(codes: Nf4Codes, block: int = 64) -> np.ndarray:
-    return np.asarray(unpack_nibbles(codes.codes.reshape(-1, block // 2))).reshape(-1)
+    return np.asarray(unpack_codes(codes.codes.reshape(-1, block // 2), 4)).reshape(-1)
 
 
 def test_levels_are_the_published_quantiles() -> None:

@@ -33,7 +33,7 @@ from microadam_jax import (
     to_dense,
     top_k,
 )
-from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, rank1_linear4
+from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, linear2, rank1_linear4
 from microadam_jax.compressors import power_sgd
 from microadam_jax.layout.axes import Axes
 from microadam_jax.layout.subsets import Subsets
@@ -136,6 +136,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "lion4bit": {"learning_rate": 1e-3, "mu_codec": MU4},
     "muon8bit": {"mu_codec": MU8},
     "sinkhorn4bit": {"mu_codec": MU4},
+    "sinkhorn2bit": {"mu_codec": stored(linear2(64, rounding="stochastic"))},
     "sparse_mfac": {
         "damping": 1e-2,
         "compressor": COMPRESSOR,
@@ -157,11 +158,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 # Whose updates depend on norms or maxima that elements share.
-NORMS = ("adamw4bit", "muon8bit", "sinkhorn4bit", "fira", "apollo", "apollo_mini", "snsm")
+MATRIX_MOMENTUM = "muon8bit", "sinkhorn4bit", "sinkhorn2bit"
+NORMS = ("adamw4bit", *MATRIX_MOMENTUM, "fira", "apollo", "apollo_mini", "snsm")
 # Whose composition is that of another; their numbers need a look of their own.
 ALIKE = (
     *("adamw4bit_factored", "adamw_fp8", "adam_mini8bit", "sparse_ggt", "mfac"),
-    *("fira", "apollo", "apollo_mini", "dct_adamw"),
+    *("fira", "apollo", "apollo_mini", "dct_adamw", "sinkhorn2bit"),
 )
 
 
@@ -179,7 +181,7 @@ def entry_of(name: str) -> Entry:
         shares=name in NORMS or "partition" in arguments or method.kind == "full matrix",
         coarse=method.kind == "low bits",
         couples=method.kind == "full matrix",
-        projects=method.kind == "subspace" or name in ("muon8bit", "sinkhorn4bit"),
+        projects=method.kind == "subspace" or name in MATRIX_MOMENTUM,
     )
 
 

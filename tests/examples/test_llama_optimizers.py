@@ -26,7 +26,7 @@ def updates(optimizer: optax.GradientTransformation, steps: int) -> np.ndarray:
 
 
 def built(**settings: object) -> dict[str, optax.GradientTransformation]:
-    return build(dataclasses.replace(Config(), **settings))
+    return build(dataclasses.replace(Config(), **{"embeddings_lr": ()} | settings))
 
 
 def test_names_come_from_all_three_packages() -> None:
@@ -102,3 +102,20 @@ def test_mistakes_get_one_sentence(settings: dict[str, object], sentence: str) -
     with pytest.raises(PretrainError, match=sentence) as caught:
         built(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_embeddings_and_norms_have_a_rate_of_their_own() -> None:
+    settings = {"optimizer": "sgd,slow=sgd", "schedule": "constant", "warmup": 0.0, "clip": 0.0}
+    rates = {"lr": ("1", "slow=0.5"), "embeddings_lr": ("3", "slow=0.5")}
+    gradients = {"embedding": jnp.ones(2), "mlp": {"kernel": jnp.ones(2)}}
+    for label, embedding, kernel in [("sgd", -3, -1), ("slow", -0.5, -0.5)]:
+        optimizer = built(**settings, **rates)[label]
+        taken, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+        np.testing.assert_allclose(taken["embedding"], embedding)
+        np.testing.assert_allclose(taken["mlp"]["kernel"], kernel)
+
+
+def test_no_multiple_of_zero_is_a_rate() -> None:
+    with pytest.raises(PretrainError, match=r"--lr of sgd is 0.*--embeddings-lr sgd=0"):
+        built(optimizer="sgd", lr=("0",), embeddings_lr=("0.02",))
+    assert built(optimizer="sgd", lr=("0",), embeddings_lr=("0",))

@@ -15,10 +15,11 @@ from microadam_jax import (
     fused_apply,
     memory_report,
     muon8bit,
+    sinkhorn2bit,
     sinkhorn4bit,
     state_format,
 )
-from microadam_jax.codecs import dynamic8
+from microadam_jax.codecs import dynamic8, linear2
 from microadam_jax.subspace import Matrices
 from microadam_jax.transforms import scale_by_muon, scale_by_sinkhorn
 from tests.oracles.low_bit import dynamic_map, scaled
@@ -167,7 +168,7 @@ def test_rows_and_columns_of_zeros_stay_zeros() -> None:
         np.testing.assert_array_equal(updates["kernel"] == 0, g == 0)
 
 
-@pytest.mark.parametrize("factory", [muon8bit, sinkhorn4bit])
+@pytest.mark.parametrize("factory", [muon8bit, sinkhorn4bit, sinkhorn2bit])
 def test_layers_of_a_stack_go_one_after_another(factory: Any) -> None:
     """With the temporaries of one of them."""
     layers, shape = 32, (64, 256)
@@ -187,6 +188,16 @@ def test_a_step_that_applies_its_update() -> None:
     new, after = fused_apply(tx)(grads, tx.init(params), params)
     jax.tree.map(np.testing.assert_allclose, new, optax.apply_updates(params, updates))
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_two_bits_are_another_codec_and_a_shorter_memory() -> None:
+    params = {"kernel": jnp.ones((64, 256))}
+    grads = jax.tree.map(jnp.cos, params)
+    two, codec = sinkhorn2bit(0.1), linear2(rounding="stochastic")
+    updates, state = two.update(grads, two.init(params), params)
+    four = sinkhorn4bit(0.1, beta=0.9, mu_codec=codec)
+    expected = four.update(grads, four.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, (updates, state), expected)
 
 
 def test_a_state_of_other_matrices_is_refused() -> None:
