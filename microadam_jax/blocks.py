@@ -34,7 +34,7 @@ class BlockLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    r"""The rule that cuts rows into blocks; it looks at the row's length and nothing else.
+    r"""Cuts rows into blocks, by the row's length and nothing else.
 
     For a row of :math:`n` elements the block size is the largest divisor :math:`B` of :math:`n`
     that is a multiple of ``multiple``, with ``size / 2`` :math:`\le B \le` ``size`` and a block
@@ -52,7 +52,7 @@ class Blocks:
             share a byte, and 4 for codes of 2 bits.
 
     Raises:
-        TypeError: if one is no integer.
+        TypeError: if ``size``, ``shards`` or ``multiple`` is not a plain integer.
         ValueError: if ``size`` is not a positive multiple of ``multiple``, ``shards`` not
             positive, or ``multiple`` neither 2 nor 4.
 
@@ -71,6 +71,7 @@ class Blocks:
     def __post_init__(self) -> None:
         _require_static_int("Blocks.size", self.size)
         _require_static_int("Blocks.shards", self.shards)
+        _require_static_int("Blocks.multiple", self.multiple)
         if self.multiple not in (2, 4):
             raise ValueError(f"Blocks.multiple must be 2 or 4; got {self.multiple!r}.")
         if self.size < 1 or self.size % self.multiple:
@@ -81,7 +82,7 @@ class Blocks:
             raise ValueError(f"Blocks.shards must be a positive integer; got {self.shards}.")
 
     def layout(self, row: int) -> BlockLayout:
-        """The layout of a row of ``row`` elements."""
+        """Returns the layout of a row of ``row`` elements."""
         shards, multiple = self.shards, self.multiple
         while shards:
             candidates = [
@@ -97,7 +98,7 @@ class Blocks:
         return BlockLayout(row, self.size, math.ceil(row / self.size))
 
     def layout_of(self, tensor: jax.Array | jax.ShapeDtypeStruct) -> BlockLayout:
-        """The layout of the rows of ``tensor``."""
+        """Returns the layout of the rows of ``tensor``."""
         return self.layout(tensor.shape[-1] if tensor.ndim else 1)
 
 

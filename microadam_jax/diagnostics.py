@@ -27,7 +27,7 @@ class _Observed:
 
 
 class DiagnosticsState(NamedTuple):
-    """The latest step in numbers, and the state of what was measured.
+    """Holds the latest step in numbers, and the state of what was measured.
 
     Each field but the last is a dictionary with one float32 scalar for each group. The three
     about the residual are empty where no link is :func:`error_feedback`. What its compressor
@@ -121,7 +121,7 @@ def with_diagnostics(
         The transformation.
 
     Raises:
-        ValueError: if a pattern is no regular expression.
+        ValueError: if a pattern is not a regular expression.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -50,12 +50,12 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes of the whole state."""
+        """Counts the bytes of the whole state."""
         return sum(self.fields.values())
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Bytes of state for each parameter."""
+        """Divides the bytes of the state by the parameters."""
         return self.total / max(1, self.parameters)
 
     @property
@@ -74,7 +74,7 @@ class MemoryReport:
         return "\n".join(lines)
 
     def remark_lines(self) -> list[str]:
-        """Each remark in one line, with the number of leaves and the first of their paths."""
+        """Returns each remark in one line, with the number of leaves and their first paths."""
         return [
             f"{text} ({len(paths)}): {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"
             for text, paths in self.remarks.items()
@@ -90,6 +90,9 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
 
     Returns:
         The bytes by state field and in total.
+
+    Raises:
+        Exception: what ``tx.init`` raises.
 
     Examples:
         >>> import jax, optax
@@ -183,7 +186,7 @@ def warn_of_more_than_adam(transformation: str, state: Any, params: optax.Params
 
 
 def format_table(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Lines of a table with a header row; the columns ``left`` are aligned to the left."""
+    """Returns lines of a table with a header row; the columns ``left`` are aligned to the left."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -200,7 +203,7 @@ def _row(name: str, size: int, parameters: int) -> tuple[str, ...]:
 
 
 def named_leaves(state: Any, params: optax.Params) -> Iterator[tuple[str, Any]]:
-    """Each array of the state with the name of its field: its path less its parameter's."""
+    """Returns each array of the state with the name of its field: its path less its parameter's."""
     parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         owner = owner_of(path, parameter_paths)

@@ -18,7 +18,7 @@ Kind = Literal["window", "shared moments", "low bits", "full matrix", "subspace"
 
 
 class Method(NamedTuple):
-    """An optimizer of the library.
+    """Describes an optimizer of the library.
 
     Attributes:
         factory: makes it from a learning rate, a number or a schedule.
@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The parameters of the factory by name."""
+        """Returns the parameters of the factory by name."""
         return inspect.signature(self.factory).parameters
 
     def at_rank(self, rank: int) -> dict[str, Any]:

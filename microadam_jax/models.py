@@ -19,7 +19,7 @@ Shapes = dict[str, Any]  # nested dicts with ShapeDtypeStruct leaves
 
 
 def model_shapes(name: str, dtype: DTypeLike = jnp.float32) -> Shapes:
-    """The trainable parameters of a model, as shapes.
+    """Returns the trainable parameters of a model, as shapes.
 
     Args:
         name: a key of :data:`MODELS`.
@@ -47,7 +47,7 @@ def model_shapes(name: str, dtype: DTypeLike = jnp.float32) -> Shapes:
 def llama(
     *, hidden: int, intermediate: int, layers: int, vocab: int = 32000, kv_width: int | None = None
 ) -> Shapes:
-    """A Llama decoder: SwiGLU, RMSNorm, no biases, untied output.
+    """Returns a Llama decoder: SwiGLU, RMSNorm, no biases, untied output.
 
     ``kv_width`` is that of keys and values where several query heads share one key head.
 
@@ -76,7 +76,7 @@ def llama(
 
 
 def bert(*, hidden: int, layers: int, vocab: int = 30522) -> Shapes:
-    """The BERT encoder with its pooler and without a task's head.
+    """Returns the BERT encoder with its pooler and without a task's head.
 
     Dimensions: Devlin et al. (arXiv 1810.04805) and the vocabulary of the uncased checkpoints.
     """
@@ -100,7 +100,7 @@ def bert(*, hidden: int, layers: int, vocab: int = 30522) -> Shapes:
 
 
 def opt(*, hidden: int, layers: int, vocab: int = 50272) -> Shapes:
-    """An OPT decoder, output tied to the token embedding.
+    """Returns an OPT decoder, output tied to the token embedding.
 
     Dimensions: Zhang et al. (arXiv 2205.01068) and the released ``config.json``. The position
     table has 2050 rows because the released code counts its 2048 positions from 2.
@@ -122,7 +122,7 @@ def opt(*, hidden: int, layers: int, vocab: int = 50272) -> Shapes:
 
 
 def gpt2(*, hidden: int, layers: int, vocab: int = 50257, positions: int = 1024) -> Shapes:
-    """A GPT-2 decoder, output tied to the token embedding, query, key and value in one kernel.
+    """Returns a GPT-2 decoder: tied output, and query, key and value in one kernel.
 
     Dimensions: Radford et al., Language Models are Unsupervised Multitask Learners (2019), and
     the released ``hparams.json``.
@@ -142,7 +142,7 @@ def gpt2(*, hidden: int, layers: int, vocab: int = 50257, positions: int = 1024)
 
 
 def resnet(*, stages: tuple[int, ...], classes: int = 1000) -> Shapes:
-    """A bottleneck ResNet for ImageNet, without the running averages of its batch norms.
+    """Returns a bottleneck ResNet for ImageNet, without the running averages of its batch norms.
 
     Dimensions: He et al. (arXiv 1512.03385), Table 1: stage ``i`` has ``stages[i]`` blocks of
     width ``64 * 2**i`` and four times as many outputs.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grass_dense(x: jax.Array, kernel: jax.Array, indices: jax.Array, axis: int = 0) -> jax.Array:
-    r"""A linear map :math:`y = x W` that forms only the selected part of its weight gradient.
+    r"""Computes :math:`y = x W` and only the selected part of the gradient of :math:`W`.
 
     For the selected indices :math:`\sigma` of the inputs (``axis`` 0) or the outputs (1),
 

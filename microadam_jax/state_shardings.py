@@ -25,7 +25,7 @@ def state_shardings(
     zero_axis: str | None = None,
     memory_kind: str | None = None,
 ) -> Any:
-    """A sharding for every array of an optimizer's state.
+    """Returns a sharding for every array of an optimizer's state.
 
     Use it as the ``out_shardings`` of ``jax.jit(tx.init)`` and of the training step, and as the
     target of a restore. A state array lies as its parameter does, and whole on the axes that the

@@ -12,12 +12,24 @@ from microadam_jax import (
     MicroAdamLayout,
     Refresh,
     Window,
+    adam_mini,
+    adam_mini8bit,
+    adam_sn,
+    adamw4bit_factored,
     apollo_mini,
+    came,
+    compress,
+    error_feedback,
     galore,
     grass,
     memory_report,
     microadam,
+    muon8bit,
+    project_gradients,
+    quantize_state,
     snsm,
+    sparse_ggt,
+    sparse_mfac,
     top_k,
 )
 from microadam_jax.codecs import affine4
@@ -113,3 +125,49 @@ def test_an_interval_keeps_what_the_method_does_with_moments() -> None:
             _, state = tx.update(grads, state, params)
         states.append(state)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, *states))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: microadam(1e-3, layout=None), "layout must be .*'paper'.* got None"),
+        (lambda: adam_mini(1e-3, partition="kernel"), "partition must be .* Partition.*'kernel'"),
+        (lambda: adamw4bit_factored(1e-3, partition={}), "partition must be .* Partition.*{}"),
+        (lambda: came(1e-3, partition=[]), r"partition must be .* Partition.*\[\]"),
+        (lambda: adam_sn(1e-3, subsets="runs"), "subsets must be .* Subsets.*'runs'"),
+        (lambda: snsm(1e-3, subsets=8), "subsets must be .* Subsets.*got 8"),
+        (lambda: muon8bit(1e-3, matrices="kernel"), "matrices must be .* Matrices.*'kernel'"),
+        (lambda: galore(1e-3, matrices="kernel"), "matrices must be .* Matrices.*'kernel'"),
+        (lambda: galore(1e-3, complement="sign"), "complement must be .* Discard.*'sign'"),
+        (lambda: project_gradients(optax.trace(0.9), svd), "subspace must be a subspace.*<func"),
+        (lambda: project_gradients(optax.trace(0.9), svd(2), 10), "refresh must be .*got 10"),
+        (lambda: adam_mini8bit(1e-3, mu_codec=8), "codec must be .*dynamic8.*got 8"),
+        (lambda: error_feedback(top_k(), None), "codec must be .*dynamic8.*got None"),
+        (lambda: affine4(64.0), "Blocks.size shapes the state.*plain Python int; got float"),
+        (lambda: quantize_state(optax.trace(0.9), "dynamic8"), "codecs must name .*'dynamic8'"),
+        (lambda: compress(top_k), "compressor must be .*<function top_k"),
+        (lambda: sparse_mfac(1e-3, compressor=0.1), "compressor must be .*got 0.1"),
+        (lambda: sparse_ggt(1e-3, window=2.5), r"window must be .*Window\(10\); got 2.5"),
+        (lambda: top_k(0.1, blocks=256), r"blocks must be .*Blocks\(256\); got 256"),
+        (
+            lambda: snsm(1e-3, weight_decay=lambda count: 0.1),
+            "weight_decay must be a number.*<func",
+        ),
+    ],
+)
+def test_parts_of_another_class_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adam_mini(1e-3, mu_dtype="float23"), "mu_dtype must be .* got 'float23'"),
+        (lambda: error_feedback(residual="dynamic8_unsigned"), "both signs.*dynamic8_unsigned"),
+        (lambda: top_k(count=1.5), "count must be a positive integer; got 1.5"),
+    ],
+)
+def test_values_that_a_state_cannot_have_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

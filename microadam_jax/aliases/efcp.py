@@ -27,7 +27,7 @@ def sparse_mfac(
     residual: Codec | str = "affine4",
     window: Window = Window(32),
 ) -> GradientTransformationExtraArgs:
-    r"""Sparse M-FAC: the inverse Fisher matrix of a window of Top-K gradients, the rest fed back.
+    r"""Runs sparse M-FAC: the inverse Fisher matrix of a window of Top-K gradients, with feedback.
 
     .. math::
 
@@ -54,6 +54,14 @@ def sparse_mfac(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
+            part is of another class, or ``damping`` is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``damping`` is not positive, or ``residual`` is an unknown name or has no
+            negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -83,7 +91,7 @@ def lowrank_mfac(
     residual: Codec | str = "affine4",
     window: Window = Window(32),
 ) -> GradientTransformationExtraArgs:
-    r"""Low-rank M-FAC: the inverse Fisher matrix of a window of PowerSGD's gradients.
+    r"""Runs low-rank M-FAC: the inverse Fisher matrix of a window of PowerSGD's gradients.
 
     .. math::
 
@@ -112,6 +120,14 @@ def lowrank_mfac(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
+            part is of another class, or ``damping`` is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``damping`` is not positive, or ``residual`` is an unknown name or has no
+            negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -142,7 +158,7 @@ def sparse_ggt(
     residual: Codec | str = "affine4",
     window: Window = Window(32),
 ) -> GradientTransformationExtraArgs:
-    r"""Sparse GGT: full-matrix AdaGrad on a window of Top-K gradients, the rest fed back.
+    r"""Runs sparse GGT: full-matrix AdaGrad on a window of Top-K gradients, the rest fed back.
 
     With :math:`G_t` the window of the latest :math:`c`, a row each,
 
@@ -166,6 +182,14 @@ def sparse_ggt(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
+            part is of another class, or ``eps`` is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``eps`` is not positive, ``residual`` is an unknown name or has no negative
+            numbers, or the window is normalized; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -193,7 +217,7 @@ def mfac(
     *,
     window: Window = Window(32, dtype="float32"),
 ) -> GradientTransformationExtraArgs:
-    r"""M-FAC: the inverse Fisher matrix of a window of whole gradients. For small models.
+    r"""Runs M-FAC: the inverse Fisher matrix of a window of whole gradients. For small models.
 
     .. math::
 
@@ -217,6 +241,13 @@ def mfac(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or
+            of another class, or ``damping`` is an array in fewer bits than float32; in ``init``, if
+            a leaf is not a floating-point array.
+        ValueError: if ``damping`` is not positive; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -49,7 +49,7 @@ def galore(
     complement: Complement = Discard(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""GaLore: Adam in the leading singular subspace of each gradient matrix.
+    r"""Runs GaLore: Adam in the leading singular subspace of each gradient matrix.
 
     With the basis :math:`P`, renewed every :math:`T` steps, and :math:`R_t = P^T G_t`,
 
@@ -84,10 +84,13 @@ def galore(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
+            in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -131,7 +134,7 @@ def fira(
     complement: Complement = NormMatchedRest(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""Fira: GaLore, and what it misses, scaled as Adam scaled the subspace.
+    r"""Runs Fira: GaLore, and what it misses, scaled as Adam scaled the subspace.
 
     With :math:`N_t = m_t / (\sqrt{v_t} + \epsilon)` in the subspace and, for each column,
     :math:`\phi = \lVert N_t \rVert / (\lVert R_t \rVert + 10^{-8})`,
@@ -165,10 +168,13 @@ def fira(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
+            in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -211,7 +217,7 @@ def apollo(
     complement: Complement = ScaledGradient(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""APOLLO: the gradient, each of its columns scaled as Adam would scale a random projection.
+    r"""Runs APOLLO: each column of a gradient, scaled as Adam would scale a random projection.
 
     With normal numbers :math:`P` of variance :math:`1/r`, drawn anew every :math:`T` steps,
     :math:`R_t = P^T G_t` and its :math:`N_t = m_t / (\sqrt{v_t} + \epsilon)`,
@@ -246,10 +252,13 @@ def apollo(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
+            in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -289,7 +298,7 @@ def apollo_mini(
     subspace: Subspace | None = None,
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""APOLLO-Mini: the gradient, each matrix scaled as Adam would scale one random projection.
+    r"""Runs APOLLO-Mini: each gradient matrix, scaled as Adam would scale one random projection.
 
     It is :func:`apollo` with rank 1, one :math:`\phi` for the whole matrix and a larger
     :math:`s`; see there.
@@ -311,9 +320,12 @@ def apollo_mini(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``update_interval`` is not a positive integer. A traced one needs
-            ``static_args=("update_interval",)`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace`` or ``matrices`` is of another class, ``weight_decay`` is a
+            schedule, or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``update_interval`` is not a positive integer (``optax.inject_hyperparams``
+            needs ``static_args=("update_interval",)``); in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

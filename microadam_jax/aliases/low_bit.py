@@ -28,7 +28,7 @@ def adamw8bit(
     nu_codec: Storage | Codec | str = "dynamic8_unsigned",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with both moments in 8 bits on the dynamic exponent map.
+    r"""Runs AdamW with both moments in 8 bits on the dynamic exponent map.
 
     With the codecs :math:`Q_m` and :math:`Q_v`,
 
@@ -54,6 +54,13 @@ def adamw8bit(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -88,7 +95,7 @@ def adamw4bit(
     nu_codec: Storage | Codec | str = "rank1_linear4",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with both moments in 4 bits, the second scaled by rows and columns.
+    r"""Runs AdamW with both moments in 4 bits, the second scaled by rows and columns.
 
     With the codecs :math:`Q_m` and :math:`Q_v`,
 
@@ -117,6 +124,13 @@ def adamw4bit(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -151,7 +165,7 @@ def adamw_fp8(
     nu_codec: Storage | Codec | str = "e4m3_expanded",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with both moments in 8-bit floating point, each block's range expanded.
+    r"""Runs AdamW with both moments in 8-bit floating point, each block's range expanded.
 
     With the codecs :math:`Q_m` and :math:`Q_v`,
 
@@ -177,6 +191,13 @@ def adamw_fp8(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -211,7 +232,7 @@ def adamw4bit_factored(
     mu_codec: Storage | Codec | str = "dynamic4",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""AdamW with a first moment in 4 bits and a factored second one.
+    r"""Runs AdamW with a first moment in 4 bits and a factored second one.
 
     With the factors of :func:`scale_by_factored_adam`,
 
@@ -234,6 +255,13 @@ def adamw4bit_factored(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -267,7 +295,7 @@ def adam_mini8bit(
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
+    r"""Runs Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
 
     It is :func:`adam_mini` with its first moment stored through a codec :math:`Q`:
 
@@ -290,6 +318,13 @@ def adam_mini8bit(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -325,7 +360,7 @@ def adam_mini4bit(
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
+    r"""Runs Adam-mini with its first moment in 4 bits: 0.53 bytes per parameter.
 
     It is :func:`adam_mini` with its first moment stored through a codec :math:`Q`:
 
@@ -350,6 +385,13 @@ def adam_mini4bit(
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

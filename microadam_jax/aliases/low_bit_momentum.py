@@ -25,7 +25,7 @@ def lion4bit(
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Lion with its momentum in 4 bits: 0.53 bytes per parameter.
+    r"""Runs Lion with its momentum in 4 bits: 0.53 bytes per parameter.
 
     With the codec :math:`Q`,
 
@@ -53,10 +53,11 @@ def lion4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a decay rate is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a decay rate is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``mu_codec`` is of another class; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -91,7 +92,7 @@ def muon8bit(
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Muon on matrices and Adam-mini on all else, their momentum in 8 bits: 1.02 bytes.
+    r"""Runs Muon on matrices and Adam-mini on all else, momentum in 8 bits: 1.02 bytes.
 
     With :math:`u_t` of :func:`scale_by_muon`, whose momentum is stored through a codec :math:`Q`,
 
@@ -121,10 +122,11 @@ def muon8bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -194,10 +196,11 @@ def sinkhorn4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -266,10 +269,11 @@ def sinkhorn2bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, or ``weight_decay`` is a
-            schedule.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
+            without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

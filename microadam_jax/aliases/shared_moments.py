@@ -34,7 +34,7 @@ def adam_mini(
     mu_codec: Storage | Codec | str | None = None,
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
-    r"""Adam-mini: AdamW with one second moment for each block of parameters.
+    r"""Runs Adam-mini: AdamW with one second moment for each block of parameters.
 
     With :math:`B(i)` the block of parameter :math:`i`,
 
@@ -64,6 +64,14 @@ def adam_mini(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
+            is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
+            has no negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is
+            the number 0.
 
     Examples:
         >>> from microadam_jax import Partition, adam_mini, memory_report
@@ -99,7 +107,7 @@ def adam_sn(
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
-    r"""Adam with subset norms: each gradient element over the norm of its subset.
+    r"""Runs Adam with subset norms: each gradient element over the norm of its subset.
 
     With :math:`S(i)` the subset of parameter :math:`i`,
 
@@ -130,6 +138,13 @@ def adam_sn(
     Returns:
         The transformation.
 
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``subsets`` or ``partition`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax import adam_sn
@@ -157,7 +172,7 @@ def adagrad_sn(
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
-    r"""AdaGrad with subset norms and momentum.
+    r"""Runs AdaGrad with subset norms and momentum.
 
     With :math:`S(i)` the subset of parameter :math:`i`,
 
@@ -183,6 +198,13 @@ def adagrad_sn(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
+            schedule, or ``subsets`` or ``partition`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -219,7 +241,7 @@ def came(
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
 ) -> GradientTransformationExtraArgs:
-    r"""CAME: a momentum divided by factored second moments of gradient and instability.
+    r"""Runs CAME: a momentum divided by factored second moments of gradient and instability.
 
     With the factored update :math:`m_t / \sqrt{R_t C_t / \bar R_t}` of :func:`scale_by_came`,
 
@@ -247,6 +269,12 @@ def came(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
+            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

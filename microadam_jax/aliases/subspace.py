@@ -40,7 +40,7 @@ def grass(
     subspace: Subspace | None = None,
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""Grass: Adam on selected rows of each gradient matrix; the others wait.
+    r"""Runs Grass: Adam on selected rows of each gradient matrix; the others wait.
 
     With the selected rows :math:`\sigma_j` and their weights :math:`\rho_j`, renewed every
     :math:`T` steps,
@@ -74,10 +74,12 @@ def grass(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace`` or ``matrices`` is of another class, or a decay rate is an array
+            in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -119,7 +121,7 @@ def ldadam(
     complement: Complement = FeedBack(),
     matrices: Matrices = Matrices(square="out", exclude=OUTPUT_HEAD),
 ) -> GradientTransformationExtraArgs:
-    r"""LDAdam: Adam in a subspace that moves in every step, with moments that follow it.
+    r"""Runs LDAdam: Adam in a subspace that moves in every step, with moments that follow it.
 
     With the error :math:`E`, :math:`c_i = 1 - \beta_i^{t-1}` and :math:`Q = P_t^T P_{t-1}`,
 
@@ -158,10 +160,13 @@ def ldadam(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class, or a decay
+            rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -202,7 +207,7 @@ def dct_adamw(
     complement: Complement = Discard(),
     matrices: Matrices = HIDDEN,
 ) -> GradientTransformationExtraArgs:
-    r"""DCT-AdamW: Adam on the columns of a cosine transform that the gradient is largest in.
+    r"""Runs DCT-AdamW: Adam on the columns of a cosine transform where the gradient is largest.
 
     With the orthogonal transform :math:`Q` and its columns :math:`P` with the largest
     :math:`\lVert Q_j^T G_t \rVert_1`, chosen in every step,
@@ -235,10 +240,13 @@ def dct_adamw(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class, or a decay
+            rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -278,7 +286,7 @@ def snsm(
     subsets: Subsets = Subsets(),
     matrices: Matrices = Matrices(),
 ) -> GradientTransformationExtraArgs:
-    r"""SNSM: momentum in a subspace, the raw gradient outside, over the norms of subsets.
+    r"""Runs SNSM: momentum in a subspace, the raw gradient outside, over the norms of subsets.
 
     With the basis :math:`P` and the subset :math:`S(i)` of element :math:`i`,
 
@@ -315,10 +323,13 @@ def snsm(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` is not a subspace.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer, or ``rank`` is
-            not that of ``subspace``. A traced one needs
-            ``static_args=("rank", "update_interval")`` of ``optax.inject_hyperparams``.
+        TypeError: if ``subspace``, ``subsets`` or ``matrices`` is of another class,
+            ``weight_decay`` is a schedule, or a number is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
+            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
+            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

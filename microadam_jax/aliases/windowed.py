@@ -34,7 +34,12 @@ class MicroAdamLayout:
     def with_settings(
         self, *, density: float | None, window: int | None, block_size: int | None
     ) -> "MicroAdamLayout":
-        """Returns this layout with other numbers where they are given."""
+        """Returns this layout with other numbers where they are given.
+
+        Raises:
+            TypeError: if a number is a traced array, or ``block_size`` is not an integer.
+            ValueError: if a number is out of its range, as for :func:`microadam`.
+        """
         settings = {"density": density, "window": window, "block_size": block_size}
         for name, value in settings.items():
             if isinstance(value, jax.Array):
@@ -78,7 +83,7 @@ def microadam(
     alpha: ArrayLike | None = None,
     layout: MicroAdamLayout | str = "fast",
 ) -> GradientTransformationExtraArgs:
-    r"""MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
+    r"""Runs MicroAdam: Adam on a window of the largest gradient elements, the rest fed back.
 
     .. math::
 
@@ -117,10 +122,14 @@ def microadam(
         The optimizer.
 
     Raises:
-        TypeError: if ``density``, ``window`` or ``block_size`` is traced; they shape the state and
-            need ``static_args`` of ``optax.inject_hyperparams``.
+        TypeError: if ``density``, ``window`` or ``block_size`` is traced
+            (``optax.inject_hyperparams`` needs ``static_args``), ``layout`` is of another class,
+            ``weight_decay`` is a schedule, or a number is an array in fewer bits than float32; in
+            ``init``, if a leaf is not a floating-point array.
         ValueError: if ``layout`` is not a known name, ``density`` is outside (0, 1], ``window`` is
-            not positive, or ``block_size`` is not a positive even integer of at most 32768.
+            not a positive integer, ``block_size`` is not a positive even integer of at most 32768,
+            or ``alpha`` is outside [0, 1); in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -147,6 +156,11 @@ def microadam(
                 "MicroAdamLayout."
             )
         layout = MICROADAM_LAYOUTS[layout]
+    if not isinstance(layout, MicroAdamLayout):
+        raise TypeError(
+            f"layout must be one of {sorted(MICROADAM_LAYOUTS)} or a MicroAdamLayout; got "
+            f"{layout!r}."
+        )
     layout = layout.with_settings(density=density, window=window, block_size=block_size)
     return descend(
         error_feedback(layout.compressor, layout.residual, alpha),

@@ -15,7 +15,7 @@ from pallas_kernels.topk_compress import decode, encode, extremes
 
 
 class AffineCodes(NamedTuple):
-    """A tensor ``(*lead, n)`` of ``buckets`` buckets of ``size`` elements in four bits.
+    """Holds a tensor ``(*lead, n)`` of ``buckets`` buckets of ``size`` elements in four bits.
 
     Attributes:
         codes: ``(*lead, buckets, size / 2)`` uint8. Element ``j`` of a bucket lies in the low
@@ -31,7 +31,7 @@ class AffineCodes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Affine4(RowByRow):
-    r"""Four bits per element, affine between a bucket's minimum and maximum.
+    r"""Quantizes to four bits per element, affine between a bucket's minimum and maximum.
 
     For a bucket with minimum :math:`\delta` and maximum :math:`\Delta`, with
     :math:`u = (\Delta - \delta) / 15`,
@@ -82,7 +82,7 @@ class Affine4(RowByRow):
 
     @property
     def name(self) -> str:
-        """The codec in a word, as it stands in a checkpoint."""
+        """Names the codec in a word, as it stands in a checkpoint."""
         statistics = "" if self.statistics == "float32" else f"_{self.statistics}"
         return codec_name(f"affine4{statistics}", self.buckets)
 
@@ -92,12 +92,16 @@ class Affine4(RowByRow):
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "Affine4":
-        """Buckets lie within a row, so layers share nothing."""
+        """Returns itself: buckets lie within a row, so layers share nothing."""
         del axis
         return self
 
     def zeros(self, parameter: jax.Array) -> AffineCodes:
-        """The encoding of zeros: every level 0, every bucket from 0 to 0."""
+        """Returns the encoding of zeros: every level 0, every bucket from 0 to 0.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its buckets.
+        """
         layout = self.buckets.layout_of(parameter)
         codes = blocked_shape(parameter.shape, layout, layout.size // 2)
         bucket = blocked_shape(parameter.shape, layout)
@@ -119,7 +123,7 @@ class Affine4(RowByRow):
         return AffineCodes(codes, low.astype(self.statistics), high.astype(self.statistics))
 
     def decode(self, encoded: AffineCodes, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         row = shape[-1] if shape else 1
         return merge(decode(*encoded), self.buckets.layout(row), shape)
 
@@ -127,7 +131,7 @@ class Affine4(RowByRow):
 def affine4(
     bucket: int | Blocks = 256, rounding: str = "nearest", statistics: str = "float32"
 ) -> Affine4:
-    """MicroAdam's 4-bit codec; see :class:`Affine4`.
+    """Returns MicroAdam's 4-bit codec; see :class:`Affine4`.
 
     Args:
         bucket: the largest number of elements that share a minimum and a maximum, or the rule
@@ -137,6 +141,11 @@ def affine4(
 
     Returns:
         The codec.
+
+    Raises:
+        TypeError: if ``bucket`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``bucket`` is not positive and even, or ``rounding`` or ``statistics`` is not
+            one of those.
     """
     return Affine4(as_blocks(bucket), rounding, statistics)
 

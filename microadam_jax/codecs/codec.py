@@ -15,7 +15,7 @@ from microadam_jax.codecs.scaled import dynamic4, dynamic8, linear2, linear4
 
 
 class Codec(Protocol):
-    """A number format for a parameter-shaped quantity that an optimizer keeps.
+    """Stores a parameter-shaped quantity of an optimizer in a number format.
 
     ``encode`` returns a NamedTuple of arrays whose leading axes are the tensor's, so that the
     parameter's ``PartitionSpec`` is valid on each; ``zeros`` returns the encoding of zero.
@@ -23,12 +23,12 @@ class Codec(Protocol):
 
     @property
     def Encoded(self) -> Any:
-        """The NamedTuple of the stored arrays."""
+        """Returns the NamedTuple of the stored arrays."""
         ...
 
     @property
     def name(self) -> str:
-        """The codec in a word; two codecs of one name read each other's arrays."""
+        """Returns the codec in a word; two codecs of one name read each other's arrays."""
         ...
 
     @property
@@ -38,7 +38,7 @@ class Codec(Protocol):
 
     @property
     def shared(self) -> str | None:
-        """The array of ``Encoded`` that belongs to all rows together, if there is one."""
+        """Returns the array of ``Encoded`` that belongs to all rows together, if there is one."""
         ...
 
     @property
@@ -47,11 +47,11 @@ class Codec(Protocol):
         ...
 
     def for_layers(self, axis: int | None) -> "Codec":
-        """The codec for a tensor whose layers are stacked along ``axis``."""
+        """Returns the codec for a tensor whose layers are stacked along ``axis``."""
         ...
 
     def zeros(self, parameter: jax.Array) -> tuple[jax.Array, ...]:
-        """The encoding of an all-zero tensor of the shape and sharding of ``parameter``."""
+        """Returns the encoding of an all-zero tensor of the shape and sharding of ``parameter``."""
         ...
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None) -> tuple[jax.Array, ...]:
@@ -59,7 +59,7 @@ class Codec(Protocol):
         ...
 
     def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array | None:
-        """The shared array of ``x``; None if nothing is shared.
+        """Returns the shared array of ``x``; None if nothing is shared.
 
         Args:
             x: some rows of a tensor, or all.
@@ -78,7 +78,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         ...
 
 
@@ -105,12 +105,15 @@ def named_codecs() -> dict[str, Codec]:
 
 
 def as_codec(codec: Codec | str) -> Codec:
-    """The codec that ``codec`` names, or ``codec`` itself.
+    """Returns the codec that ``codec`` names, or ``codec`` itself.
 
     Raises:
-        ValueError: if the name is not one of those allowed.
+        TypeError: if ``codec`` is neither a codec nor a name.
+        ValueError: if the name is not a known one.
     """
     if not isinstance(codec, str):
+        if isinstance(codec, type) or not hasattr(codec, "Encoded"):
+            raise TypeError(f"A codec must be one such as dynamic8(), or a name; got {codec!r}.")
         return codec
     named = named_codecs()
     if codec not in named:
@@ -119,7 +122,7 @@ def as_codec(codec: Codec | str) -> Codec:
 
 
 def encoded_bytes(codec: Codec | str, shape: tuple[int, ...]) -> int:
-    """Bytes in which a codec stores a tensor.
+    """Counts the bytes in which a codec stores a tensor.
 
     Args:
         codec: the codec or its name.
@@ -127,6 +130,10 @@ def encoded_bytes(codec: Codec | str, shape: tuple[int, ...]) -> int:
 
     Returns:
         The bytes of all its arrays, exactly.
+
+    Raises:
+        TypeError: if ``codec`` is neither a codec nor a name.
+        ValueError: if the name is not a known one.
 
     Examples:
         >>> from microadam_jax.codecs import encoded_bytes

@@ -52,7 +52,7 @@ class ExpandedFloat8Codes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Float8(RowByRow):
-    r"""8-bit floating point, scaled so that a block's largest magnitude is the format's.
+    r"""Quantizes to 8-bit floating point; a block's largest magnitude becomes the format's.
 
     With :math:`M` and :math:`\mu`, the largest and the smallest nonzero magnitude of a block, and
     :math:`q_{\max}` the format's largest number, :math:`q_i` is :math:`x_i\, q_{\max} / M` in the
@@ -108,7 +108,7 @@ class Float8(RowByRow):
 
     @property
     def name(self) -> str:
-        """The codec in a word, as it stands in a checkpoint."""
+        """Returns the codec in a word, as it stands in a checkpoint."""
         return codec_name(self.format + "_expanded" * self.expansion, self.blocks)
 
     @property
@@ -117,12 +117,16 @@ class Float8(RowByRow):
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "Float8":
-        """Blocks lie within a row, so layers share nothing."""
+        """Returns itself: blocks lie within a row, so layers share nothing."""
         del axis
         return self
 
     def zeros(self, parameter: jax.Array) -> Any:
-        """The encoding of zeros: all bytes zero."""
+        """Returns the encoding of zeros: all bytes zero.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         layout = self.blocks.layout_of(parameter)
         codes = (*parameter.shape[:-1], layout.count * layout.size)
         block = blocked_shape(parameter.shape, layout)
@@ -145,7 +149,7 @@ class Float8(RowByRow):
         return self.Encoded(codes, scale, *(k.astype(jnp.uint8) for k in exponents))
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         layout = self.blocks.layout(shape[-1] if shape else 1)
         codes, *statistics = encoded
         x = self.values_of(
@@ -155,7 +159,7 @@ class Float8(RowByRow):
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Counts the bits of a code."""
         return 8
 
     @property
@@ -180,7 +184,7 @@ class Float8(RowByRow):
     def codes_of(
         self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | None
     ) -> jax.Array:
-        """The codes ``(..., size)`` of blocks with their statistics, as integers."""
+        """Returns the codes ``(..., size)`` of blocks with their statistics, as integers."""
         scale, number = statistics[0], self._number
         if self.expansion:
             ratio = jnp.abs(block) / _usable(scale)
@@ -193,7 +197,7 @@ class Float8(RowByRow):
 
     @functools.partial(jax.jit, static_argnums=0)
     def values_of(self, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
-        """The float32 numbers ``(..., size)`` that codes of blocks stand for."""
+        """Returns the float32 numbers ``(..., size)`` that codes of blocks stand for."""
         q, scale = self._number.decode(codes), statistics[0]
         if not self.expansion:
             return q * scale
@@ -220,7 +224,7 @@ def float8(
     block: int | Blocks = 128,
     rounding: str = "nearest",
 ) -> Float8:
-    """8-bit floating point; see :class:`Float8`.
+    """Returns a codec of 8-bit floating point; see :class:`Float8`.
 
     Args:
         format: ``"e4m3"`` or ``"e5m2"``.
@@ -232,7 +236,9 @@ def float8(
         The codec, for first and second moments.
 
     Raises:
-        ValueError: if ``format`` or ``rounding`` does not exist.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``format`` or ``rounding`` is not one
+            of those.
     """
     return Float8(format, expansion, as_blocks(block), rounding)
 

@@ -19,7 +19,7 @@ SCALES = Dynamic8()  # the 8-bit codebook of the scales
 
 
 class Nf4Codes(NamedTuple):
-    """A tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements in each row.
+    """Holds a tensor ``(*lead, n)`` of ``blocks`` blocks of ``size`` elements in each row.
 
     Attributes:
         codes: ``(*lead, blocks * size / 2)`` uint8: element ``j`` of a block in the low half of
@@ -77,17 +77,17 @@ class Nf4:
 
     @property
     def name(self) -> str:
-        """The format in a word."""
+        """Returns the format in a word."""
         return f"nf4_b{self.blocks.size}_g{self.group}"
 
     @property
     def signed(self) -> bool:
-        """True: it holds negative numbers."""
+        """Returns True: it holds negative numbers."""
         return True
 
     @property
     def needs_key(self) -> bool:
-        """False: it rounds to nearest."""
+        """Returns False: it rounds to nearest."""
         return False
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -177,7 +177,8 @@ def nf4(block: int | Blocks = Blocks(64, shards=1), *, group: int = 256) -> Nf4:
         The codec.
 
     Raises:
-        ValueError: if ``block`` or ``group`` is not a positive integer.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``group`` is not a positive integer.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -12,7 +12,7 @@ from microadam_jax.sharding import state_zeros
 
 
 class PlainValues(NamedTuple):
-    """``codes``: the parameter's shape, in the codec's dtype."""
+    """Holds ``codes``: the parameter's shape, in the codec's dtype."""
 
     codes: jax.Array
 
@@ -23,6 +23,10 @@ class Plain(RowByRow):
 
     Args:
         dtype: a floating dtype such as ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        TypeError: if ``dtype`` is not a dtype.
+        ValueError: if ``dtype`` is not a floating dtype.
     """
 
     dtype: str = "float32"
@@ -46,21 +50,21 @@ class Plain(RowByRow):
 
     @property
     def name(self) -> str:
-        """The dtype."""
+        """Returns the dtype."""
         return self.dtype
 
     def for_layers(self, axis: int | None) -> "Plain":
-        """Elements share nothing."""
+        """Returns itself: elements share nothing."""
         del axis
         return self
 
     @property
     def needs_key(self) -> bool:
-        """Rounding to nearest draws no random numbers."""
+        """Returns False: rounding to nearest draws no random numbers."""
         return False
 
     def zeros(self, parameter: jax.Array) -> PlainValues:
-        """Zeros like ``parameter``."""
+        """Returns zeros like ``parameter``."""
         return PlainValues(state_zeros(parameter, parameter.shape, self.dtype))
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> PlainValues:
@@ -69,5 +73,5 @@ class Plain(RowByRow):
         return PlainValues(x.astype(self.dtype))
 
     def decode(self, encoded: PlainValues, shape: tuple[int, ...]) -> jax.Array:
-        """The stored tensor in float32."""
+        """Returns the stored tensor in float32."""
         return encoded.codes.reshape(shape).astype(jnp.float32)

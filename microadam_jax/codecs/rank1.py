@@ -40,7 +40,7 @@ class RankOneCodes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RankOne:
-    r"""Codes for elements over the smaller of their row's and their column's largest magnitude.
+    r"""Quantizes elements over the smaller of their row's and their column's largest magnitude.
 
     With the numbers :math:`v_c` of a map,
 
@@ -61,7 +61,7 @@ class RankOne:
         layer_axis: the axis of stacked layers; :func:`quantize_state` finds it.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        ValueError: if ``rounding`` is not one of those.
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.2.
     """
@@ -81,12 +81,12 @@ class RankOne:
 
     @property
     def shared(self) -> str:
-        """The array that belongs to all rows."""
+        """Returns the array that belongs to all rows."""
         return "columns"
 
     @property
     def name(self) -> str:
-        """The codec in a word, as it stands in a checkpoint."""
+        """Returns the codec in a word, as it stands in a checkpoint."""
         return codec_name(f"rank1_{self.map.name}", self.blocks)
 
     @property
@@ -100,11 +100,15 @@ class RankOne:
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "RankOne":
-        """The codec for layers that are stacked along ``axis``."""
+        """Returns the codec for layers that are stacked along ``axis``."""
         return dataclasses.replace(self, layer_axis=axis)
 
     def zeros(self, parameter: jax.Array) -> RankOneCodes:
-        """The encoding of zeros: all bytes zero."""
+        """Returns the encoding of zeros: all bytes zero.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         codes = code_zeros(parameter, self.map, self.blocks)
         if self._is_vector(parameter.shape):
             scales = self._by_block.zeros(parameter).scales
@@ -125,7 +129,7 @@ class RankOne:
         return RankOneCodes(as_row(codes), rows, columns)
 
     def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array:
-        """The largest magnitudes of the columns, in each of ``runs`` runs of rows."""
+        """Returns the largest magnitudes of the columns, in each of ``runs`` runs of rows."""
         if self._is_vector(x.shape):
             return jnp.zeros((1,) * x.ndim, jnp.float32)
         columns = magnitudes(x)
@@ -158,7 +162,7 @@ class RankOne:
         return RankOneCodes(codes, rows, shared)
 
     def decode(self, encoded: RankOneCodes, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         codes, rows, columns = encoded
         if self._is_vector(shape):
             return self._by_block.decode(self._by_block.Encoded(codes, rows), shape)
@@ -179,7 +183,7 @@ class RankOne:
 
 
 def rank1_linear4(block: int | Blocks = 128, *, rounding: str = "nearest") -> RankOne:
-    """4 bits from 1/16 to 1 without zero, scaled by rows and columns; see :class:`RankOne`.
+    """Returns 4 bits from 1/16 to 1, scaled by rows and columns; see :class:`RankOne`.
 
     Args:
         block: the largest number of elements of a vector that share a scale, or the rule that
@@ -190,13 +194,14 @@ def rank1_linear4(block: int | Blocks = 128, *, rounding: str = "nearest") -> Ra
         The codec, for second moments.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
     """
     return RankOne(LINEAR4_UNSIGNED, as_blocks(block), rounding)
 
 
 def rank1_dynamic4(block: int | Blocks = 128, *, rounding: str = "nearest") -> RankOne:
-    """4 bits on the unsigned dynamic map without zero, scaled by rows and columns.
+    """Returns 4 bits on the unsigned dynamic map without zero, scaled by rows and columns.
 
     Args:
         block: the largest number of elements of a vector that share a scale, or the rule that
@@ -207,6 +212,7 @@ def rank1_dynamic4(block: int | Blocks = 128, *, rounding: str = "nearest") -> R
         The codec, for second moments.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
     """
     return RankOne(DYNAMIC4_UNSIGNED, as_blocks(block), rounding)

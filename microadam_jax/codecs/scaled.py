@@ -45,7 +45,7 @@ class ScaledCodes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scaled(RowByRow):
-    r"""Codes for the elements of a block over the block's largest magnitude.
+    r"""Quantizes the elements of a block over the block's largest magnitude.
 
     With the numbers :math:`v_c` of a map and :math:`s = \max_i |x_i|` over a block,
 
@@ -100,7 +100,7 @@ class Scaled(RowByRow):
 
     @property
     def name(self) -> str:
-        """The codec in a word, as it stands in a checkpoint."""
+        """Returns the codec in a word, as it stands in a checkpoint."""
         return codec_name(self.map.name, self.blocks)
 
     @property
@@ -114,12 +114,16 @@ class Scaled(RowByRow):
         return self.rounding == "stochastic"
 
     def for_layers(self, axis: int | None) -> "Scaled":
-        """Blocks lie within a row, so layers share nothing."""
+        """Returns itself: blocks lie within a row, so layers share nothing."""
         del axis
         return self
 
     def zeros(self, parameter: jax.Array) -> ScaledCodes:
-        """The encoding of zeros: all bytes zero."""
+        """Returns the encoding of zeros: all bytes zero.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         return ScaledCodes(
             codes=code_zeros(parameter, self.map, self.blocks),
             scales=state_zeros(
@@ -145,14 +149,14 @@ class Scaled(RowByRow):
         return ScaledCodes(codes, scale[..., 0])
 
     def decode(self, encoded: ScaledCodes, shape: tuple[int, ...]) -> jax.Array:
-        """The float32 tensor of ``shape`` that ``encoded`` stands for."""
+        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         codes = unpacked(self.map, as_blocks_of(encoded.codes, encoded.scales.shape[-1]))
         layout = self.blocks.layout(shape[-1] if shape else 1)
         return merge(self.values_of(codes, (encoded.scales[..., None],)), layout, shape)
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Counts the bits of a code."""
         return self.map.bits
 
     @property
@@ -162,7 +166,7 @@ class Scaled(RowByRow):
 
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array]:
-        """The scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
+        """Returns the scales ``(..., 1)`` of blocks ``(..., size)``; NaN if not finite."""
         scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
         if self.deviations is not None:
             scale = self.deviations * root_mean_square(block, scale)
@@ -175,12 +179,12 @@ class Scaled(RowByRow):
     def codes_of(
         self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | None
     ) -> jax.Array:
-        """The codes ``(..., size)`` of blocks with their scales, as integers."""
+        """Returns the codes ``(..., size)`` of blocks with their scales, as integers."""
         return scaled_codes(self.map, block, statistics[0], xi, self.keep_sign)
 
     @functools.partial(jax.jit, static_argnums=0)
     def values_of(self, codes: jax.Array, statistics: Sequence[jax.Array]) -> jax.Array:
-        """The float32 numbers ``(..., size)`` that codes of blocks stand for."""
+        """Returns the float32 numbers ``(..., size)`` that codes of blocks stand for."""
         return self.map.decode(codes) * statistics[0]
 
 
@@ -192,7 +196,7 @@ def dynamic8(
     keep_sign: bool = False,
     symmetric: bool = False,
 ) -> Scaled:
-    """8 bits on the dynamic exponent map: seven decades, finest at the top.
+    """Returns 8 bits on the dynamic exponent map: seven decades, finest at the top.
 
     Args:
         block: the largest number of elements that share a scale, or the rule that cuts rows.
@@ -206,7 +210,9 @@ def dynamic8(
         The codec.
 
     Raises:
-        ValueError: if the options contradict each other.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, ``rounding`` is not one of those, or
+            options contradict each other, such as ``symmetric=True`` and ``signed=False``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -231,7 +237,7 @@ def dynamic4(
     keep_sign: bool = False,
     symmetric: bool = False,
 ) -> Scaled:
-    """4 bits on the dynamic exponent map: three decades, finest at the top.
+    """Returns 4 bits on the dynamic exponent map: three decades, finest at the top.
 
     Args:
         block: the largest number of elements that share a scale, or the rule that cuts rows.
@@ -245,7 +251,9 @@ def dynamic4(
         The codec.
 
     Raises:
-        ValueError: if the options contradict each other.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, ``rounding`` is not one of those, or
+            options contradict each other, such as ``symmetric=True`` and ``signed=False``.
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 3 and Appendix E.
     """
@@ -258,7 +266,7 @@ def dynamic4(
 
 
 def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
-    """2 bits: half a root mean square of the block and one and a half, with either sign.
+    """Returns 2 bits: half a root mean square of the block and one and a half, of either sign.
 
     These are nearly the four numbers with the least error for what is normally distributed. What
     is beyond one and a half is cut; rounding is unbiased up to there if it is stochastic, which a
@@ -272,7 +280,8 @@ def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
         The codec.
 
     Raises:
-        ValueError: if ``rounding`` is neither, or ``block`` is no multiple of 4.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is no positive multiple of 4, or ``rounding`` is not one of those.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -282,13 +291,12 @@ def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
         >>> print(codec.decode(codec.encode(x), x.shape).round(2))
         [ 1.23 -1.23  0.41 -0.41]
     """
-    rule = Blocks(block, multiple=4) if isinstance(block, int) else block
-    rule = dataclasses.replace(rule, multiple=4)
-    return Scaled(LINEAR2, rule, rounding, deviations=1.5)
+    rule = block if isinstance(block, Blocks) else Blocks(block, multiple=4)
+    return Scaled(LINEAR2, dataclasses.replace(rule, multiple=4), rounding, deviations=1.5)
 
 
 def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "nearest") -> Scaled:
-    """4 bits on evenly spaced numbers.
+    """Returns 4 bits on evenly spaced numbers.
 
     Args:
         block: the largest number of elements that share a scale, or the rule that cuts rows.
@@ -300,7 +308,8 @@ def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "
         The codec.
 
     Raises:
-        ValueError: if ``rounding`` is neither.
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
+        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.1.
     """
@@ -308,8 +317,12 @@ def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "
 
 
 def as_blocks(block: int | Blocks) -> Blocks:
-    """The rule for blocks of at most ``block`` elements, or ``block`` itself."""
-    return Blocks(block) if isinstance(block, int) else block
+    """Returns the rule for blocks of at most ``block`` elements, or ``block`` itself.
+
+    Raises:
+        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`, as if it is traced.
+    """
+    return block if isinstance(block, Blocks) else Blocks(block)
 
 
 def require_rounding(rounding: str) -> None:

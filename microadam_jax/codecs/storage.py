@@ -49,7 +49,8 @@ class Storage:
         layer_axis: the layer axis of those.
 
     Raises:
-        ValueError: if a name is none of a codec, or a pattern no regular expression.
+        TypeError: if a codec is neither a codec nor a name.
+        ValueError: if a name is unknown, or a pattern is not a regular expression.
 
     Examples:
         >>> from microadam_jax import Storage
@@ -73,13 +74,13 @@ class Storage:
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """All codecs, that of small leaves last."""
+        """Returns all codecs, that of small leaves last."""
         codecs = map(as_codec, (self.codec, *(codec for _, codec in self.rules)))
         named = {codec.name: codec for codec in codecs}
         return (*named.values(), FLOAT32)
 
     def signed(self, field: str) -> "Storage":
-        """This storage, for a field that has both signs.
+        """Returns this storage, for a field that has both signs.
 
         Raises:
             ValueError: if one of its codecs has no negative numbers.
@@ -91,7 +92,7 @@ class Storage:
 
     @property
     def label(self) -> str:
-        """The names of the codecs; with rules or other limits, also a digest of those."""
+        """Returns the names of the codecs; with rules or other limits, also a digest of those."""
         names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
         rules = tuple((pattern, as_codec(codec).name) for pattern, codec in self.rules)
         stacked = FIRST_STACKED if self.stacked == STACKED else self.stacked
@@ -102,11 +103,11 @@ class Storage:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of all arrays of all codecs."""
+        """Returns the names of all arrays of all codecs."""
         return tuple(dict.fromkeys(slot for c in self.codecs for slot in c.Encoded._fields))
 
     def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
-        """A function from a leaf's path and the leaf to its codec.
+        """Returns a function from a leaf's path and the leaf to its codec.
 
         Args:
             tree: the tree of the leaves, which tells stacks from single layers.
@@ -124,7 +125,7 @@ class Storage:
         return codec_of
 
     def zeros(self, tree: Any) -> Field:
-        """The field for a tree of zeros, placed as the tree is."""
+        """Returns the field for a tree of zeros, placed as the tree is."""
         codec_of = self.assign(tree)
 
         def zeros_of(path: KeyPath, leaf: jax.Array) -> Slots:
@@ -134,7 +135,7 @@ class Storage:
         return self._field(map_with_path(zeros_of, len(self.slots), tree), tree)
 
     def encode_tree(self, tree: Any) -> Field:
-        """The field for a tree of values, rounded to nearest."""
+        """Returns the field for a tree of values, rounded to nearest."""
         codec_of = self.assign(tree)
 
         def encode(path: KeyPath, leaf: jax.Array) -> Slots:
@@ -145,7 +146,7 @@ class Storage:
         return self._field(map_with_path(encode, len(self.slots), tree), tree)
 
     def columns(self, field: Field, path: str = "") -> tuple[Any, ...]:
-        """The trees of a field's arrays.
+        """Returns the trees of a field's arrays.
 
         Raises:
             ValueError: if the field was stored otherwise.
@@ -159,21 +160,21 @@ class Storage:
         return tuple(field[self.label][slot] for slot in self.slots)
 
     def field(self, columns: Sequence[Any]) -> Field:
-        """The field that has these trees of arrays."""
+        """Returns the field that has these trees of arrays."""
         return {self.label: dict(zip(self.slots, columns, strict=True))}
 
     def codec_for(self, codec: Codec, slots: Slots) -> Codec:
-        """The leaf's codec: what :meth:`assign` says."""
+        """Returns the leaf's codec: what :meth:`assign` says."""
         del slots
         return codec
 
     def encoded(self, codec: Codec, slots: Slots) -> Any:
-        """Those of ``slots`` that the leaf's codec uses, as it made them."""
+        """Returns those of ``slots`` that the leaf's codec uses, as it made them."""
         by_name = dict(zip(self.slots, slots, strict=True))
         return codec.Encoded(*(by_name[slot] for slot in codec.Encoded._fields))
 
     def replaced(self, slots: Slots, encoded: Any) -> Slots:
-        """``slots`` with what a codec made."""
+        """Returns ``slots`` with what a codec made."""
         by_name = dict(zip(encoded._fields, encoded, strict=True))
         return tuple(
             by_name.get(slot, before) for slot, before in zip(self.slots, slots, strict=True)
@@ -213,7 +214,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Unstored:
-    """A field that is kept as it is, a tree of arrays, with the methods of :class:`Storage`.
+    """Keeps a field as it is, a tree of arrays, with the methods of :class:`Storage`.
 
     Args:
         dtype: of the arrays that :meth:`zeros` makes.
@@ -223,20 +224,20 @@ class Unstored:
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """The one there is."""
+        """Returns the one there is."""
         return (Plain(str(jnp.dtype(self.dtype))),)
 
     def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
-        """The codec of every leaf, which is asked for its properties only."""
+        """Returns the codec of every leaf, which is asked for its properties only."""
         del tree
         return lambda path, leaf: FLOAT32
 
     def zeros(self, tree: Any) -> Any:
-        """Zeros placed as the tree is."""
+        """Returns zeros placed as the tree is."""
         return jax.tree.map(lambda leaf: state_zeros(leaf, leaf.shape, self.dtype), tree)
 
     def columns(self, field: Any, path: str = "") -> tuple[Any, ...]:
-        """The one tree there is.
+        """Returns the one tree there is.
 
         Raises:
             ValueError: if the field was stored through a codec.
@@ -251,16 +252,16 @@ class Unstored:
         return (field,)
 
     def field(self, columns: Sequence[Any]) -> Any:
-        """The field that has this tree."""
+        """Returns the field that has this tree."""
         return columns[0]
 
     def codec_for(self, codec: Codec, slots: Slots) -> Codec:
-        """The codec that keeps the dtype of the leaf."""
+        """Returns the codec that keeps the dtype of the leaf."""
         del codec
         return Plain(str(slots[0].dtype))
 
     def encoded(self, codec: Codec, slots: Slots) -> Any:
-        """The leaf, as that codec makes it."""
+        """Returns the leaf, as that codec makes it."""
         return codec.Encoded(*slots)
 
     def replaced(self, slots: Slots, encoded: Any) -> Slots:
@@ -283,12 +284,13 @@ class Unstored:
 
 
 def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:
-    """The storage that a codec, its name or a list of rules stands for.
+    """Returns the storage that a codec, its name or a list of rules stands for.
 
     A list of rules ends with the pattern that matches all paths, ``".*"``.
 
     Raises:
-        ValueError: if a list of rules has no such end.
+        TypeError: if ``storage`` is none of these.
+        ValueError: if a name is unknown, or a list of rules has no such end.
     """
     if isinstance(storage, Storage):
         return storage

@@ -1,7 +1,12 @@
 """What of a gradient reaches the state."""
 
 from microadam_jax.compressors.block_sparse import BlockSparse, is_block_sparse
-from microadam_jax.compressors.compressor import Compressor, Deferred, Sent
+from microadam_jax.compressors.compressor import (
+    Compressor,
+    Deferred,
+    Sent,
+    require_compressor,
+)
 from microadam_jax.compressors.dense import Dense
 from microadam_jax.compressors.low_rank import LowRank
 from microadam_jax.compressors.power_sgd import PowerSGD, power_sgd
@@ -19,6 +24,7 @@ __all__ = [
     "is_block_sparse",
     "is_compressed",
     "power_sgd",
+    "require_compressor",
     "top_k",
 ]
 

@@ -14,7 +14,7 @@ from pallas_kernels.window_update import expand, values_at, written
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockSparse:
-    """An update of which each block keeps ``k`` elements: a pytree node, never a state.
+    """Holds an update of which each block keeps ``k`` elements: a pytree node, never a state.
 
     Attributes:
         values: ``(*lead, blocks, k)`` float32, the elements kept, signed.
@@ -24,6 +24,10 @@ class BlockSparse:
         shape: the dense shape ``(*lead, n)``.
         dtype: the dtype that the dense update had.
         layout: how a row is cut into blocks.
+
+    Raises:
+        TypeError: if ``indices`` are floating-point numbers, as after arithmetic on a sparse
+            update.
     """
 
     values: jax.Array
@@ -41,21 +45,21 @@ class BlockSparse:
             )
 
     def kept(self) -> jax.Array:
-        """The dense float32 array of the elements kept, zero elsewhere."""
+        """Returns the dense float32 array of the elements kept, zero elsewhere."""
         blocks = expand(self.values[..., None, :], self.indices[..., None, :], self.layout.size)
         return merge(written(blocks), self.layout, self.shape)
 
     def rest_of(self, update: jax.Array) -> jax.Array:
-        """The float32 ``update`` with zeros where an element was kept."""
+        """Returns the float32 ``update`` with zeros where an element was kept."""
         # Not a difference: infinity less infinity would stay behind as NaN.
         return jnp.where(self.kept() != 0, 0.0, update)
 
     def to_dense(self) -> jax.Array:
-        """The dense update, in its original dtype."""
+        """Returns the dense update, in its original dtype."""
         return self.with_bypass(self.kept()).astype(self.dtype)
 
     def with_bypass(self, update: jax.Array) -> jax.Array:
-        """``update`` plus what bypasses the preconditioner."""
+        """Returns ``update`` plus what bypasses the preconditioner."""
         return update if self.bypass is None else update + self.bypass
 
     @property
@@ -70,12 +74,12 @@ class BlockSparse:
     def write(
         self, window: tuple[jax.Array, jax.Array], position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """``window``, values and indices ``(*lead, blocks, m, k)``, with this row in it."""
+        """Returns ``window``, values and indices ``(*lead, blocks, m, k)``, with this row in it."""
         values, indices = overwrite_each(window, (self.values, self.indices), position)
         return values, indices
 
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
-        """``(m,)``: the inner products of row ``position`` with every row."""
+        """Returns ``(m,)``: the inner products of row ``position`` with every row."""
         values, indices = window
         values = values.astype(jnp.float32)
         own = row_of(values, position), row_of(indices, position)
@@ -83,7 +87,7 @@ class BlockSparse:
         return jnp.sum(values * found, axis=(*range(values.ndim - 2), -1))
 
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
-        """The dense sum of the rows, each times its coefficient."""
+        """Returns the dense sum of the rows, each times its coefficient."""
         values, indices = window
         values = values.astype(jnp.float32) * per_row(coefficients, values)
         blocks = expand(values, indices, self.layout.size)

@@ -13,7 +13,7 @@ Row = tuple[jax.Array, jax.Array]
 
 
 class Sent(Protocol):
-    r"""An update in the form in which it is kept in a window.
+    r"""Holds an update in the form in which it is kept in a window.
 
     A window keeps the latest :math:`m` updates of a leaf as a pair of arrays with an axis of
     length :math:`m`, and computes with them in that form. They may be stored in fewer bits than
@@ -22,7 +22,7 @@ class Sent(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """The dtype in which it shall go on."""
+        """Returns the dtype in which it shall go on."""
         ...
 
     def fits(self, window: Row) -> bool:
@@ -30,24 +30,24 @@ class Sent(Protocol):
         ...
 
     def write(self, window: Row, position: jax.Array) -> Row:
-        """``window`` with this update in row ``position``."""
+        """Returns ``window`` with this update in row ``position``."""
         ...
 
     def products(self, window: Row, position: jax.Array) -> jax.Array:
-        """``(m,)`` float32: the inner product of row ``position`` with every row."""
+        """Returns ``(m,)`` float32: the inner product of row ``position`` with every row."""
         ...
 
     def combine(self, window: Row, coefficients: jax.Array) -> jax.Array:
-        r"""The dense float32 :math:`\sum_i y_i g_i` for ``(m,)`` coefficients :math:`y`."""
+        r"""Returns the dense float32 :math:`\sum_i y_i g_i` for ``(m,)`` coefficients :math:`y`."""
         ...
 
     def with_bypass(self, update: jax.Array) -> jax.Array:
-        """The dense float32 ``update`` plus what bypasses the preconditioner."""
+        """Returns the dense float32 ``update`` plus what bypasses the preconditioner."""
         ...
 
 
 class Deferred:
-    """An update that is compressed only where the link reads it that gets it: no pytree node."""
+    """Defers the compression of an update to the link that reads it: no pytree node."""
 
 
 class Compressor(Protocol):
@@ -60,7 +60,7 @@ class Compressor(Protocol):
 
     @property
     def Carried(self) -> Any:
-        """The NamedTuple of the arrays that are carried to the next step."""
+        """Returns the NamedTuple of the arrays that are carried to the next step."""
         ...
 
     def first(self, path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
@@ -80,9 +80,22 @@ class Compressor(Protocol):
         ...
 
     def window(self, path: KeyPath, parameter: jax.Array, length: int, dtype: DTypeLike) -> Row:
-        """Zeros for the latest ``length`` updates of the leaf at ``path``, which is compressed."""
+        """Returns zeros for the latest ``length`` updates of the compressed leaf at ``path``."""
         ...
 
     def remarks(self, path: KeyPath, leaf: jax.Array) -> Iterable[str]:
         """Yields notes for the memory report about the leaf at ``path``."""
         ...
+
+
+def require_compressor(compressor: Any) -> None:
+    """Refuses what is not a compressor.
+
+    Raises:
+        TypeError: if it is a density, a rank, a name or a function.
+    """
+    if isinstance(compressor, type) or not hasattr(compressor, "Carried"):
+        raise TypeError(
+            "compressor must be one such as top_k(density=0.01) or power_sgd(rank=4); got "
+            f"{compressor!r}."
+        )

@@ -12,7 +12,7 @@ from microadam_jax.sharding import contract
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """An update as a row ``(*shape, 1)`` of a window ``(*shape, m, 1)``.
+    """Holds an update as a row ``(*shape, 1)`` of a window ``(*shape, m, 1)``.
 
     Attributes:
         update: the update, of any float dtype.
@@ -29,23 +29,23 @@ class Dense:
     def write(
         self, window: tuple[jax.Array, jax.Array], position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """``window`` with this row in it; its second array is not used."""
+        """Returns ``window`` with this row in it; its second array is not used."""
         rows, unused = window
         return overwrite(rows, self.update[..., None], position), unused
 
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
-        """``(m,)``: the inner products of row ``position`` with every row."""
+        """Returns ``(m,)``: the inner products of row ``position`` with every row."""
         rows = window[0].astype(jnp.float32)
         axes = _letters(self.update.ndim)
         return contract(f"{axes}mo,{axes}o->m", rows, row_of(rows, position))
 
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
-        """The sum of the rows, each times its coefficient."""
+        """Returns the sum of the rows, each times its coefficient."""
         axes = _letters(self.update.ndim)
         return contract(f"{axes}mo,m->{axes}", window[0].astype(jnp.float32), coefficients)
 
     def with_bypass(self, update: jax.Array) -> jax.Array:
-        """``update``: nothing bypasses."""
+        """Returns ``update``: nothing bypasses."""
         return update
 
 

@@ -13,7 +13,7 @@ from microadam_jax.sharding import contract
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    r"""An update :math:`P Q^\top` between all axes but the last and the last: a pytree node.
+    r"""Holds an update :math:`P Q^\top`, all axes but the last by the last: a pytree node.
 
     The factors keep the axes of the parameter, with size 1 where they have no own, so that its
     ``PartitionSpec`` fits them. Where layers are stacked, the first axis of both counts layers.
@@ -26,6 +26,9 @@ class LowRank:
         mark: an int32 that arithmetic would turn into a float, and so betrays itself.
         shape: the dense shape ``(*lead, n)``.
         dtype: the dtype that the dense update had.
+
+    Raises:
+        TypeError: if ``mark`` is a floating-point number, as after arithmetic on a low-rank update.
     """
 
     left: jax.Array
@@ -43,20 +46,20 @@ class LowRank:
             )
 
     def kept(self) -> jax.Array:
-        r"""The dense float32 :math:`P Q^\top`."""
+        r"""Returns the dense float32 :math:`P Q^\top`."""
         rows, col, whole = axes_of(self.right.shape[:-1])
         return contract(f"{rows}r,{col}r->{whole}", only_rows(self.left), only_columns(self.right))
 
     def rest_of(self, update: jax.Array) -> jax.Array:
-        """The float32 ``update`` less what is kept."""
+        """Returns the float32 ``update`` less what is kept."""
         return update - self.kept()
 
     def to_dense(self) -> jax.Array:
-        """The dense update, in its original dtype."""
+        """Returns the dense update, in its original dtype."""
         return self.with_bypass(self.kept()).astype(self.dtype)
 
     def with_bypass(self, update: jax.Array) -> jax.Array:
-        """``update`` plus what bypasses the preconditioner."""
+        """Returns ``update`` plus what bypasses the preconditioner."""
         return update if self.bypass is None else update + self.bypass
 
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
@@ -67,12 +70,12 @@ class LowRank:
     def write(
         self, window: tuple[jax.Array, jax.Array], position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """``window``, factors ``(*lead, 1, m, r)`` and ``(..., n, m, r)``, with this row in it."""
+        """Returns ``window``, ``(*lead, 1, m, r)`` and ``(..., n, m, r)``, with this row in it."""
         left, right = overwrite_each(window, (self.left, self.right), position)
         return left, right
 
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
-        r"""``(m,)``: :math:`\sum (P_i^\top P_j) \circ (Q_i^\top Q_j)` for row ``position``, j."""
+        r"""Returns ``(m,)``: :math:`\sum (P_i^\top P_j) \circ (Q_i^\top Q_j)` of row :math:`i`."""
         left, right = (factor.astype(jnp.float32) for factor in window)
         rows, col, _ = axes_of(self.right.shape[:-1])
         layer = col[:-1]
@@ -83,7 +86,7 @@ class LowRank:
         return jnp.sum(both, axis=(*range(both.ndim - 3), -2, -1))
 
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
-        r"""The dense :math:`\sum_i y_i P_i Q_i^\top`, one matrix product."""
+        r"""Returns the dense :math:`\sum_i y_i P_i Q_i^\top`, one matrix product."""
         left, right = (factor.astype(jnp.float32) for factor in window)
         left = left * per_row(coefficients, left)
         rows, col, whole = axes_of(self.right.shape[:-1])

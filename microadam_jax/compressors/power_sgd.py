@@ -68,7 +68,7 @@ class PowerSGD:
         return RightFactor
 
     def first(self, path: KeyPath, parameter: jax.Array) -> RightFactor:
-        """A random right factor for the leaf at ``path``, the same on any mesh."""
+        """Returns a random right factor for the leaf at ``path``, the same on any mesh."""
         key = leaf_key(self.seed, jnp.zeros([], jnp.int32), path)
         shape = (*self._right_axes(path, parameter), self.rank)
         return RightFactor(place_moment(jax.random.normal(key, shape, jnp.float32), parameter))
@@ -89,7 +89,7 @@ class PowerSGD:
     def compress(
         self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()
     ) -> LowRank:
-        """The factors of the float32 ``update``.
+        """Returns the factors of the float32 ``update``.
 
         Args:
             update: ``(*lead, n)`` float32.
@@ -111,7 +111,7 @@ class PowerSGD:
         )
 
     def carry(self, sent: LowRank, carried: Any) -> RightFactor:
-        """The right factor of ``sent`` for the next step, its columns of length 1.
+        """Returns the right factor of ``sent`` for the next step, its columns of length 1.
 
         Lengths do not matter to the iteration, and without them it cannot under- or overflow.
         """
@@ -127,7 +127,7 @@ class PowerSGD:
         length: int,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """Zeros for the factors ``(*lead, 1, length, r)`` and ``(..., n, length, r)``."""
+        """Returns zeros for the factors ``(*lead, 1, length, r)`` and ``(..., n, length, r)``."""
         left = (*parameter.shape[:-1], 1, length, self.rank)
         right = (*self._right_axes(path, parameter), length, self.rank)
         return moment_zeros(parameter, left, dtype), moment_zeros(parameter, right, dtype)
@@ -140,7 +140,7 @@ class PowerSGD:
 
 
 def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> PowerSGD:
-    """PowerSGD, a low-rank approximation of each matrix; see :class:`PowerSGD`.
+    """Returns PowerSGD, a low-rank approximation of each matrix; see :class:`PowerSGD`.
 
     Give it by itself to :func:`error_feedback`: under ``optax.inject_hyperparams`` the bare
     rank would become a traced array.
@@ -153,6 +153,9 @@ def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> Power
     Returns:
         The compressor, for :func:`error_feedback`, :func:`compress`, :func:`scale_by_mfac` and
         :func:`scale_by_ggt`.
+
+    Raises:
+        ValueError: if ``rank`` is not a positive integer.
 
     Examples:
         >>> import jax.numpy as jnp

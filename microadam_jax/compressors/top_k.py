@@ -44,8 +44,10 @@ class TopK:
             :class:`Partition`; ``min_size`` is compared with the size of one layer.
 
     Raises:
-        ValueError: for a density outside (0, 1], a count below 1, or not exactly one of the two;
-            if ``stacked`` is no regular expression.
+        TypeError: if ``blocks`` is not a :class:`Blocks`.
+        ValueError: if ``density`` is outside (0, 1], ``count`` is not a positive integer, both or
+            neither are given, or blocks have more than 32768 elements; if ``stacked`` is no
+            regular expression.
     """
 
     density: float | None = None
@@ -64,8 +66,10 @@ class TopK:
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"TopK.density must lie in (0, 1]; got {self.density}.")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"TopK.count must be at least 1; got {self.count}.")
+        if self.count is not None and (not isinstance(self.count, int) or self.count < 1):
+            raise ValueError(f"TopK.count must be a positive integer; got {self.count!r}.")
+        if not isinstance(self.blocks, Blocks):
+            raise TypeError(f"TopK.blocks must be such as Blocks(256); got {self.blocks!r}.")
         if self.blocks.size > MAX_BLOCK:
             raise ValueError(
                 f"TopK.blocks.size must be at most {MAX_BLOCK}, so that indices fit in 16 bits; "
@@ -93,16 +97,16 @@ class TopK:
 
     @property
     def Carried(self) -> type[NothingCarried]:
-        """Nothing is carried from one step to the next."""
+        """Returns the NamedTuple of what is carried from one step to the next: nothing."""
         return NothingCarried
 
     def first(self, path: KeyPath, parameter: jax.Array) -> NothingCarried:
-        """Nothing."""
+        """Returns nothing, which is what Top-K carries."""
         del path, parameter
         return NothingCarried()
 
     def carry(self, sent: BlockSparse, carried: Any) -> NothingCarried:
-        """Nothing."""
+        """Returns nothing, which is what Top-K carries."""
         del sent, carried
         return NothingCarried()
 
@@ -113,7 +117,11 @@ class TopK:
         length: int,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """Zeros for values and indices ``(*lead, blocks, length, k)``."""
+        """Returns zeros for values and indices ``(*lead, blocks, length, k)``.
+
+        Raises:
+            ValueError: if the sharding of ``parameter`` does not divide its blocks.
+        """
         del path
         layout = self.blocks.layout_of(parameter)
         k = self.survivors(layout.size)
@@ -124,7 +132,7 @@ class TopK:
     def compress(
         self, update: jax.Array, dtype: DTypeLike | None = None, carried: Any = ()
     ) -> BlockSparse:
-        """The elements of the float32 ``update`` that survive.
+        """Returns the elements of the float32 ``update`` that survive.
 
         Args:
             update: ``(*lead, n)`` float32.
@@ -156,13 +164,18 @@ def top_k(
     min_row: int = 16,
     stacked: str | None = None,
 ) -> TopK:
-    """Top-K by magnitude within each block; see :class:`TopK` for the arguments.
+    """Selects the largest magnitudes of each block; see :class:`TopK` for the arguments.
 
     Without a density or a count it keeps 3 elements of each block of 256.
 
     Returns:
         The compressor, for :func:`error_feedback`, :func:`compress` and the windows,
         :func:`scale_by_window_adam`, :func:`scale_by_mfac` and :func:`scale_by_ggt`.
+
+    Raises:
+        TypeError: if ``blocks`` is not a :class:`Blocks`.
+        ValueError: if ``density`` is outside (0, 1], ``count`` is not a positive integer, both are
+            given, or blocks have more than 32768 elements.
 
     Examples:
         >>> from microadam_jax import top_k

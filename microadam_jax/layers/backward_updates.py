@@ -36,7 +36,7 @@ class LastNormState(NamedTuple):
 
 
 class UpdateInBackward(NamedTuple):
-    """A training step that has no tree of gradients.
+    """Runs a training step that has no tree of gradients.
 
     Attributes:
         init: from parameters to the state, which is that of the optimizer.

@@ -17,7 +17,7 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny  # devices flush what is smaller to z
 
 
 class Fp8ActivationCodes(NamedTuple):
-    """An array of shape ``(*lead, n)`` in 8-bit floating point.
+    """Holds an array of shape ``(*lead, n)`` in 8-bit floating point.
 
     Attributes:
         codes: ``(*lead, n)`` uint8, the bits of the 8-bit numbers. They are no float8 array,
@@ -32,7 +32,7 @@ class Fp8ActivationCodes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Activation:
-    r"""8-bit floating point with one scale for a group of neighbours on the last axis.
+    r"""Quantizes to 8-bit floating point with one scale for a group of the last axis.
 
     With :math:`M` the largest magnitude of a group and :math:`q_{\max}` the format's largest
     number,
@@ -55,7 +55,8 @@ class Fp8Activation:
         rounding: ``"nearest"``, halves to even, or ``"stochastic"``, without bias.
 
     Raises:
-        ValueError: if an argument is none of those.
+        ValueError: if ``format`` or ``rounding`` is not one of those, or ``group`` is not a
+            positive integer or None.
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
@@ -76,22 +77,22 @@ class Fp8Activation:
 
     @property
     def name(self) -> str:
-        """The format in a word."""
+        """Returns the format in a word."""
         return f"{self.format}_{'tensor' if self.group is None else f'g{self.group}'}"
 
     @property
     def signed(self) -> bool:
-        """True: it holds negative numbers."""
+        """Returns True: it holds negative numbers."""
         return True
 
     @property
     def needs_key(self) -> bool:
-        """True if ``encode`` must be given a key."""
+        """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
     @property
     def number(self) -> MiniFloat:
-        """The 8-bit format."""
+        """Returns the 8-bit format."""
         return FORMATS[self.format]
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> Fp8ActivationCodes:
@@ -150,7 +151,7 @@ def fp8_activation(
     group: int | None = 16,
     rounding: str = "nearest",
 ) -> Fp8Activation:
-    """8-bit floating point for activations; see :class:`Fp8Activation`.
+    """Returns 8-bit floating point for activations; see :class:`Fp8Activation`.
 
     Args:
         format: ``"e4m3"`` or ``"e5m2"``.
@@ -162,7 +163,8 @@ def fp8_activation(
         The codec.
 
     Raises:
-        ValueError: if an argument is none of those.
+        ValueError: if ``format`` or ``rounding`` is not one of those, or ``group`` is not a
+            positive integer or None.
 
     Examples:
         >>> import jax.numpy as jnp

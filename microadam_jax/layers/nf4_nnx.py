@@ -16,7 +16,7 @@ class FrozenWeight(nnx.Variable):
 
 
 class Nf4Linear(nnx.Module):
-    """A trained ``nnx.Linear`` whose kernel is frozen in NF4 with double quantization.
+    """Replaces a trained ``nnx.Linear`` by one with a frozen kernel in double-quantized NF4.
 
     The bias stays an ``nnx.Param`` in its dtype. As ``base_module`` of ``nnx.LoRA`` it makes QLoRA.
 
@@ -49,11 +49,16 @@ class Nf4Linear(nnx.Module):
 
     @property
     def codes(self) -> Nf4Codes:
-        """The quantized kernel."""
+        """Returns the quantized kernel."""
         return Nf4Codes(self._codes[...], self._scales[...], self._groups[...], self._mean[...])
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one."""
+        """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one.
+
+        Raises:
+            ValueError: if the last axis of ``inputs`` is not ``in``, or the layer is a stack, which
+                a scan takes apart.
+        """
         x = inputs.astype(self.dtype or jnp.result_type(inputs, self.param_dtype))
         y = nf4_linear(x, self.codes, (self.in_features, self.out_features), self.codec)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Fp8Linear(nnx.Linear):
-    """``nnx.Linear`` by way of :func:`fp8_linear`.
+    """Replaces ``nnx.Linear`` by way of :func:`fp8_linear`.
 
     The arguments and parameters are those of ``nnx.Linear``; ``dtype`` is that of the outputs, and
     the kernel is quantized from ``param_dtype``. A bias is added in ``dtype``.
@@ -48,7 +48,11 @@ class Fp8Linear(nnx.Linear):
     """
 
     def __call__(self, inputs: jax.Array, out_sharding: None = None) -> jax.Array:
-        """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one."""
+        """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one.
+
+        Raises:
+            ValueError: if ``out_sharding`` is given, or the last axis of ``inputs`` is not ``in``.
+        """
         if out_sharding is not None:
             raise ValueError("Fp8Linear takes no out_sharding; constrain its output instead.")
         x = inputs.astype(self.dtype or jnp.result_type(inputs, self.kernel[...]))
@@ -57,7 +61,7 @@ class Fp8Linear(nnx.Linear):
 
 
 class Fp8RMSNorm(nnx.RMSNorm):
-    """``nnx.RMSNorm`` over the last axis by way of :func:`fp8_rms_norm`.
+    """Replaces ``nnx.RMSNorm`` over the last axis by way of :func:`fp8_rms_norm`.
 
     The arguments and parameters are those of ``nnx.RMSNorm``. It has a scale, and takes no mask.
 
@@ -73,7 +77,12 @@ class Fp8RMSNorm(nnx.RMSNorm):
     """
 
     def __call__(self, x: jax.Array, mask: None = None) -> jax.Array:
-        """Normalizes ``(..., n)``."""
+        """Normalizes ``(..., n)``.
+
+        Raises:
+            ValueError: if a mask is given, or the layer has no scale or normalizes other axes than
+                the last.
+        """
         if (
             mask is not None
             or self.scale is None
@@ -144,7 +153,11 @@ class Fp8SwiGLU(nnx.Module):
         self.down = linear(intermediate, hidden)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Transforms ``(..., hidden)``."""
+        """Transforms ``(..., hidden)``.
+
+        Raises:
+            ValueError: if the last axis of ``x`` is not ``hidden``.
+        """
         kernels = (self.gate.kernel[...], self.up.kernel[...])
         x = x.astype(self.gate.dtype or jnp.result_type(x, *kernels))
         return self.down(fp8_silu_gate(*fp8_linear(x, kernels)))

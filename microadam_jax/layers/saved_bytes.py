@@ -36,12 +36,12 @@ class SavedBytes:
 
     @property
     def totals(self) -> tuple[int, int]:
-        """Bytes before and after, without those that follow from the parameters."""
+        """Counts bytes before and after, without those that follow from the parameters."""
         return _bytes(self.before), _bytes(self.after)
 
     @property
     def ratio(self) -> float:
-        """Bytes after by bytes before."""
+        """Divides the bytes after by the bytes before."""
         before, after = self.totals
         return after / max(1, before)
 
@@ -72,6 +72,9 @@ def saved_bytes(
 
     Returns:
         The arrays of both by shape and dtype, and their bytes.
+
+    Raises:
+        ValueError: if ``f`` changes in place what is not an NNX module, and ``after`` is None.
 
     Examples:
         >>> import jax, jax.numpy as jnp

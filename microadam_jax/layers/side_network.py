@@ -36,6 +36,9 @@ def average_pool(hidden: jax.Array, reduction: int) -> jax.Array:
 
     Args, Returns and Raises are those of :func:`max_pool`.
 
+    Raises:
+        ValueError: if ``reduction`` does not divide ``d``.
+
     Reference: Zhang et al., QST (arXiv 2401.07159), Section 3.2.
     """
     return jnp.mean(_channel_groups(hidden, reduction), axis=-1)

@@ -59,12 +59,16 @@ class Pool(nnx.Module):
         self.reduction, self.kind = reduction, kind
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Maps ``(..., d)`` to ``(..., d / r)``."""
+        """Maps ``(..., d)`` to ``(..., d / r)``.
+
+        Raises:
+            ValueError: if ``r`` does not divide ``d``.
+        """
         return (max_pool if self.kind == "max" else average_pool)(hidden, self.reduction)
 
 
 class SideNetwork(nnx.Module):
-    r"""A network of width :math:`d / r` that learns beside a frozen backbone of width :math:`d`.
+    r"""Learns at width :math:`d / r` beside a frozen backbone of width :math:`d`.
 
     With the backbone's hidden states :math:`h_{f,0}` (its embedding) to :math:`h_{f,N}`, side
     layers :math:`g_i`, downsamplings :math:`D_i` and :math:`\beta_i = \sigma(\gamma_i)`,

@@ -17,11 +17,11 @@ Sides = tuple[tuple[int, ...], tuple[int, ...]]  # input axes and output axes of
 
 
 class Sharing(Protocol):
-    """The blocks of one parameter."""
+    """Describes the blocks of one parameter."""
 
     @property
     def moment_shape(self) -> Shape:
-        """The shape of what is kept, of the parameter's rank."""
+        """Returns the shape of what is kept, of the parameter's rank."""
         ...
 
     @property
@@ -31,25 +31,25 @@ class Sharing(Protocol):
 
     @property
     def matrix(self) -> Sides | None:
-        """The input and the output axes of a linear map; what is in neither is a batch of them."""
+        """Returns the input and output axes of a linear map; all others batch such maps."""
         ...
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """The mean of ``x`` over each block, in ``moment_shape``."""
+        """Returns the mean of ``x`` over each block, in ``moment_shape``."""
         ...
 
     def spread(self, moment: jax.Array) -> jax.Array:
-        """``moment`` in a shape that broadcasts against the parameter."""
+        """Returns ``moment`` in a shape that broadcasts against the parameter."""
         ...
 
     def with_axis(self, axis: int, size: int) -> "Sharing":
-        """The same for a stack of parameters along a new axis, each with blocks of its own."""
+        """Returns the same for a stack along a new axis, each layer with its own blocks."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisBlocks:
-    """Blocks that are products of whole axes, where an axis may consist of several.
+    """Describes blocks that are products of whole axes, where an axis may consist of several.
 
     Attributes:
         axes: for each axis of the parameter the sizes it consists of, and for each of those
@@ -62,7 +62,7 @@ class AxisBlocks:
 
     @property
     def moment_shape(self) -> Shape:
-        """One number per kept index; other axes have size 1."""
+        """Returns one number per kept index; other axes have size 1."""
         return tuple(math.prod(n for n, kept in axis if kept) for axis in self.axes)
 
     @property
@@ -71,7 +71,7 @@ class AxisBlocks:
         return math.prod(self.moment_shape)
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """The mean over each block."""
+        """Returns the mean over each block."""
         averaged = [i for i, axis in enumerate(self.axes) if not any(kept for _, kept in axis)]
         x = jnp.mean(x, axis=averaged, keepdims=True) if averaged else x
         if not self._partly_kept:
@@ -97,7 +97,7 @@ class AxisBlocks:
         return jnp.broadcast_to(moment.reshape(kept), full).reshape(sizes)
 
     def with_axis(self, axis: int, size: int) -> "AxisBlocks":
-        """The same with a new axis, all kept."""
+        """Returns the same with a new axis, all kept."""
         axes = (*self.axes[:axis], ((size, True),), *self.axes[axis:])
         return AxisBlocks(axes, _matrix_with_axis(self.matrix, axis))
 
@@ -121,7 +121,7 @@ class AxisBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class FusedBlocks:
-    """Several tensors side by side along one axis, each with blocks of its own.
+    """Describes several tensors side by side along one axis, each with blocks of its own.
 
     What is kept has full size along that axis, so that it is sharded as the parameter is: a few
     equal numbers for every head, next to a whole matrix that shares them.
@@ -138,7 +138,7 @@ class FusedBlocks:
 
     @property
     def moment_shape(self) -> Shape:
-        """Full along the fused axis and along those of which a part keeps numbers."""
+        """Returns the full size along the fused axis and along those that a part keeps."""
         shapes = zip(*(part.moment_shape for part in self.parts), strict=True)
         shape = [
             1 if set(kept) == {1} else math.prod(n for n, _ in names)
@@ -153,7 +153,7 @@ class FusedBlocks:
         return sum(part.blocks for part in self.parts)
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """The mean over each block, repeated over its part of the fused axis."""
+        """Returns the mean over each block, repeated over its part of the fused axis."""
         shape = self.moment_shape
         averaged = [i for i, n in enumerate(shape) if n == 1]
         small = jnp.mean(x, axis=averaged, keepdims=True) if averaged else x
@@ -167,11 +167,11 @@ class FusedBlocks:
         return place_like(jnp.concatenate(means, axis=self.axis), x, shape)
 
     def spread(self, moment: jax.Array) -> jax.Array:
-        """The moment itself."""
+        """Returns the moment itself."""
         return moment
 
     def with_axis(self, axis: int, size: int) -> "FusedBlocks":
-        """The same with a new axis, all kept."""
+        """Returns the same with a new axis, all kept."""
         return FusedBlocks(
             self.axis + (axis <= self.axis),
             tuple(part.with_axis(axis, size) for part in self.parts),
@@ -193,12 +193,12 @@ class FusedBlocks:
 
 
 class AxesError(ValueError):
-    """A description of axes that cannot be read."""
+    """Refuses a description of axes that cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Axes:
-    """Names for the axes of a parameter, and which of them keep their own second moment.
+    """Names the axes of a parameter, and tells which of them keep their own second moment.
 
     ``"in | out -> out"`` reads: a matrix from ``in`` to ``out`` that keeps one number for each
     output, the mean over the inputs. Parentheses name the parts of one axis, the outermost
@@ -214,7 +214,7 @@ class Axes:
         **sizes: sizes by name; of the parts of an axis, all but one must be given.
 
     Raises:
-        ValueError: if the notation cannot be read.
+        AxesError: a ValueError, if the notation cannot be read.
 
     Examples:
         >>> from microadam_jax.layout.axes import Axes
@@ -251,7 +251,7 @@ class Axes:
             )
 
     def fit(self, shape: Shape) -> AxisBlocks | None:
-        """The blocks of a parameter of ``shape``; None if these are not its axes."""
+        """Returns the blocks of a parameter of ``shape``; None if these are not its axes."""
         if self._elementwise:
             return elementwise(shape)
         if len(shape) != len(self._axes):
@@ -313,12 +313,15 @@ ELEMENTWISE = Axes("... -> ...")
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Tensors side by side along one axis, as query, key and value often are.
+    """Describes tensors side by side along one axis, as query, key and value often are.
 
     Args:
         parts: the axes of each tensor; all of one rank.
         axis: along which they lie.
         shares: how much of the axis each takes, relative to the others.
+
+    Raises:
+        AxesError: a ValueError, if there are not as many ``shares`` as ``parts``.
 
     Examples:
         >>> from microadam_jax.layout.axes import Axes, Fused
@@ -337,7 +340,7 @@ class Fused:
             raise AxesError(f"Fused got {len(self.parts)} parts and shares {self.shares}.")
 
     def fit(self, shape: Shape) -> FusedBlocks | None:
-        """The blocks of a parameter of ``shape``; None if these are not its axes."""
+        """Returns the blocks of a parameter of ``shape``; None if these are not its axes."""
         shares = self.shares or (1,) * len(self.parts)
         if not -len(shape) <= self.axis < len(shape) or shape[self.axis] % sum(shares):
             return None
@@ -358,7 +361,7 @@ class Fused:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Axes of a kernel from inputs to outputs, which some layers store the other way round.
+    """Describes a kernel from inputs to outputs, which some layers store the other way round.
 
     Those of :func:`transformer_rules` are such. A rule of your own describes a parameter as it is.
 
@@ -385,7 +388,7 @@ class Kernel:
 
 
 def elementwise(shape: Shape) -> AxisBlocks:
-    """Blocks of one element."""
+    """Returns blocks of one element."""
     return AxisBlocks(tuple(((size, True),) for size in shape))
 
 

@@ -19,7 +19,7 @@ SIDES = ("smaller", "larger", "in", "out")
 
 
 class MatrixDimensionNumbers(NamedTuple):
-    """The axes of a linear map; what is in neither is a batch of maps.
+    """Names the axes of a linear map; what is in neither is a batch of maps.
 
     Attributes:
         reduction_axis: the input axes, which a forward pass sums over.
@@ -50,7 +50,8 @@ class Matrices:
         partition: the rules of the names; None stands for those of :func:`transformer_rules`.
 
     Raises:
-        ValueError: if a value is none of those, or a pattern is no regular expression.
+        ValueError: if ``side`` or ``square`` is not one of those, or a pattern is not a regular
+            expression.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -78,10 +79,14 @@ class Matrices:
         object.__setattr__(self, "dimension_numbers", PathRules(self.dimension_numbers))
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], "Assigned"]:
-        """A function from a leaf's path and the leaf to how it is seen.
+        """Returns a function from a leaf's path and the leaf to how it is seen.
 
         Args:
             params: the tree of the leaves: its Flax boxes may name the axes.
+
+        Raises:
+            ValueError: from the function, if ``dimension_numbers`` names axes that a leaf does not
+                have.
         """
         assignment_of = (self.partition or Partition()).assign(params)
 
@@ -108,7 +113,7 @@ class Matrices:
         return assign
 
     def list(self, params: Any) -> list[tuple[str, MatrixView | None]]:
-        """Each parameter's path and how it is seen; None where it is left alone."""
+        """Returns each parameter's path and how it is seen; None where it is left alone."""
         assign = self.assign(params)
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         return [(path_name(path), assign(path, leaf).view) for path, leaf in leaves]

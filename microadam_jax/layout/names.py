@@ -36,7 +36,7 @@ def transformer_rules(
     kv_heads: int | None = None,
     weight: Literal["in out", "out in"] | None = None,
 ) -> tuple[Rule, ...]:
-    r"""Adam-mini's blocks, by the names that frameworks give to layers.
+    r"""Returns Adam-mini's blocks, by the names that frameworks give to layers.
 
     One second moment for each head of a query or key, for each output of any other linear map
     or convolution, for each token of an embedding, for each position of a position embedding,
@@ -56,7 +56,7 @@ def transformer_rules(
         Pairs of a path pattern and the axes, for :class:`Partition`.
 
     Raises:
-        ValueError: if ``weight`` is none of those, or ``kv_heads`` does not divide ``heads``.
+        ValueError: if ``weight`` is not one of those, or ``kv_heads`` does not divide ``heads``.
 
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 3 and Section 2.3.
     """

@@ -46,18 +46,18 @@ class Assignment:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the float32 second moment."""
+        """Counts the bytes of the float32 second moment."""
         return 4 * math.prod(self.sharing.moment_shape)
 
     @property
     def layer_shape(self) -> Shape:
-        """The shape of one layer."""
+        """Returns the shape of one layer."""
         return one_layer(self.shape, self.layer_axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    r"""Rules that say which elements of a parameter share a second moment.
+    r"""Says by rules which elements of a parameter share a second moment.
 
     The first rule whose pattern matches the parameter's path and whose axes fit its shape
     counts. A pattern is a regular expression for the end of the path, whole components of it
@@ -116,7 +116,7 @@ class Partition:
         path_pattern(self.stacked)
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], Assignment]:
-        """A function from a leaf's path and the leaf to what this partition does to it.
+        """Returns a function from a leaf's path and the leaf to what this partition does to it.
 
         Args:
             params: the tree of the leaves, which tells stacks from single layers and kernels
@@ -206,7 +206,7 @@ class PartitionReport:
 
     @property
     def unnamed(self) -> tuple[Assignment, ...]:
-        """The parameters that follow no rule, and share nothing."""
+        """Returns the parameters that follow no rule, and share nothing."""
         return tuple(a for a in self.assignments if a.rule is None)
 
     def __str__(self) -> str:
@@ -242,6 +242,9 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
 
     Returns:
         The report; print it.
+
+    Raises:
+        ValueError: if ``partition`` has ``unknown="error"`` and a parameter follows no rule.
 
     Examples:
         >>> from microadam_jax import explain_partition

@@ -29,7 +29,8 @@ class Subsets:
             rate about ten times Adam's.
 
     Raises:
-        ValueError: if a value is none of those.
+        ValueError: if ``rule`` or ``reduction`` is not one of those, or ``size`` is 0 or not an
+            integer.
     """
 
     rule: Literal["larger", "runs"] = "larger"
@@ -48,7 +49,7 @@ class Subsets:
             )
 
     def of(self, assignment: Assignment) -> Sharing:
-        """The subsets of the parameter that ``assignment`` is about."""
+        """Returns the subsets of the parameter that ``assignment`` is about."""
         shape = assignment.shape
         if self.rule == "larger":
             return _larger_side(shape, assignment.sharing.matrix)
@@ -59,7 +60,7 @@ class Subsets:
 
 @dataclasses.dataclass(frozen=True)
 class RunBlocks:
-    """Runs of a row-major parameter, or of each layer of a stack, that end within its rows.
+    """Describes segments of a row-major parameter, or of each layer of a stack, within rows.
 
     Attributes:
         shape: of the parameter.
@@ -74,7 +75,7 @@ class RunBlocks:
 
     @property
     def moment_shape(self) -> Shape:
-        """The runs of a layer in the last axis that is no layer axis."""
+        """Returns the runs of a layer in the last axis that is no layer axis."""
         rest = len(self.shape) - (self.layer_axis is not None)
         shape = [1] * (rest - 1) + [math.prod(self.shape) // (self._layers * self.size)]
         return tuple(shape) if self.layer_axis is None else self._with_layers(shape)
@@ -85,16 +86,16 @@ class RunBlocks:
         return math.prod(self.moment_shape)
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """The mean over each run."""
+        """Returns the mean over each run."""
         rows = self._rows(whole_where_uneven(x, (1,) * x.ndim))
         return self._shaped(rows.reshape(self._layers, -1, self.size).mean(-1), self.moment_shape)
 
     def spread(self, moment: jax.Array) -> jax.Array:
-        """Each run's number for each of its elements."""
+        """Returns each run's number for each of its elements."""
         return self._shaped(jnp.repeat(self._rows(moment), self.size, axis=1), self.shape)
 
     def with_axis(self, axis: int, size: int) -> "RunBlocks":
-        """The same for each layer of a stack."""
+        """Returns the same for each layer of a stack."""
         shape = (*self.shape[:axis], size, *self.shape[axis:])
         return RunBlocks(shape, self.size, axis)
 

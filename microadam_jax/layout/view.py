@@ -13,7 +13,7 @@ from microadam_jax.sharding import explicit_sharding, place_on, zeros_sharded_on
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes of a state's matrices: a number, or None for that of the parameter's.
+    """Holds the sizes of a state's matrices: a number, or None for that of the parameter's.
 
     A number stands on the last axis of its side; the other axes of the side have size 1.
 
@@ -50,22 +50,22 @@ class MatrixView:
 
     @property
     def rows(self) -> int:
-        """The size of the compressed side."""
+        """Returns the size of the compressed side."""
         return math.prod(self.shape[i] for i in self.compressed)
 
     @property
     def columns(self) -> int:
-        """The size of the kept side."""
+        """Returns the size of the kept side."""
         return math.prod(self.shape[i] for i in self.kept)
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The axes that count matrices."""
+        """Returns the axes that count matrices."""
         sides = (*self.compressed, *self.kept)
         return tuple(i for i in range(len(self.shape)) if i not in sides)
 
     def shape_of(self, layout: Layout) -> Shape:
-        """The shape of a state array, of the parameter's rank."""
+        """Returns the shape of a state array, of the parameter's rank."""
         shape = list(self.shape)
         for side, size in ((self.compressed, layout.rows), (self.kept, layout.columns)):
             if size is not None:
@@ -77,11 +77,11 @@ class MatrixView:
     def zeros(
         self, parameter: jax.Array | jax.ShapeDtypeStruct, layout: Layout, dtype: DTypeLike
     ) -> jax.Array:
-        """Zeros of ``layout``, sharded as ``parameter`` on its whole axes."""
+        """Returns zeros of ``layout``, sharded as ``parameter`` on its whole axes."""
         return zeros_sharded_on(parameter, self.shape_of(layout), dtype, self._whole(layout))
 
     def fold(self, x: jax.Array) -> jax.Array:
-        """The matrices of ``x``, the parameter or a state of it: ``(*batch, rows, columns)``."""
+        """Returns the matrices of ``x``, a parameter or a state: ``(*batch, rows, columns)``."""
         order = (*self.batch, *self.compressed, *self.kept)
         x = jnp.transpose(_major_axes_only(x, (self.compressed, self.kept)), order)
         sizes = x.shape[: len(self.batch)]
@@ -90,7 +90,7 @@ class MatrixView:
         return x.reshape(*sizes, rows, columns)
 
     def unfold(self, matrices: jax.Array, layout: Layout, parameter: jax.Array) -> jax.Array:
-        """The inverse of :meth:`fold`, placed as :meth:`zeros` places it."""
+        """Returns the inverse of :meth:`fold`, placed as :meth:`zeros` places it."""
         order = (*self.batch, *self.compressed, *self.kept)
         shape = self.shape_of(layout)
         x = matrices.reshape([shape[i] for i in order])

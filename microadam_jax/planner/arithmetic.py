@@ -13,7 +13,7 @@ from microadam_jax.state_shardings import state_shardings
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes on each device.
+    """Counts the bytes on each device.
 
     Attributes:
         parameters: of the parameters.
@@ -27,7 +27,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All of it; activations come on top."""
+        """Counts all of it; activations come on top."""
         return self.parameters + self.gradients + self.state
 
 

@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model of the registry.
+    """Describes a model of the registry.
 
     Attributes:
         name: its name there.
@@ -38,7 +38,7 @@ class Model:
 
 
 def stacked_model(name: str, dtype: DTypeLike = jnp.float32) -> Model:
-    """The shapes of a model; a Llama's layers are stacked, so that a step compiles in seconds.
+    """Returns the shapes of a model; a Llama's layers are stacked, and compile in seconds.
 
     Raises:
         ValueError: if there is no model of that name.

@@ -29,7 +29,7 @@ _SPECS = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes of the axes data, fsdp and tp from text such as ``"fsdp=64,tp=4"``.
+    """Reads the sizes of the axes data, fsdp and tp from text such as ``"fsdp=64,tp=4"``.
 
     Args:
         text: sizes of some axes; the others have size 1.

@@ -58,7 +58,7 @@ class Complement(Protocol):
 
     @property
     def layouts(self) -> Slots:
-        """The layout and dtype of each array of ``Kept``."""
+        """Returns the layout and dtype of each array of ``Kept``."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class Complement(Protocol):
         ...
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The whole update, and what is kept for the next one; folded."""
+        """Returns the whole update, and what is kept for the next one; folded."""
         ...
 
 
@@ -95,7 +95,7 @@ class Discard(_Memoryless):
     r"""Drops the rest, as GaLore does: the update is :math:`\alpha P N`."""
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The update in the subspace alone."""
+        """Returns the update in the subspace alone."""
         return step.inside, kept
 
 
@@ -110,7 +110,7 @@ class RawRest(_Memoryless):
     weight: ArrayLike = 1.0
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The rest added."""
+        """Returns the rest added."""
         return step.inside + jnp.asarray(self.weight, jnp.float32) * step.rest, kept
 
 
@@ -127,7 +127,7 @@ class SignOfRest(_Memoryless):
     weight: ArrayLike = 1.0
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The sign added."""
+        """Returns the sign added."""
         return step.inside + jnp.asarray(self.weight, jnp.float32) * jnp.sign(step.rest), kept
 
 
@@ -186,7 +186,7 @@ class NormMatchedRest(_Limited):
     """
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The scaled rest added."""
+        """Returns the scaled rest added."""
         scale = jnp.asarray(step.scale, jnp.float32)
         rest = step.gradient - scale * step.basis.back(step.low)
         limited, kept = self._limit(_growth(step, (-2,)) * rest, kept)
@@ -211,7 +211,7 @@ class ScaledGradient(_Limited):
     whole: bool = False
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The scaled gradient alone."""
+        """Returns the scaled gradient alone."""
         phi = _growth(step, (-2, -1) if self.whole else (-2,))
         limited, kept = self._limit(phi * step.gradient, kept)
         return jnp.asarray(step.scale, jnp.float32) * limited, kept
@@ -244,6 +244,10 @@ class FeedBack:
     Args:
         momentum: whether that term is there.
         dtype: in which :math:`E` is kept; it takes as much memory as the parameter.
+
+    Raises:
+        TypeError: if ``dtype`` is not a dtype.
+        ValueError: if ``dtype`` is not a floating dtype.
     """
 
     momentum: bool = True
@@ -261,16 +265,16 @@ class FeedBack:
 
     @property
     def layouts(self) -> Slots:
-        """One array of the parameter's shape."""
+        """Returns one array of the parameter's shape."""
         return ((WHOLE, jnp.dtype(self.dtype)),)
 
     @property
     def needs_b1(self) -> bool:
-        """Only for the momentum."""
+        """Returns True for the momentum only."""
         return self.momentum
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """The update in the subspace, and the rest for the next step."""
+        """Returns the update in the subspace, and the rest for the next step."""
         del kept
         rest = step.rest if step.lost is None else step.rest + step.lost
         return step.inside, (rest,)

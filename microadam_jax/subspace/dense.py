@@ -147,7 +147,7 @@ class Gaussian:
 
 
 def svd(rank: int) -> SingularVectors:
-    r"""The leading left singular vectors of the gradient, which are its best subspace.
+    r"""Finds the leading left singular vectors of the gradient, which are its best subspace.
 
     With :math:`G = U \Sigma V^T`, :math:`P = U_{:, :r}`. Of each vector the largest element is
     positive, so that its sign does not depend on the machine.
@@ -160,7 +160,7 @@ def svd(rank: int) -> SingularVectors:
         which takes far longer than any other of the library's subspaces.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Zhao et al., GaLore (arXiv 2403.03507).
     """
@@ -170,7 +170,7 @@ def svd(rank: int) -> SingularVectors:
 def randomized_svd(
     rank: int, *, oversample: int = 8, iterations: int = 1, seed: int = 0
 ) -> SketchedVectors:
-    r"""Approximate singular vectors from products with a few random vectors.
+    r"""Approximates singular vectors by products with a few random vectors.
 
     With normal numbers :math:`\Omega` of :math:`r + p` columns, :math:`Y = \mathrm{QR}(G \Omega)`,
     followed by ``iterations`` times :math:`Y = \mathrm{QR}(G\,\mathrm{QR}(G^T Y))`, the basis is
@@ -186,7 +186,7 @@ def randomized_svd(
         The spec.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on, or a count is negative.
+        ValueError: if ``rank`` is not a positive integer, or a count is negative.
 
     Reference: Halko, Martinsson and Tropp (arXiv 0909.4061).
     """
@@ -199,7 +199,7 @@ def randomized_svd(
 
 
 def power_iteration(rank: int) -> PowerVectors:
-    r"""One block power iteration from the basis before: :math:`P = \mathrm{QR}(b (b^T P_{old}))`.
+    r"""Takes a block power iteration from the last basis: :math:`P = \mathrm{QR}(b (b^T P_{old}))`.
 
     The first basis is :func:`svd`'s.
 
@@ -210,7 +210,7 @@ def power_iteration(rank: int) -> PowerVectors:
         The spec. The whole gradient of a matrix is gathered for every new basis.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Robert et al., LDAdam (arXiv 2410.16103).
     """
@@ -218,7 +218,7 @@ def power_iteration(rank: int) -> PowerVectors:
 
 
 def orthogonal_gaussian(rank: int, *, seed: int = 0) -> OrthogonalGaussian:
-    """A subspace that all directions are equally likely to be in.
+    """Draws a subspace that all directions are equally likely to be in.
 
     Args:
         rank: how many dimensions; no more than the smaller side of a matrix is used.
@@ -228,13 +228,13 @@ def orthogonal_gaussian(rank: int, *, seed: int = 0) -> OrthogonalGaussian:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
     """
     return OrthogonalGaussian(rank, seed)
 
 
 def srht(rank: int, *, seed: int = 0) -> Hadamard:
-    r"""A subsampled randomized Hadamard transform: :math:`P = D H_{:, S}`.
+    r"""Draws a subsampled randomized Hadamard transform: :math:`P = D H_{:, S}`.
 
     :math:`D` are random signs of the rows, :math:`H` the Hadamard matrix of the next power of
     two, divided by its root, and :math:`S` distinct random columns. Where the number of rows is
@@ -248,13 +248,13 @@ def srht(rank: int, *, seed: int = 0) -> Hadamard:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
     """
     return Hadamard(rank, seed)
 
 
 def gaussian(rank: int, *, seed: int = 0) -> Gaussian:
-    r"""Normal numbers of variance :math:`1 / r`, of which :math:`E[P P^T] = I`.
+    r"""Draws normal numbers of variance :math:`1 / r`, of which :math:`E[P P^T] = I`.
 
     They are drawn anew in every step, from a key that changes with the refresh, so no basis is
     kept. The columns are not orthogonal: :math:`G - P P^T G` is not what the subspace misses.
@@ -267,7 +267,7 @@ def gaussian(rank: int, *, seed: int = 0) -> Gaussian:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Zhu et al., APOLLO (arXiv 2412.05270).
     """

@@ -14,7 +14,14 @@ from microadam_jax.memory import remark
 from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros, replicated
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.refresh import Refresh
-from microadam_jax.subspace.subspace import Arrays, Slots, Subspace, none_found, unfound
+from microadam_jax.subspace.subspace import (
+    Arrays,
+    Slots,
+    Subspace,
+    none_found,
+    require_subspace,
+    unfound,
+)
 from microadam_jax.trees import KeyPath, leaf_key, map_with_path
 
 
@@ -26,11 +33,21 @@ class Projection:
         matrices: which parameters are matrices.
         subspace: how a basis is found.
         refresh: when.
+
+    Raises:
+        TypeError: if one of them is of another class.
     """
 
     matrices: Matrices
     subspace: Subspace
     refresh: Refresh
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.matrices, Matrices):
+            raise TypeError(f"matrices must be such as Matrices(); got {self.matrices!r}.")
+        require_subspace(self.subspace)
+        if not isinstance(self.refresh, Refresh):
+            raise TypeError(f"refresh must be such as Refresh(every=200); got {self.refresh!r}.")
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], "Projected"]:
         """A function from a leaf's path and the leaf to its part in this projection."""

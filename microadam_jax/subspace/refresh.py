@@ -14,7 +14,7 @@ MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    r"""When a subspace is found anew, and what becomes of the moments in it.
+    r"""Says when a new basis is computed, and what becomes of the moments in the old one.
 
     A gradient of zeros finds no basis in its place: the old one stays, and without one the first
     gradient that is not zero finds it, whenever it comes.
@@ -35,7 +35,8 @@ class Refresh:
             :math:`\rho P_{old} \hat m + (1 - \rho) G`; None: the gradient.
 
     Raises:
-        ValueError: if a value is none of those.
+        ValueError: if ``every`` is not a positive integer, ``first`` or ``moments`` is not one of
+            those, or ``momentum_share`` is outside [0, 1].
     """
 
     every: int = 200
@@ -74,7 +75,7 @@ class Refresh:
         return (count == 0) | ((count + self.first + offset) % self.every == 0)
 
     def epoch(self, count: jax.Array, offset: int) -> jax.Array:
-        """A number that is another one for each basis."""
+        """Returns a number that is another one for each basis."""
         return (count + self.first + offset) // self.every
 
 

@@ -129,7 +129,7 @@ class CosineColumns(_Selection):
 
 
 def top_k_rows(rank: int) -> TopRows:
-    """The rows of the gradient with the largest Euclidean norm; which is biased, but exact.
+    """Selects the rows of the gradient with the largest Euclidean norm: biased, but exact.
 
     Args:
         rank: how many; no more than there are.
@@ -139,7 +139,7 @@ def top_k_rows(rank: int) -> TopRows:
         devices; choose the compressed side so that it is the one that is not sharded.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Muhamed et al., Grass (arXiv 2406.17660), Top-r.
     """
@@ -149,7 +149,7 @@ def top_k_rows(rank: int) -> TopRows:
 def sampled_rows(
     rank: int, *, replacement: bool = True, seed: int = 0
 ) -> ReplacedRows | DistinctRows:
-    r"""Rows of the gradient, drawn with chances in proportion to their norms.
+    r"""Draws rows of the gradient with chances in proportion to their norms.
 
     With the chances :math:`q_i` and replacement, row :math:`\sigma_j` has the weight
     :math:`\rho_j = 1 / \sqrt{r q_{\sigma_j}}`, so that :math:`E[P P^T] = I`; a row that is drawn
@@ -164,7 +164,7 @@ def sampled_rows(
         The spec.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: Muhamed et al., Grass (arXiv 2406.17660), Multinomial-Norm.
     """
@@ -172,7 +172,7 @@ def sampled_rows(
 
 
 def uniform_rows(rank: int, *, seed: int = 0) -> UniformRows:
-    """Distinct rows, all with the same chance.
+    """Draws distinct rows, all with the same chance.
 
     Args:
         rank: how many; no more than there are.
@@ -182,13 +182,13 @@ def uniform_rows(rank: int, *, seed: int = 0) -> UniformRows:
         The spec. The gradient is not looked at.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
     """
     return UniformRows(rank, seed)
 
 
 def dct_columns(rank: int) -> CosineColumns:
-    r"""Columns of the discrete cosine transform whose products with the gradient are largest.
+    r"""Selects the columns of a cosine transform whose products with the gradient are largest.
 
     The basis is :math:`Q_{ij} = \sqrt{2/n} \cos(i (2j + 1) \pi / 2n)`, its row 0 divided by
     :math:`\sqrt 2`; the columns :math:`j` with the largest :math:`\lVert Q_j^T G \rVert_1` are
@@ -201,7 +201,7 @@ def dct_columns(rank: int) -> CosineColumns:
         The spec. The basis is computed from the indices in every step.
 
     Raises:
-        ValueError: if ``rank`` is no whole number from 1 on.
+        ValueError: if ``rank`` is not a positive integer.
 
     Reference: FFT-based dynamic subspace selection (arXiv 2505.17967).
     """

@@ -75,11 +75,11 @@ class Subspace(Protocol):
         ...
 
     def layouts(self, size: int) -> Slots:
-        """The layout and dtype of each array of ``Kept``."""
+        """Returns the layout and dtype of each array of ``Kept``."""
         ...
 
     def find(self, matrix: jax.Array, kept: Arrays, first: jax.Array, key: jax.Array) -> Arrays:
-        """A new basis.
+        """Computes a new basis.
 
         Args:
             matrix: float32, the folded matrices to approximate.
@@ -93,7 +93,7 @@ class Subspace(Protocol):
         ...
 
     def basis(self, kept: Arrays, shape: tuple[int, ...], key: jax.Array) -> Basis:
-        """The basis of what is kept of it.
+        """Returns the basis of what is kept of it.
 
         Args:
             kept: what :meth:`find` returned.
@@ -157,6 +157,18 @@ def require_rank(rank: int) -> None:
         )
 
 
+def require_subspace(subspace: Any) -> None:
+    """Refuses what is no subspace.
+
+    Raises:
+        TypeError: if it is a name, a rank or a function that makes one.
+    """
+    if not isinstance(getattr(subspace, "rank", None), int):
+        raise TypeError(
+            f"subspace must be a subspace with its rank, such as svd(128); got {subspace!r}."
+        )
+
+
 def if_traced(value: object) -> str:
     """Returns a sentence that says what to do if ``value`` is traced; else nothing."""
     if not isinstance(value, jax.core.Tracer | jax.Array):
@@ -182,11 +194,8 @@ def of_rank(rank: int, subspace: Subspace | None, published: Any) -> Subspace:
     require_rank(rank)
     if subspace is None:
         return dataclasses.replace(published, rank=rank)
-    own = getattr(subspace, "rank", None)
-    if not isinstance(own, int):
-        raise TypeError(
-            f"subspace must be a subspace with its rank, such as svd(128); got {subspace!r}."
-        )
+    require_subspace(subspace)
+    own = subspace.rank
     if rank not in (own, published.rank):
         raise ValueError(
             f"rank={rank} contradicts subspace={subspace!r}, which has a rank of its own. Give "

@@ -65,7 +65,7 @@ def accumulate_into_residual(
         per element in :func:`error_feedback`, and of nothing in :func:`project_gradients`.
 
     Raises:
-        TypeError: if ``every_k`` is no int.
+        TypeError: if ``every_k`` is not an integer.
         ValueError: if ``every_k`` is below 1; in ``init``, if a parameter has no residual.
 
     Examples:

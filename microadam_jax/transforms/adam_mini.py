@@ -16,10 +16,11 @@ from microadam_jax.layout.partition import (
 )
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
+from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByAdamMiniState(NamedTuple):
-    """A first moment for each parameter and a second one for each block.
+    """Holds a first moment for each parameter and a second one for each block.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -74,8 +75,10 @@ def scale_by_adam_mini(
         ``mu_codec="dynamic4"``.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype or ``mu_codec`` has no negative numbers;
-            in ``update``, if the state was made for another partition.
+        TypeError: if a number is an array in fewer bits than float32, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
+            has no negative numbers; in ``update``, if the state was made for another partition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -95,7 +98,8 @@ def scale_by_adam_mini(
 
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 1.
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
     storage = (
         Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec).signed("mu")
     )

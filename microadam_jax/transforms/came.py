@@ -20,12 +20,12 @@ from microadam_jax.transforms.factors import (
     sides,
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
 class ScaleByCameState(NamedTuple):
-    """A momentum, and two factors each of two second moments.
+    """Holds a momentum, and two factors each of two second moments.
 
     For a parameter that is not factored ``nu_row`` is its whole second moment, and the other
     three hold one number that is not used.
@@ -93,7 +93,9 @@ def scale_by_came(
         The transformation. Its state takes 4 bytes per parameter and 8 for each row and column.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+        TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
+            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update``, if the state was made
             for another partition.
 
     Examples:
@@ -114,7 +116,8 @@ def scale_by_came(
 
     Reference: Luo et al., CAME (arXiv 2307.02047), Algorithm 2.
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByCameState:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.boxes import boxed_blocks, boxed_like
-from microadam_jax.compressors import Compressor, is_compressed, top_k
+from microadam_jax.compressors import Compressor, is_compressed, require_compressor, top_k
 from microadam_jax.sharding import unused_factor
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
@@ -33,6 +33,10 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
     Returns:
         The transformation. It has no state but what the compressor carries.
 
+    Raises:
+        TypeError: if ``compressor`` is not a compressor; in ``init``, if a leaf is not a
+            floating-point array.
+
     Examples:
         >>> import jax.numpy as jnp, optax
         >>> from microadam_jax import compress, to_dense, top_k
@@ -41,6 +45,7 @@ def compress(compressor: Compressor = top_k()) -> optax.GradientTransformationEx
         >>> print(updates)
         [0. 3.]
     """
+    require_compressor(compressor)
     arrays = len(compressor.Carried._fields)
 
     def init(params: optax.Params) -> CompressState:

@@ -31,6 +31,20 @@ def is_zero(weight_decay: Any) -> bool:
     return isinstance(weight_decay, int | float) and weight_decay == 0
 
 
+def require_number(weight_decay: Any) -> None:
+    """Refuses a schedule of the decay.
+
+    Raises:
+        TypeError: if ``weight_decay`` is a function.
+    """
+    if callable(weight_decay):
+        raise TypeError(
+            f"weight_decay must be a number; got {weight_decay!r}. It is multiplied by the "
+            "learning rate, which may be a schedule; to change it by itself use "
+            "optax.inject_hyperparams."
+        )
+
+
 def add_decayed_weights(
     weight_decay: Any, mask: Any | Callable[[optax.Params], Any] | None = None
 ) -> optax.GradientTransformation:
@@ -77,6 +91,7 @@ def decay_updated_weights(
         The transformation.
 
     Raises:
+        TypeError: if ``weight_decay`` is a schedule.
         ValueError: in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
@@ -88,6 +103,7 @@ def decay_updated_weights(
         >>> print(params + updates)  # (1 - 0.1) (1 - 0.5)
         [0.45]
     """
+    require_number(weight_decay)
 
     def init(params: optax.Params) -> DecayUpdatedWeightsState:
         del params

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import optax
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
-from microadam_jax.transforms.decay import NEEDS_PARAMS, add_decayed_weights, is_zero
+from microadam_jax.transforms.decay import (
+    NEEDS_PARAMS,
+    add_decayed_weights,
+    is_zero,
+    require_number,
+)
 from microadam_jax.transforms.transformation import transformation
 from pallas_kernels.window_update import descent
 
@@ -111,12 +116,7 @@ def descend(
         TypeError: if ``weight_decay`` is a schedule.
         ValueError: in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
     """
-    if callable(weight_decay):
-        raise TypeError(
-            f"weight_decay must be a number; got {weight_decay!r}. It is multiplied by the "
-            "learning rate, which may be a schedule; to change it by itself use "
-            "optax.inject_hyperparams."
-        )
+    require_number(weight_decay)
     chained, scale = together(*links), optax.scale_by_learning_rate(learning_rate)
     chain = optax.chain(*links, add_decayed_weights(weight_decay, mask), scale)
     decays_at_all = not is_zero(weight_decay)

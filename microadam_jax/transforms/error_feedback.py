@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Codec, as_codec
-from microadam_jax.compressors import Compressor, TopK, top_k
+from microadam_jax.compressors import Compressor, TopK, require_compressor, top_k
 from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
 from microadam_jax.execution import scope
 from microadam_jax.memory import remark
@@ -80,7 +80,10 @@ def error_feedback(
         The transformation. Its state takes 0.53 bytes per parameter with the default codec.
 
     Raises:
-        ValueError: if ``residual`` names no codec, or ``alpha`` lies outside [0, 1).
+        TypeError: if ``compressor`` or ``residual`` is of another class; in ``init``, if a leaf is
+            not a floating-point array.
+        ValueError: if ``residual`` is an unknown name or has no negative numbers, or ``alpha`` is
+            outside [0, 1).
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -97,7 +100,13 @@ def error_feedback(
 
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 5 to 9.
     """
+    require_compressor(compressor)
     codec = as_codec(residual)
+    if not codec.signed:
+        raise ValueError(
+            f"The residual has both signs, which {codec.name} cannot hold; give a signed codec, "
+            "such as 'affine4'."
+        )
     if isinstance(alpha, int | float) and not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), or be None to switch it off; got {alpha}.")
     arrays = len(codec.Encoded._fields)

@@ -13,10 +13,11 @@ from microadam_jax.layout.partition import Partition, require_shape, warn_unname
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByFactoredAdamState(NamedTuple):
-    """A first moment, and two factors of a second moment.
+    """Holds a first moment, and two factors of a second moment.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -71,8 +72,10 @@ def scale_by_factored_adam(
         The transformation. Its state takes 0.53 bytes per parameter and 4 for each row and column.
 
     Raises:
-        ValueError: if a codec does not exist or has no negative numbers; in ``update``, if the
-            state was made for another partition or through another codec.
+        TypeError: if a number is an array in fewer bits than float32, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``, if
+            the state was made for another partition or through another codec.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -84,7 +87,8 @@ def scale_by_factored_adam(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
     storage = as_storage(mu_codec).signed("mu")
 
     def init(leaf: Leaf) -> Arrays:

@@ -12,7 +12,7 @@ from microadam_jax.transforms.descent import Fusable
 def fused_apply(
     tx: optax.GradientTransformation,
 ) -> Callable[..., tuple[optax.Params, optax.OptState]]:
-    r"""A step that applies weight decay, learning rate and the update where it is computed.
+    r"""Applies weight decay, learning rate and the update where the update is computed.
 
     With the direction :math:`u_t` of the optimizer,
 

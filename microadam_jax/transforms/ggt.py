@@ -52,9 +52,11 @@ def scale_by_ggt(
         The transformation. Its state is that of :func:`scale_by_mfac`.
 
     Raises:
-        TypeError: if the window's length is a traced array.
-        ValueError: if ``eps`` is not positive, if the window is normalized, and in ``update``,
-            if an update was not made by ``compressor``.
+        TypeError: if the window's length is a traced array, a part is of another class, or ``eps``
+            is an array in fewer bits than float32; in ``init``, if a leaf is not a floating-point
+            array.
+        ValueError: if ``eps`` or the window's length is not positive, or the window is normalized;
+            in ``update``, if an update was not made by ``compressor``.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.boxes import boxed_blocks, boxed_like
-from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed
+from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed, require_compressor
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
 from microadam_jax.transforms.transformation import transformation
@@ -19,7 +19,7 @@ Coefficients = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class GramWindowState(NamedTuple):
-    """The latest updates of every leaf, and their inner products over the whole model.
+    """Holds the latest updates of every leaf, and their inner products over the whole model.
 
     Attributes:
         count: int32 scalar, steps taken. Step ``t`` lies in row ``(t - 1) % m``.
@@ -50,7 +50,13 @@ def gram_window(
             :math:`K = G G^\top`, the newest row's position and the number of steps.
         window: how many rows are kept, and how.
         compressor: the one that made the updates; None if nothing compresses them.
+
+    Raises:
+        TypeError: if ``compressor`` is neither a compressor nor None.
+        ValueError: in ``update``, if an update was not made by ``compressor``.
     """
+    if compressor is not None:
+        require_compressor(compressor)
 
     def init(params: optax.Params) -> GramWindowState:
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:

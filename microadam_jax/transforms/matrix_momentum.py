@@ -18,12 +18,12 @@ from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
 from microadam_jax.transforms.descent import as_it_is, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
 class MatrixMomentumState(NamedTuple):
-    """A momentum for each parameter, and second moments for what is no matrix.
+    """Holds a momentum for each parameter, and second moments for what is no matrix.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -96,6 +96,7 @@ def matrix_momentum(
         ValueError: if ``mu_codec`` has no negative numbers; in ``update``, if the state was made
             for other matrices or stored otherwise.
     """
+    require_kind(Matrices, matrices=matrices)
     storage = Unstored() if mu_codec is None else as_storage(mu_codec).signed("mu")
 
     def init(leaf: Leaf) -> tuple[jax.Array]:

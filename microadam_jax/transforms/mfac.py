@@ -61,9 +61,11 @@ def scale_by_mfac(
         :math:`k` elements in blocks of :math:`B \le 256`, and :math:`2 m` for dense updates.
 
     Raises:
-        TypeError: if the window's length is a traced array.
-        ValueError: if the damping is not positive, and in ``update``, if an update was not made
-            by ``compressor``.
+        TypeError: if the window's length is a traced array, a part is of another class, or
+            ``damping`` is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``damping`` or the window's length is not positive; in ``update``, if an
+            update was not made by ``compressor``.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -8,13 +8,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def moment_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which a moment is kept.
+    """Returns the dtype in which a moment is kept.
 
     Raises:
-        ValueError: if it is no floating dtype.
+        ValueError: if ``dtype`` is not a floating dtype.
     """
-    if not isinstance(dtype, jax.Array) and jnp.issubdtype(dtype, jnp.floating):
-        return jnp.dtype(dtype)
+    try:
+        if not isinstance(dtype, jax.Array) and jnp.issubdtype(dtype, jnp.floating):
+            return jnp.dtype(dtype)
+    except TypeError:  # no dtype at all
+        pass
     raise ValueError(
         f"mu_dtype must be a floating dtype such as 'float32' or 'bfloat16'; got {dtype!r}. Under "
         "optax.inject_hyperparams give its name, because a type is taken for a schedule there."

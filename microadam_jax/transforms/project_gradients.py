@@ -35,7 +35,7 @@ FIRST_MOMENTS = ("mu", "trace")
 
 
 class ProjectGradientsState(NamedTuple):
-    """The bases, what complements need, and the state of the inner transformation.
+    """Holds the bases, what complements need, and the inner transformation's state.
 
     Of a parameter that is not projected, ``basis`` and ``complement`` hold one number for each
     array, which is not used; with :class:`FeedBack` inside :func:`accumulate_into_residual`,
@@ -109,8 +109,11 @@ def project_gradients(
         elements for each field, and a dense basis n r.
 
     Raises:
-        ValueError: if ``b1`` or ``b2`` is needed and missing; in ``init``, if the inner state has
-            no such moments.
+        TypeError: if ``subspace``, ``refresh``, ``complement`` or ``matrices`` is of another class,
+            or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``refresh`` has moments that only :func:`subspace_momentum` has; in ``init``,
+            if ``b1`` or ``b2`` is needed and missing, or the inner state has no such moments.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -132,12 +135,15 @@ def project_gradients(
         2410.16103).
     """
     inner = optax.with_extra_args_support(inner)
+    projection = Projection(matrices, subspace, refresh)
+    if isinstance(complement, type) or not hasattr(complement, "feeds_back"):
+        raise TypeError(f"complement must be one such as Discard(); got {complement!r}.")
     if refresh.moments == "released":
         raise ValueError(
             "Refresh(moments='released') is a trait of subspace_momentum's authors' code: choose "
             "'keep', 'reset', 'rotate_first' or 'rotate'."
         )
-    rules = _Rules(Projection(matrices, subspace, refresh), complement, scale, b1, b2)
+    rules = _Rules(projection, complement, scale, b1, b2)
 
     def init(params: optax.Params) -> ProjectGradientsState:
         assign = rules.projection.assign(params)

@@ -30,7 +30,7 @@ SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
 
 
 class QuantizedState(NamedTuple):
-    """The state of another transformation, some fields of which are stored through codecs.
+    """Holds the state of another transformation, some of its fields quantized.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -76,6 +76,7 @@ def quantize_state(
         is compiled, as ``jax.jit(tx.init)(params)``.
 
     Raises:
+        TypeError: if ``codecs`` is not a mapping, or one of its values is not a codec.
         ValueError: if a codec does not exist or cannot hold a field, if ``elementwise`` is not true
             of ``inner``; in ``init``, if there is no field of a name; in ``update``, if the state
             was stored through other codecs.
@@ -92,6 +93,10 @@ def quantize_state(
     Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
     """
     inner = optax.with_extra_args_support(inner)
+    if not isinstance(codecs, Mapping):
+        raise TypeError(
+            f"codecs must name the fields to store, as {{'mu': 'dynamic8'}} does; got {codecs!r}."
+        )
     storages = {name: as_storage(storage) for name, storage in codecs.items()}
     for name in SIGNED_FIELDS:
         if name in storages:

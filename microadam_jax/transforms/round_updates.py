@@ -23,7 +23,7 @@ Rounding = Literal["stochastic", "compensated", "momentum"]
 
 
 class RoundUpdatesState(NamedTuple):
-    """The state of an optimizer whose parameters are rounded.
+    """Holds the state of an optimizer whose parameters are rounded.
 
     Attributes:
         count: int32 scalar, steps taken.

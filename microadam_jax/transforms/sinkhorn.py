@@ -59,9 +59,10 @@ def scale_by_sinkhorn(
         in each round.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update``, if the state was made
-            for other matrices or stored otherwise.
+        TypeError: if a number is an array in fewer bits than float32, or ``matrices`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``, if
+            the state was made for other matrices or stored otherwise.
 
     Examples:
         >>> import jax.numpy as jnp

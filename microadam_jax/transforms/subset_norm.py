@@ -19,12 +19,12 @@ from microadam_jax.layout.partition import (
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
 class ScaleBySubsetNormState(NamedTuple):
-    """A first moment for each parameter and a second one for each subset.
+    """Holds a first moment for each parameter and a second one for each subset.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -75,7 +75,9 @@ def scale_by_subset_norm(
         each other one; 4 for all with runs as subsets.
 
     Raises:
-        ValueError: if ``mu_dtype`` is no floating dtype, and in ``update``, if the state was made
+        TypeError: if a number is an array in fewer bits than float32, or ``subsets`` or
+            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update``, if the state was made
             for other subsets.
 
     Examples:
@@ -91,7 +93,9 @@ def scale_by_subset_norm(
 
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (arXiv 2411.07120).
     """
-    partition = partition or Partition()
+    partition = Partition() if partition is None else partition
+    require_kind(Partition, partition=partition)
+    require_kind(Subsets, subsets=subsets)
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleBySubsetNormState:

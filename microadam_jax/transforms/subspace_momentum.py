@@ -27,12 +27,12 @@ from microadam_jax.subspace.projection import (
 from microadam_jax.subspace.refresh import Refresh, rotate_first
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.transforms.transformation import require_kind, transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 
 class SubspaceMomentumState(NamedTuple):
-    """The bases, a momentum in each subspace, and a second moment for each subset.
+    """Holds the bases, a momentum in each subspace, and a second moment for each subset.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -93,7 +93,10 @@ def subspace_momentum(
         and n r for a dense basis.
 
     Raises:
-        ValueError: if both moments shall be rotated, or the basis found for the momentum.
+        TypeError: if ``subspace``, ``refresh``, ``subsets`` or ``matrices`` is of another class, or
+            a number is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
+        ValueError: if ``refresh`` rotates both moments or has a ``momentum_share``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -106,12 +109,13 @@ def subspace_momentum(
 
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (ICML 2025, arXiv 2411.07120).
     """
+    projection = Projection(matrices, subspace, refresh)
+    require_kind(Subsets, subsets=subsets)
     if refresh.needs_decay_rates:
         raise ValueError(
             "subspace_momentum has no second moment in its subspace: choose Refresh(moments=...) "
             "'reset', 'keep' or 'rotate_first', and no momentum_share."
         )
-    projection = Projection(matrices, subspace, refresh)
 
     def low(view: MatrixView) -> Layout:
         return Layout(rows=subspace.size(view), columns=None)

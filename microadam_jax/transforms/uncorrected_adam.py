@@ -12,7 +12,7 @@ from microadam_jax.transforms.transformation import transformation
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
-    """Adam's moments.
+    """Holds Adam's moments.
 
     Attributes:
         mu: float32 first moments, of the parameters' shapes.
@@ -24,7 +24,7 @@ class ScaleByUncorrectedAdamState(NamedTuple):
 
 
 class CorrectBiasState(NamedTuple):
-    """The age of the moments.
+    """Counts the age of the moments.
 
     Attributes:
         count: int32 scalar, steps taken.
@@ -54,6 +54,10 @@ def scale_by_uncorrected_adam(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a number is an array in fewer bits than float32; in ``init``, if a leaf is not
+            a floating-point array.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -100,6 +104,10 @@ def correct_bias(
 
     Returns:
         The transformation.
+
+    Raises:
+        TypeError: if a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is
+            not a floating-point array.
     """
 
     def init(params: optax.Params) -> CorrectBiasState:

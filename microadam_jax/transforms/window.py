@@ -18,6 +18,9 @@ class Window:
             divide by :math:`m` before :math:`m` rows are filled. True divides by
             :math:`1 - \beta^{\min(t, m)}`, a weighted mean over the window with no such
             growth and thus another learning rate, and by :math:`\min(t, m)`.
+
+    Raises:
+        ValueError: if ``length`` is not a positive integer, or ``dtype`` is another.
     """
 
     length: int = 10
@@ -35,7 +38,8 @@ def as_window(window: Window | int | jax.Array) -> Window:
     """``window``, or a :class:`Window` of that length.
 
     Raises:
-        TypeError: if the length is a traced array.
+        TypeError: if the length is a traced array, or neither an integer nor a :class:`Window`.
+        ValueError: if the length is not positive.
     """
     if isinstance(window, jax.Array):
         raise TypeError(
@@ -43,4 +47,9 @@ def as_window(window: Window | int | jax.Array) -> Window:
             "window=Window(length), which optax.inject_hyperparams leaves alone, or name it in its "
             "static_args."
         )
-    return Window(window) if isinstance(window, int) else window
+    window = Window(window) if isinstance(window, int) else window
+    if not isinstance(window, Window):
+        raise TypeError(
+            f"window must be a number of steps or a Window, Window(10); got {window!r}."
+        )
+    return window

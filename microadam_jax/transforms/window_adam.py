@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.blocks import merge
-from microadam_jax.compressors import BlockSparse, TopK, is_compressed, top_k
+from microadam_jax.compressors import BlockSparse, TopK, is_compressed, require_compressor, top_k
 from microadam_jax.compressors.rows import overwrite_each
 from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import Arrays
@@ -34,7 +34,7 @@ from pallas_kernels.window_update import window_adam, window_apply, window_updat
 
 
 class ScaleByWindowAdamState(NamedTuple):
-    """The latest sparse gradients; for leaves that are kept dense, Adam's two moments.
+    """Holds the latest sparse gradients; Adam's two moments for leaves that are kept dense.
 
     Attributes:
         count: int32 scalar, steps taken. Step ``t`` lies in row ``(t - 1) % length``.
@@ -85,8 +85,11 @@ def scale_by_window_adam(
         The transformation. Its state takes 0.35 bytes per parameter by default.
 
     Raises:
-        TypeError: if the window's length is a traced array.
-        ValueError: in ``update``, if an update was not made by ``compressor``.
+        TypeError: if the window's length is a traced array, a part is of another class, or a number
+            is an array in fewer bits than float32; in ``init``, if a leaf is not a floating-point
+            array.
+        ValueError: if the window's length is not positive; in ``update``, if an update was not made
+            by ``compressor``.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -99,6 +102,7 @@ def scale_by_window_adam(
 
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 10 and 11, and AdamStats.
     """
+    require_compressor(compressor)
     window = as_window(window)
 
     def init(params: optax.Params) -> ScaleByWindowAdamState:

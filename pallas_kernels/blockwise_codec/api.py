@@ -66,6 +66,7 @@ def blockwise_step(
         The output and the new ``encoded``.
 
     Raises:
+        ValueError: if there is no implementation of that name.
         NotImplementedError: if the named implementation cannot run.
 
     Examples:

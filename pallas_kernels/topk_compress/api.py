@@ -57,7 +57,8 @@ def topk_compress(
 
     Raises:
         TypeError: if an array has another dtype.
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, ``k`` is not from 1 to ``size``, or there is no
+            implementation of that name.
         NotImplementedError: if the named implementation cannot run.
 
     Examples:

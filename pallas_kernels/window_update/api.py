@@ -30,7 +30,7 @@ def window_update(
     interpret: bool = False,
     sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    r"""The dense Adam direction of a window of sparse gradients.
+    r"""Computes the dense Adam direction of a window of sparse gradients.
 
     .. math::
 
@@ -54,7 +54,7 @@ def window_update(
         ``(*lead, n)``; elements absent from the window are zero.
 
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, or there is no implementation of that name.
         NotImplementedError: if the named implementation cannot run.
 
     Examples:
@@ -103,7 +103,11 @@ def window_update(
 
 
 def check_shapes(values: jax.Array, indices: jax.Array, size: int, n: int) -> None:
-    """Raises ValueError unless the window is one of rows of ``n`` in blocks of ``size``."""
+    """Refuses a window that is not one of rows of ``n`` in blocks of ``size``.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
     if values.shape != indices.shape or not 0 <= values.shape[-3] * size - n < max(size, 1):
         raise ValueError(
             f"A row of {n} elements has {-(-n // size)} blocks of {size}, each with as many "

@@ -116,7 +116,7 @@ def test_dense_arithmetic_on_a_sparse_update_is_refused() -> None:
     [
         ({"density": 0.0}, r"density must lie in \(0, 1\]; got 0.0"),
         ({"density": 1.5}, r"density must lie in \(0, 1\]; got 1.5"),
-        ({"count": 0}, "count must be at least 1; got 0"),
+        ({"count": 0}, "count must be a positive integer; got 0"),
         ({"density": 0.1, "count": 1}, "either a density or a count"),
         ({"blocks": Blocks(65536)}, "at most 32768"),
     ],
