@@ -350,7 +350,7 @@ def test_bytes(codec: str, per_element: float) -> None:
 def test_a_name_is_that_of_the_default_of_its_constructor() -> None:
     named = named_codecs()
     made = {name: getattr(codecs, name)() for name in named if hasattr(codecs, name)}
-    assert len(made) == 7
+    assert {"affine4", "dynamic8", "linear4"} <= set(made)
     made |= {
         f"{name}_unsigned": getattr(codecs, name)(signed=False)
         for name in ("dynamic8", "dynamic4", "linear4")
