@@ -153,9 +153,9 @@ def _require(tx: optax.GradientTransformationExtraArgs, params: Params, layers: 
             "its name."
         )
     len_of_stack(params[layers], layers)
-    StateParts.of(tx, params, layers)
-    value = jnp.zeros([], jnp.float32)
-    require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, {"value": value})
+    extra_args = {"value": jnp.zeros([], jnp.float32)}
+    used = require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, extra_args)
+    StateParts.of(tx, params, layers).require_unused(used)
 
 
 class _Step(NamedTuple):
