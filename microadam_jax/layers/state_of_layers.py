@@ -5,8 +5,10 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from microadam_jax.execution import within
 from microadam_jax.layers.dependence import dependences
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
@@ -140,7 +142,7 @@ def require_each_alone(
 
     Raises:
         ValueError: if the update of a parameter, or what is kept for none or another, depends on
-            the gradient of a parameter.
+            the gradient of a parameter, or if its random numbers would not be those of a stack.
     """
     single = {**params, layers: one_layer(params[layers])}
     single = jax.eval_shape(lambda tree: tree, single)
@@ -152,7 +154,12 @@ def require_each_alone(
                 "backward pass is to do without. Leave it out, or use accumulate_into_residual."
             )
     paths = [path for path, _ in jax.tree.leaves_with_path(single)]
-    found = dependences(lambda g, s, p: tx.update(g, s, p, **extra_args), single, state, single)
+
+    def update(gradients: Any, state: Any, params: Any) -> Any:
+        with within(layer=jnp.zeros([], jnp.int32)):
+            return tx.update(gradients, state, params, **extra_args)
+
+    found = dependences(update, single, state, single)
     updates, kept = found[: len(paths)], found[len(paths) :]
     owners = [owner_of(path, set(paths)) for path, _ in jax.tree.leaves_with_path(state)]
     gradients = (1 << len(paths)) - 1

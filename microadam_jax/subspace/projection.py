@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from microadam_jax.execution import scope
 from microadam_jax.memory import remark
 from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros, replicated
 from microadam_jax.subspace.basis import Basis
@@ -33,7 +34,19 @@ class Projection:
     refresh: Refresh
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], "Projected"]:
-        """A function from a leaf's path and the leaf to its part in this projection."""
+        """A function from a leaf's path and the leaf to its part in this projection.
+
+        Raises:
+            ValueError: if a stack is updated layer by layer, and bases would be others than those
+                of the stack.
+        """
+        if scope().layer is not None and (hasattr(self.subspace, "seed") or self.refresh.stagger):
+            raise ValueError(
+                "A subspace drawn at random is drawn for all layers of a stack together, and "
+                "staggered refreshes count all parameters, so that layers cannot be updated one "
+                "after another. Take a subspace found from the gradient, as GaLore does, and "
+                "Refresh without stagger."
+            )
         assign = self.matrices.assign(params)
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         assigned = {path: assign(path, leaf) for path, leaf in leaves}

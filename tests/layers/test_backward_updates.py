@@ -105,6 +105,7 @@ OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
     "adam_mini4bit, rounded": lambda: m.round_updates(m.adam_mini4bit(1e-2)),
     "adamw, compensated": lambda: m.round_updates(optax.adamw(1e-2), "compensated"),
+    "came": lambda: m.came(1e-3),
     "sgd": lambda: optax.sgd(0.1),
 }
 
@@ -112,7 +113,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
     """Random numbers of stochastic rounding included, which follow the place in the stack."""
-    dtype = jnp.float32 if name == "sgd" else jnp.bfloat16
+    dtype = jnp.float32 if name in ("came", "sgd") else jnp.bfloat16
     tx = OPTIMIZERS[name]()
     params, state, losses = in_backward(tx, params=params_of(dtype))
     expected, expected_state, expected_losses = ordinary(tx, params=params_of(dtype))
@@ -124,6 +125,14 @@ def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
     for one, other in zip(*map(jax.tree.leaves, (state, expected_state)), strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         assert (np.abs(one - other) > 1e-6 * np.abs(other)).sum() <= 0.01 * one.size + 1
+
+
+def test_the_subspaces_of_a_stack_are_those_of_its_layers() -> None:
+    """Products of stacked matrices sum up in another order."""
+    params, _, losses = in_backward(m.galore(1e-3, rank=8), 2)
+    expected, _, expected_losses = ordinary(m.galore(1e-3, rank=8), 2)
+    assert losses == expected_losses
+    assert distance(params, expected) < 1e-6
 
 
 def test_tied_embeddings() -> None:
@@ -180,6 +189,8 @@ def test_clip_by_layer() -> None:
 REFUSED = {
     "clip": (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), "clip='global'"),
     "mfac": (lambda: m.mfac(1e-3), "M-FAC"),
+    "lowrank_mfac": (lambda: m.lowrank_mfac(1e-3), "M-FAC"),
+    "apollo": (lambda: m.apollo(1e-3, rank=8), "drawn at random"),
     "apply_if_finite": (lambda: optax.apply_if_finite(optax.sgd(1.0), 3), "apply_if_finite"),
     "MultiSteps": (
         lambda: optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(),
