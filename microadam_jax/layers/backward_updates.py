@@ -1,7 +1,5 @@
 """A training step that updates each layer inside the backward pass."""
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -324,8 +322,14 @@ class _Backward(NamedTuple):
                 given[place] = jax.lax.dynamic_slice_in_dim(array, i, 1)
             # In the place of the stack, with one layer: paths and layer axes are what they were.
             with within(layer=i):
-                moved, new = self._one_by_one({name: _stacked(gradients)}, given, weights)
-            stack, own = _put((stack, own), (moved, [new[place] for place in places]), i, turn)
+                moved, new = self._updated(
+                    {name: _stacked(gradients)},
+                    given,
+                    {name: _stacked(weights)},
+                    self.parts.stacked,
+                )
+            written = moved[name], [new[place] for place in places]
+            stack, own = _put((stack, own), written, i, turn)
             return stack, own, dx, squares
 
         carry = (stack, [leaves[i] for i in places], dx, jnp.zeros([], jnp.float32))
@@ -354,27 +358,6 @@ class _Backward(NamedTuple):
             if ends or self.parts.owners[place] is not None:
                 after[place] = array
         return {name: moved[name] for name in rest}, after
-
-    def _one_by_one(
-        self, gradients: Params, leaves: list[Any], weights: Any
-    ) -> tuple[Any, dict[int, jax.Array]]:
-        """A layer after its update, and its new arrays of the state.
-
-        Each of its parameters is updated when the one before it is done: an update in float32 is
-        twice as large as a gradient in bfloat16, and all of them would be there at a time.
-        """
-        params = {self.step.layers: _stacked(weights)}
-        moved: list[jax.Array] = []
-        new: dict[int, jax.Array] = {}
-        for path, _ in jax.tree.leaves_with_path(params):
-            keep = functools.partial(operator.eq, path)
-            one, arrays = self._updated(
-                subtree(gradients, keep), leaves, subtree(params, keep), {path}
-            )
-            moved += jax.tree.leaves(one)
-            new |= arrays
-            gradients, moved = jax.lax.optimization_barrier((gradients, moved))
-        return jax.tree.structure(weights).unflatten(moved), new
 
     def _updated(
         self, gradients: Params, leaves: list[Any], params: Params, paths: Any

@@ -105,7 +105,6 @@ OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
     "adam_mini4bit, rounded": lambda: m.round_updates(m.adam_mini4bit(1e-2)),
     "adamw, compensated": lambda: m.round_updates(optax.adamw(1e-2), "compensated"),
-    "came": lambda: m.came(1e-3),
     "sgd": lambda: optax.sgd(0.1),
 }
 
@@ -113,7 +112,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
     """Random numbers of stochastic rounding included, which follow the place in the stack."""
-    dtype = jnp.float32 if name in ("came", "sgd") else jnp.bfloat16
+    dtype = jnp.float32 if name == "sgd" else jnp.bfloat16
     tx = OPTIMIZERS[name]()
     params, state, losses = in_backward(tx, params=params_of(dtype))
     expected, expected_state, expected_losses = ordinary(tx, params=params_of(dtype))
@@ -127,11 +126,12 @@ def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
         assert (np.abs(one - other) > 1e-6 * np.abs(other)).sum() <= 0.01 * one.size + 1
 
 
-def test_the_subspaces_of_a_stack_are_those_of_its_layers() -> None:
-    """Products of stacked matrices sum up in another order."""
-    params, _, losses = in_backward(m.galore(1e-3, rank=8), 2)
-    expected, _, expected_losses = ordinary(m.galore(1e-3, rank=8), 2)
-    assert losses == expected_losses
+@pytest.mark.parametrize("tx", [m.came(1e-3), m.galore(1e-3, rank=8)], ids=["came", "galore"])
+def test_states_with_arrays_that_no_layer_needs(tx: Any) -> None:
+    """Means and products of stacked matrices sum up in another order."""
+    params, _, losses = in_backward(tx, 2)
+    expected, _, expected_losses = ordinary(tx, 2)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
     assert distance(params, expected) < 1e-6
 
 
