@@ -7,10 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from microadam_jax.layers import compress_residuals, fp8_linear, fp8_silu_gate
+from microadam_jax.layers import (
+    chunked_cross_entropy,
+    compress_residuals,
+    fp8_linear,
+    fp8_silu_gate,
+)
 from microadam_jax.layers.nnx import Fp8Linear, Fp8RMSNorm
 
 Params = dict[str, Any]
@@ -228,9 +232,7 @@ def pieces_of(config: ModelConfig) -> tuple[Callable[..., Any], ...]:
     They are those that `microadam_jax.layers.update_in_backward` takes.
     """
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    embedding, norm, head = (
-        nnx.split(part, nnx.Param)[0] for part in (model.embedding, model.norm, model.head)
-    )
+    embedding, norm = (nnx.split(part, nnx.Param)[0] for part in (model.embedding, model.norm))
     block = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
 
     def before(rest: Params, tokens: jax.Array) -> jax.Array:
@@ -241,7 +243,6 @@ def pieces_of(config: ModelConfig) -> tuple[Callable[..., Any], ...]:
 
     def after(rest: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
         x = nnx.merge(norm, rest["norm"])(x)
-        logits = nnx.merge(head, rest["head"])(x).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        return chunked_cross_entropy(x, rest["head"]["kernel"], tokens[:, 1:]).mean()
 
     return before, layer, after

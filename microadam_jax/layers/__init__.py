@@ -17,6 +17,7 @@ from microadam_jax.layers.fp8_elementwise import (
     fp8_silu_gate,
 )
 from microadam_jax.layers.fp8_linear import fp8_linear
+from microadam_jax.layers.head_loss import chunked_cross_entropy
 from microadam_jax.layers.nf4_linear import nf4_linear
 from microadam_jax.layers.saved_bytes import SavedBytes, saved_bytes
 from microadam_jax.layers.side_network import (
@@ -35,6 +36,7 @@ __all__ = [
     "UpdateInBackward",
     "adapter",
     "average_pool",
+    "chunked_cross_entropy",
     "compress_residuals",
     "fp8_activation",
     "fp8_linear",

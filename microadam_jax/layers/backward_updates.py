@@ -98,9 +98,10 @@ def update_in_backward(
 
     Raises:
         ValueError: if there is no such clip; in ``init``, if the parameters have no
-            such stack, if layers share a part of the state, or if the optimizer needs the gradients
+            such stack, if layers share a part of the state, if the optimizer needs the gradients
             of several parameters at a time, as ``optax.clip_by_global_norm``, M-FAC,
-            ``optax.apply_if_finite`` and ``optax.MultiSteps`` do.
+            ``optax.apply_if_finite`` and ``optax.MultiSteps`` do, or if it projects on subspaces
+            drawn at random, as APOLLO does.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -153,9 +154,9 @@ def _require(tx: optax.GradientTransformationExtraArgs, params: Params, layers: 
             "its name."
         )
     len_of_stack(params[layers], layers)
-    StateParts.of(tx, params, layers)
-    value = jnp.zeros([], jnp.float32)
-    require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, {"value": value})
+    extra_args = {"value": jnp.zeros([], jnp.float32)}
+    used = require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, extra_args)
+    StateParts.of(tx, params, layers).require_unused(used)
 
 
 class _Step(NamedTuple):
@@ -211,6 +212,8 @@ class _Step(NamedTuple):
         gradients = subtree(d_after, lambda path: path in early)
         squares = _squares(gradients)
         moved, leaves = run.rest(gradients, leaves, rest, early, norm)
+        # Else a compiler may update the head after the layers, and keep its gradient until then.
+        dx, moved, leaves = jax.lax.optimization_barrier((dx, moved, leaves))
         stack, leaves, dx, of_layers = run.stack(stack, leaves, dx, norm)
         late = {path for path, _ in jax.tree.leaves_with_path(rest)} - early
         gradients = of_rest(into(dx)[0], lambda path: path in late)
@@ -397,13 +400,14 @@ def _stacked(weights: Any) -> Any:
 
 def _put(stacks: Any, new: Any, i: jax.Array, turn: jax.Array) -> Any:
     """Writes a layer in place."""
-    arrays, structure = jax.tree.flatten(stacks)
-    layer = jax.tree.leaves(new)
 
-    def write(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        pairs = zip(before, layer, strict=True)
-        return tuple(jax.lax.dynamic_update_slice_in_dim(x, one, i, 0) for x, one in pairs)
+    def write(stack: jax.Array, layer: jax.Array) -> jax.Array:
+        def put(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return (jax.lax.dynamic_update_slice_in_dim(before[0], layer, i, 0),)
 
-    # Always true, which the compiler cannot know: a CPU's would fuse what reads a layer with what
-    # writes it, and copy all layers to do so.
-    return structure.unflatten(once(turn >= 0, write, tuple(arrays)))
+        # Always true, which the compiler cannot know: a CPU's would fuse what reads a layer with
+        # what writes it, and copy all layers to do so. Each array by itself, so that what is
+        # written need not wait for the rest.
+        return once(turn >= 0, put, (stack,))[0]
+
+    return jax.tree.map(write, stacks, new)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.execution import within
 from microadam_jax.layers.dependence import dependences
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
@@ -67,16 +68,31 @@ class StateParts:
         cut = []
         for (path, leaf), owner, one in zip(named, owners, others, strict=True):
             is_cut = owner in stacked and leaf.shape == (count, *one.shape[1:]) != ()
-            unused = leaf.dtype == jnp.uint8 and leaf.size == 1
-            if owner in stacked and not (is_cut and one.shape[:1] == (1,)) and not unused:
+            # Arrays that a leaf does not need hold one element; `require_unused` looks at them.
+            single_element = leaf.size == 1 and leaf.shape == one.shape
+            if owner in stacked and not (is_cut and one.shape[:1] == (1,)) and not single_element:
                 raise ValueError(
                     _shares(
                         path_name(path),
                         f"has the shape {leaf.shape} for {count} layers and {one.shape} for one",
                     )
                 )
-            cut.append(is_cut and not (unused and count > 1))
+            cut.append(is_cut)
         return cls(structure, owners, stacked, tuple(cut))
+
+    def require_unused(self, used: Container[int]) -> None:
+        """Refuses a state of which layers share an array that is used.
+
+        Args:
+            used: the indices of the arrays that something depends on.
+
+        Raises:
+            ValueError: if one of these belongs to a stack and has no layer axis.
+        """
+        named = jax.tree.leaves_with_path(self.structure.unflatten(range(len(self.owners))))
+        for (path, i), owner, cut in zip(named, self.owners, self.cut, strict=True):
+            if owner in self.stacked and not cut and i in used:
+                raise ValueError(_shares(path_name(path), "has one element for all layers"))
 
     def places(self, paths: Container[KeyPath]) -> list[int]:
         """Returns the indices of the arrays of some parameters, and of what belongs to none."""
@@ -117,12 +133,16 @@ def require_each_alone(
     params: dict[str, Any],
     layers: str,
     extra_args: dict[str, Any],
-) -> None:
+) -> set[int]:
     """Refuses an optimizer that needs the gradients of several parameters at a time.
+
+    Returns:
+        The indices of the arrays of the flattened state that are used: the update or another array
+        depends on them, or they depend on a gradient.
 
     Raises:
         ValueError: if the update of a parameter, or what is kept for none or another, depends on
-            the gradient of a parameter.
+            the gradient of a parameter, or if its random numbers would not be those of a stack.
     """
     single = {**params, layers: one_layer(params[layers])}
     single = jax.eval_shape(lambda tree: tree, single)
@@ -134,7 +154,12 @@ def require_each_alone(
                 "backward pass is to do without. Leave it out, or use accumulate_into_residual."
             )
     paths = [path for path, _ in jax.tree.leaves_with_path(single)]
-    found = dependences(lambda g, s, p: tx.update(g, s, p, **extra_args), single, state, single)
+
+    def update(gradients: Any, state: Any, params: Any) -> Any:
+        with within(layer=jnp.zeros([], jnp.int32)):
+            return tx.update(gradients, state, params, **extra_args)
+
+    found = dependences(update, single, state, single)
     updates, kept = found[: len(paths)], found[len(paths) :]
     owners = [owner_of(path, set(paths)) for path, _ in jax.tree.leaves_with_path(state)]
     gradients = (1 << len(paths)) - 1
@@ -150,6 +175,13 @@ def require_each_alone(
                 "clip='global' and max_norm here, in place of the transformation; M-FAC, GGT, "
                 "optax.apply_if_finite and others that look at all gradients cannot be used."
             )
+    used = set()
+    for i, depends in enumerate(kept):
+        others = [*updates, *kept[:i], *kept[i + 1 :]]
+        own = 1 << (len(paths) + i)
+        if depends & gradients or any(other & own for other in others):
+            used.add(i)
+    return used
 
 
 def len_of_stack(stack: Any, name: str) -> int:

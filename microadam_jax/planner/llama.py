@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from microadam_jax.layers.head_loss import chunked_cross_entropy
 from microadam_jax.models import model_shapes
 from microadam_jax.planner.meshes import ROWS
 
@@ -63,7 +64,8 @@ class Pieces(NamedTuple):
     Attributes:
         before: from the parameters outside of the layers and tokens to the first layer's input.
         layer: from a layer's weights and its input to its output.
-        after: from parameters, the last output and tokens to the mean cross entropy.
+        after: from parameters, the last output and tokens to the mean cross entropy, in chunks of
+            the vocabulary.
     """
 
     before: Callable[[Params, jax.Array], jax.Array]
@@ -89,12 +91,10 @@ def pieces(mesh: Mesh) -> Pieces:
         return jax.lax.with_sharding_constraint(x, rows)
 
     def after(params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        logits = _linear(params["lm_head"], _rms_norm(params["norm"], x)).astype(jnp.float32)
-        logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P(ROWS, None, "tp")))
-        # A one-hot product and not a gather: the vocabulary is cut over tp.
-        targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=jnp.bfloat16)
-        picked = jnp.sum(logits[:, :-1] * targets, axis=-1)
-        return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked)
+        if mesh.shape["tp"] > 1:  # which cuts the vocabulary already
+            return _head_loss(params, x, tokens, mesh)
+        x, kernel = _rms_norm(params["norm"], x), params["lm_head"]["kernel"]
+        return chunked_cross_entropy(x[:, :-1], kernel, tokens[:, 1:]).mean()
 
     return Pieces(before, layer, after)
 
@@ -113,7 +113,16 @@ def loss(params: Params, tokens: jax.Array, mesh: Mesh, *, remat: bool = True) -
     layer = jax.checkpoint(own.layer) if remat else own.layer
     x = own.before(params, tokens)
     x, _ = jax.lax.scan(lambda x, weights: (layer(weights, x), None), x, params["layers"])
-    return own.after(params, x, tokens)
+    return _head_loss(params, x, tokens, mesh)
+
+
+def _head_loss(params: Params, x: jax.Array, tokens: jax.Array, mesh: Mesh) -> jax.Array:
+    logits = _linear(params["lm_head"], _rms_norm(params["norm"], x)).astype(jnp.float32)
+    logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P(ROWS, None, "tp")))
+    # A one-hot product and not a gather: the vocabulary is cut over tp.
+    targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=jnp.bfloat16)
+    picked = jnp.sum(logits[:, :-1] * targets, axis=-1)
+    return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked)
 
 
 def _linear(weights: Params, x: jax.Array) -> jax.Array:

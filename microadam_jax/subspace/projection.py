@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from microadam_jax.execution import scope
 from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
@@ -50,7 +51,19 @@ class Projection:
             raise TypeError(f"refresh must be such as Refresh(every=200); got {self.refresh!r}.")
 
     def assign(self, params: Any) -> Callable[[KeyPath, Any], "Projected"]:
-        """A function from a leaf's path and the leaf to its part in this projection."""
+        """Returns a function from a leaf's path and the leaf to its part in this projection.
+
+        Raises:
+            ValueError: if a stack is updated layer by layer, and bases would be others than those
+                of the stack.
+        """
+        if scope().layer is not None and (hasattr(self.subspace, "seed") or self.refresh.stagger):
+            raise ValueError(
+                "A subspace drawn at random is drawn for all layers of a stack together, and "
+                "staggered refreshes count all parameters, so that layers cannot be updated one "
+                "after another. Take a subspace found from the gradient, as GaLore does, and "
+                "Refresh without stagger."
+            )
         assign = self.matrices.assign(params)
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         assigned = {path: assign(path, leaf) for path, leaf in leaves}

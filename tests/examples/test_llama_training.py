@@ -19,7 +19,7 @@ from examples.llama.metrics import MetricsFile, Row
 from examples.llama.model import init_params
 from examples.llama.partitioning import place
 from examples.llama.training import Result, train
-from microadam_jax import microadam
+from microadam_jax import microadam, round_updates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,6 +89,26 @@ def test_resuming_is_exact(
 
         like = init_state(optimizer)
         jax.tree.map(np.testing.assert_array_equal, second.restore(like), straight.restore(like))
+
+
+def test_layers_updated_in_the_backward_pass_resume_and_learn_the_same(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    optimizer = round_updates(optax.adamw(1e-2))
+    config = dataclasses.replace(
+        SMALL, update_in_backward=True, param_dtype="bfloat16", rounding="stochastic", steps=6
+    )
+    expected = train(config, optimizer, corpus)
+    clipped = optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(1e-2))
+    plain = dataclasses.replace(config, update_in_backward=False)
+    ordinary = train(plain, round_updates(clipped), corpus)
+    assert expected.state_bytes == ordinary.state_bytes
+    assert expected.held_out_loss == pytest.approx(ordinary.held_out_loss, rel=1e-2)
+    answers = after(3)
+    with Checkpoints(tmp_path, config.identity()) as checkpoints:
+        half = train(config, optimizer, corpus, checkpoints=checkpoints, stop=lambda: next(answers))
+        resumed = train(config, optimizer, corpus, checkpoints=checkpoints, rows=half.rows)
+    assert losses(resumed) == losses(expected)
 
 
 @pytest.mark.parametrize("activations", ["fp8", "coat"])

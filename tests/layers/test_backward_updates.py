@@ -126,6 +126,15 @@ def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
         assert (np.abs(one - other) > 1e-6 * np.abs(other)).sum() <= 0.01 * one.size + 1
 
 
+@pytest.mark.parametrize("tx", [m.came(1e-3), m.galore(1e-3, rank=8)], ids=["came", "galore"])
+def test_states_with_arrays_that_no_layer_needs(tx: Any) -> None:
+    """Means and products of stacked matrices sum up in another order."""
+    params, _, losses = in_backward(tx, 2)
+    expected, _, expected_losses = ordinary(tx, 2)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    assert distance(params, expected) < 1e-6
+
+
 def test_tied_embeddings() -> None:
     params, _, losses = in_backward(optax.adam(1e-2), params=params_of(tied=True))
     expected, _, expected_losses = ordinary(optax.adam(1e-2), params=params_of(tied=True))
@@ -180,6 +189,8 @@ def test_clip_by_layer() -> None:
 REFUSED = {
     "clip": (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), "clip='global'"),
     "mfac": (lambda: m.mfac(1e-3), "M-FAC"),
+    "lowrank_mfac": (lambda: m.lowrank_mfac(1e-3), "M-FAC"),
+    "apollo": (lambda: m.apollo(1e-3, rank=8), "drawn at random"),
     "apply_if_finite": (lambda: optax.apply_if_finite(optax.sgd(1.0), 3), "apply_if_finite"),
     "MultiSteps": (
         lambda: optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(),

@@ -2,13 +2,14 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from microadam_jax import memory_report, microadam
 from microadam_jax.__main__ import main
@@ -16,7 +17,7 @@ from microadam_jax.memory import GIB
 from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner import arithmetic_plan, compiled_plan, parse_mesh, stacked_model
 from microadam_jax.planner.compiled import needed_and_available
-from microadam_jax.planner.llama import loss
+from microadam_jax.planner.llama import loss, pieces
 
 PLAN = ["plan", "--model", "llama-60m"]
 
@@ -81,6 +82,20 @@ def test_the_step_starts_at_the_loss_of_a_guess() -> None:
     value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(p, tokens, mesh)))(params)
     assert value == pytest.approx(np.log(64), rel=0.05)
     assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradients))
+    # In pieces, whose head goes through its vocabulary in chunks if tp does not cut it.
+    whole = Mesh(np.reshape(jax.devices()[:1], (1, 1, 1)), mesh.axis_names)
+    own = pieces(whole)
+
+    def in_pieces(params: Any) -> jax.Array:
+        x = own.before(params, tokens)
+        for i in range(2):
+            x = own.layer(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x)
+        return own.after(params, x, tokens)
+
+    again, others = jax.jit(jax.value_and_grad(in_pieces))(params)
+    assert again == pytest.approx(float(value), rel=1e-3)
+    one, other = (leaf["lm_head"]["kernel"] for leaf in (gradients, others))
+    np.testing.assert_allclose(one, other, atol=0.02 * float(jnp.abs(one).max()))
 
 
 def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -99,6 +114,22 @@ def test_optimizers_of_optax_and_its_contrib_are_found(name: str) -> None:
     assert jax.tree.leaves(state)
 
 
+def test_layers_updated_in_the_backward_pass_leave_one_gradient(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = ["--optimizer", "adam_mini4bit", "--param-dtype", "bfloat16"]
+    main([*PLAN, *whole, "--rounding", "compensated", "--update-in-backward"])
+    output = capsys.readouterr().out
+    assert "58,073,600 parameters in bfloat16, rounded compensated" in output
+    gradients, state = output.splitlines()[-2].split()[2:4]
+    # The head and the embedding are larger than a layer.
+    assert gradients == f"{2 * 32000 * 512 / GIB:.2f}"
+    main([*PLAN, *whole])
+    all_gradients, less = capsys.readouterr().out.splitlines()[-2].split()[2:4]
+    assert all_gradients == f"{2 * 58_073_600 / GIB:.2f}"
+    assert float(state) - float(less) == pytest.approx(58_073_600 / GIB, abs=0.01)
+
+
 def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     main([*PLAN, "--optimizer", "adamw", "--mesh", "fsdp=3"])
     assert "not cut: embed_tokens/embedding, layers/mlp/" in capsys.readouterr().out
@@ -107,6 +138,8 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--rounding", "stochastic"], "--rounding stochastic needs --param-dtype bfloat16"),
+        (["--model", "gpt2", "--update-in-backward"], "leave out --update-in-backward"),
         (["--mesh", "rows=2"], "must be a list such as fsdp=64,tp=4"),
         (["--optimizer", "microadan"], "did you mean microadam"),
         (["--optimizer", "microadam:layers=2"], "microadam has no option 'layers'; it has b1,"),
