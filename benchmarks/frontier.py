@@ -15,6 +15,7 @@ import optax
 from benchmarks.sweep import Setting, Trial, sweep
 from microadam_jax import (
     Refresh,
+    Storage,
     adam_mini,
     adam_mini4bit,
     adam_mini8bit,
@@ -34,10 +35,11 @@ from microadam_jax import (
     sinkhorn4bit,
     snsm,
 )
-from microadam_jax.codecs import dynamic4
+from microadam_jax.codecs import dynamic4, linear2
 
 OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
 RANK, EVERY = 32, 50
+TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
 
 
 def evenly(
@@ -95,10 +97,15 @@ TRIALS: dict[str, Trial] = {
     "snsm": Trial(evenly(snsm, rank=RANK, update_interval=Refresh(EVERY)), NORMS),
     # The search: what was tried and is no optimizer of the library.
     "Sinkhorn, float32": Trial(evenly(sinkhorn4bit, mu_codec="float32"), ADAM),
-    "Sinkhorn, 2 bits, beta = 0.8": Trial(evenly(sinkhorn2bit, beta=0.8), ADAM),
+    "Sinkhorn, float32, beta = 0.8": Trial(
+        evenly(sinkhorn4bit, beta=0.8, mu_codec="float32"), ADAM
+    ),
     "Sinkhorn, 4 bits to nearest": Trial(evenly(sinkhorn4bit, mu_codec="dynamic4"), ADAM),
-    "Sinkhorn, beta = 0.9": Trial(evenly(sinkhorn4bit, beta=0.9), ADAM),
-    "Muon, 4 bits": Trial(evenly(muon8bit, mu_codec=dynamic4(rounding="stochastic")), ADAM),
+    "Sinkhorn, 2 bits, beta = 0.8": Trial(evenly(sinkhorn2bit, beta=0.8), ADAM),
+    "Sinkhorn, 2 bits, 4 for embeddings and head": Trial(
+        evenly(sinkhorn2bit, mu_codec=Storage(TWO, rules=[(".*(embedding|head).*", FOUR)])), ADAM
+    ),
+    "Muon, 4 bits": Trial(evenly(muon8bit, mu_codec=FOUR), ADAM),
 }
 
 if __name__ == "__main__":
