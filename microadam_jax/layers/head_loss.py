@@ -54,7 +54,7 @@ def chunked_cross_entropy(
         >>> bool(jnp.allclose(loss, whole, atol=1e-5))
         True
 
-    Reference: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009), section 4.
+    Reference: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
     """
     if chunk < 1:
         raise ValueError(f"chunk must be a positive number of columns; got {chunk}.")

@@ -12,25 +12,14 @@ from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner import CompiledPlan, Model, compiled_plan, parse_mesh
 
 
-def planned(
-    topology: str, mesh: str, *, update_in_backward: bool = False, remat: bool = True, **sizes: Any
-) -> CompiledPlan:
+def planned(topology: str, mesh: str, **sizes: Any) -> CompiledPlan:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("the GPU compiler (jax_cuda13_plugin) is not installed: make test-targets")
     params = llama(layers=1, **sizes)
     stack = jax.tree.map(lambda leaf: leaf.update(shape=(1, *leaf.shape)), params["layers"]["0"])
     model = Model("one layer", params | {"layers": stack}, llama=True)
     make = optimizer("adamw")
-    return compiled_plan(
-        model,
-        make,
-        parse_mesh(mesh),
-        topology,
-        batch=8,
-        seq=128,
-        update_in_backward=update_in_backward,
-        remat=remat,
-    )
+    return compiled_plan(model, make, parse_mesh(mesh), topology, batch=8, seq=128)
 
 
 def test_a_step_on_the_gpus_of_two_hosts() -> None:
@@ -45,15 +34,3 @@ def test_a_step_that_exceeds_the_memory_of_a_gpu() -> None:
     """Its compiler refuses nothing."""
     plan = planned("h200", "", hidden=2**16, intermediate=2**17, vocab=512)
     assert plan.limit == 141 * GIB < plan.total
-
-
-def test_what_the_backward_pass_updates_and_recomputes_is_not_kept() -> None:
-    sizes = {"hidden": 512, "intermediate": 1024, "vocab": 8192}
-    kept, recomputed, updated = (
-        planned("h200", "", **options, **sizes).temporaries
-        for options in ({"remat": False}, {}, {"update_in_backward": True})
-    )
-    assert kept is not None
-    assert recomputed is not None
-    assert updated is not None
-    assert updated < 0.7 * recomputed < 0.7 * kept
