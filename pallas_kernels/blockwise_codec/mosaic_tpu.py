@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise_codec.piece import Piece, Plan, iota
-from pallas_kernels.blockwise_codec.reference import uniform
+from pallas_kernels.blockwise_codec.reference import codecs_unsupported, uniform
 from pallas_kernels.blockwise_codec.rule import Rule
 from pallas_kernels.blockwise_codec.span import Block
 from pallas_kernels.blockwise_codec.tiling import LANES, PIECE, Tiling, tiling
@@ -36,11 +36,9 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
         return f"the tensor needs two axes or more, none of them empty; its shape is {shape}"
     if math.prod(shape[:-2]) > 1 and shape[-2] < PIECE[0]:
         return f"the last axis but one needs {PIECE[0]} elements; the shape is {shape}"
-    for codec in codecs:
-        if not hasattr(codec, "codes_of"):
-            return f"{codec.name} is not stored in blocks of codes"
-        if codec.bits < 4:
-            return f"codes have 4 or 8 bits; those of {codec.name} have {codec.bits}"
+    reason = codecs_unsupported(codecs)
+    if reason is not None:
+        return reason
     tiles = _tiling(codecs, shape[-1], shape[-1])
     if isinstance(tiles, str):
         return tiles

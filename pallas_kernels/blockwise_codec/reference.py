@@ -37,6 +37,16 @@ def step(
     return output, tuple(stored)
 
 
+def codecs_unsupported(codecs: Sequence[Any]) -> str | None:
+    """Says why no kernel takes these codecs; None if one may."""
+    for codec in codecs:
+        if not hasattr(codec, "codes_of"):
+            return f"{codec.name} is not stored in blocks of codes"
+        if codec.bits < 4:
+            return f"codes have 4 or 8 bits; those of {codec.name} have {codec.bits}"
+    return None
+
+
 @jax.jit
 def uniform(position: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """Uniform random numbers in [0, 1), each a hash of a position and a key.

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gpu_blocks
-from pallas_kernels.blockwise_codec.reference import uniform
+from pallas_kernels.blockwise_codec.reference import codecs_unsupported, uniform
 from pallas_kernels.blockwise_codec.rule import Rule, evaluate
 from pallas_kernels.gpu_blocks import MAX_SIZE
 
@@ -28,11 +28,9 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
     shape = inputs[0].shape
     if not shape or 0 in shape:
         return f"the tensor needs an axis, and none that is empty; its shape is {shape}"
-    for codec in codecs:
-        if not hasattr(codec, "codes_of"):
-            return f"{codec.name} is not stored in blocks of codes"
-        if codec.bits < 4:
-            return f"codes have 4 or 8 bits; those of {codec.name} have {codec.bits}"
+    reason = codecs_unsupported(codecs)
+    if reason is not None:
+        return reason
     sizes = [codec.blocks.layout(shape[-1]).size for codec in codecs]
     if max(sizes) > MAX_SIZE:
         return f"blocks must have at most {MAX_SIZE} elements; these have {sizes}"
