@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.sweep import Setting, Trial, sweep
+from examples.llama.optimizers import with_faster_embeddings
 from microadam_jax import (
     Refresh,
     Storage,
@@ -50,14 +51,9 @@ def evenly(
     def setting(rate: optax.Schedule) -> optax.GradientTransformation:
         peak = float(jax.vmap(rate)(jnp.arange(10_000)).max())
         tx = factory(rate, weight_decay=0.0, **options)
-        return optax.chain(tx, optax.masked(optax.scale(others / peak), other_leaves))
+        return with_faster_embeddings(tx, others / peak)
 
     return setting
-
-
-def other_leaves(params: optax.Params) -> optax.Params:
-    """True for what is no linear map."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", params)
 
 
 def adafactor(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:

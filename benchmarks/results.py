@@ -129,7 +129,6 @@ def renewed(markdown: str) -> str:
 
 def mean_loss(runs: dict[int, Run]) -> float:
     """Returns the mean over seeds of one setting."""
-    """Returns the mean over seeds of one setting."""
     return statistics.mean(run.loss for run in runs.values())
 
 

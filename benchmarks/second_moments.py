@@ -3,11 +3,11 @@
 python -m benchmarks.second_moments --out runs/second_moments.csv
 """
 
-import jax
 import optax
 
 from benchmarks.sweep import Setting, Trial, sweep
 from examples.llama.config import Config
+from examples.llama.optimizers import with_faster_embeddings
 from microadam_jax import Partition, adam_mini, adam_sn, came
 from microadam_jax.layout.axes import Axes
 from microadam_jax.layout.names import transformer_rules
@@ -24,14 +24,7 @@ def mini(*own: tuple[str, str | Axes], b2: float = 0.999) -> Setting:
 
 def tenfold(rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW with AdamSN's learning rates: ten times as much for what is no linear map."""
-
-    def labels(params: optax.Params) -> optax.Params:
-        return jax.tree.map_with_path(
-            lambda path, _: "map" if path[-1].key == "kernel" else "other", params
-        )
-
-    other = optax.adamw(lambda count: 10 * rate(count), weight_decay=0.0)
-    return optax.partition({"map": optax.adamw(rate, weight_decay=0.0), "other": other}, labels)
+    return with_faster_embeddings(optax.adamw(rate, weight_decay=0.0), 10)
 
 
 ADAM, TENFOLD = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2, 4e-2)

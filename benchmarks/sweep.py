@@ -31,7 +31,7 @@ MODELS = {
 
 
 class Trial(NamedTuple):
-    """What one row of a table trains with.
+    """Describes what one row of a table trains with.
 
     Attributes:
         setting: makes the optimizer from its learning rate schedule.

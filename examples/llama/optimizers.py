@@ -45,7 +45,7 @@ def named(config: Named, *, clip: float) -> dict[str, optax.GradientTransformati
     """
     names = _names_by_label(config.optimizer)
     options = _options(config.opt, names)
-    peaks = _learning_rates("--lr", config.lr, _default_rates(names))
+    peaks = _rates_of_matrices(config)
     built = {}
     for label, name in names.items():
         method = METHODS.get(name)
@@ -76,8 +76,7 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
     relative = _relative_rates(config)
     for label, optimizer in built.items():
         if relative[label] != 1:
-            faster = optax.masked(optax.scale(relative[label]), _embeddings_and_norms)
-            optimizer = optax.chain(optimizer, faster)
+            optimizer = with_faster_embeddings(optimizer, relative[label])
         if config.rounding != "nearest":
             # Around the clip, which would round gradients once more.
             optimizer = microadam_jax.round_updates(optimizer, config.rounding, seed=config.seed)
@@ -121,16 +120,23 @@ def _options(flags: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str,
     return options
 
 
-def _embeddings_and_norms(params: optax.Params) -> optax.Params:
-    """True for what is no linear map."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", params)
+def with_faster_embeddings(
+    optimizer: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """Moves what is no linear map, so embeddings and norms, `factor` times as far."""
+
+    def others(params: optax.Params) -> optax.Params:
+        return jax.tree.map_with_path(lambda path, _: path[-1].key != "kernel", params)
+
+    return optax.chain(optimizer, optax.masked(optax.scale(factor), others))
 
 
-def _default_rates(names: dict[str, str]) -> dict[str, float]:
-    return {
+def _rates_of_matrices(config: Named) -> dict[str, float]:
+    defaults = {
         label: METHODS[name].learning_rate if name in METHODS else DEFAULT_LEARNING_RATE
-        for label, name in names.items()
+        for label, name in _names_by_label(config.optimizer).items()
     }
+    return _learning_rates("--lr", config.lr, defaults)
 
 
 def _learning_rates(
@@ -149,8 +155,8 @@ def _learning_rates(
 
 
 def _relative_rates(config: Config) -> dict[str, float]:
-    """How many times as fast as matrices the embeddings and norms of each label learn."""
-    matrices = _learning_rates("--lr", config.lr, _default_rates(_names_by_label(config.optimizer)))
+    """Divides the rate of embeddings and norms by that of matrices, for each label."""
+    matrices = _rates_of_matrices(config)
     others = _learning_rates("--embeddings-lr", config.embeddings_lr, matrices)
     for label, rate in matrices.items():
         if not rate and others[label]:
