@@ -1,1 +1,1 @@
-"""What the axes of a parameter are: names, axes, stacked layers, partition, subsets, matrices."""
+"""Tells what the axes of a parameter are: by names, shapes and the tree it stands in."""

@@ -1,4 +1,4 @@
-"""Which axis of a parameter stacks layers, and which layers are small: decided here alone."""
+"""Finds the axis of a parameter that stacks layers, and says which layers are small."""
 
 import dataclasses
 import functools

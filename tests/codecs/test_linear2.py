@@ -13,7 +13,7 @@ SHAPES = [(), (1,), (3,), (5, 1), (4, 768), (3, 1000), (2, 50257), (2, 2, 11008)
 
 
 def numbers(x: np.ndarray, xi: np.ndarray | float = 0.5) -> np.ndarray:
-    """What the codes of one block stand for, in float64; NaN where float32 may decide otherwise."""
+    """Rounds one block in float64; NaN where float32 may decide otherwise."""
     x = x.astype(np.float64)
     there = x[x != 0]
     scale = min(1.5 * np.sqrt(np.mean(there**2)), abs(there).max()) if there.size else 0.0

@@ -158,8 +158,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 # Whose updates depend on norms or maxima that elements share.
-MATRIX_MOMENTUM = "muon8bit", "sinkhorn4bit", "sinkhorn2bit"
-NORMS = ("adamw4bit", *MATRIX_MOMENTUM, "fira", "apollo", "apollo_mini", "snsm")
+NORMS = (
+    *("adamw4bit", "muon8bit", "sinkhorn4bit", "sinkhorn2bit"),
+    *("fira", "apollo", "apollo_mini", "snsm"),
+)
 # Whose composition is that of another; their numbers need a look of their own.
 ALIKE = (
     *("adamw4bit_factored", "adamw_fp8", "adam_mini8bit", "sparse_ggt", "mfac"),
@@ -181,7 +183,7 @@ def entry_of(name: str) -> Entry:
         shares=name in NORMS or "partition" in arguments or method.kind == "full matrix",
         coarse=method.kind == "low bits",
         couples=method.kind == "full matrix",
-        projects=method.kind == "subspace" or name in MATRIX_MOMENTUM,
+        projects="matrices" in method.parameters,
     )
 
 

@@ -26,7 +26,7 @@ from tests.targets.main_memory import bytes_moved
 ELEMENTWISE = {
     name: method.factory
     for name, method in METHODS.items()
-    if method.kind == "low bits" and not name.startswith(("muon", "sinkhorn"))
+    if method.kind == "low bits" and "matrices" not in method.parameters
 }
 
 

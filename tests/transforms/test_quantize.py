@@ -37,9 +37,7 @@ from tests.oracles import low_bit as oracle
 ROW = Blocks(64, shards=1)
 LOW_BIT = {name: m.factory for name, m in METHODS.items() if m.kind == "low bits"}
 ELEMENTWISE = {
-    name: make
-    for name, make in LOW_BIT.items()
-    if name not in ("muon8bit", "sinkhorn4bit", "sinkhorn2bit")
+    name: make for name, make in LOW_BIT.items() if "matrices" not in METHODS[name].parameters
 }
 LARGE = {"mlp": {"kernel": (96, 1024)}, "bias": (64,), "stack": (3, 32, 512)}
 
