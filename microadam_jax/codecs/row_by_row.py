@@ -11,10 +11,7 @@ from microadam_jax.codecs.rounding import Draw
 class RowByRow(abc.ABC):
     """Quantizes each row by itself: chunks share no arrays."""
 
-    @property
-    def shared(self) -> str | None:
-        """No array of it belongs to all rows."""
-        return None
+    shared = None
 
     @abc.abstractmethod
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> Any:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.layout.partition import (
     Assignment,
     Partition,
@@ -20,7 +19,7 @@ from microadam_jax.layout.subsets import Subsets
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.transforms.transformation import require_kind, transformation
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
 class ScaleBySubsetNormState(NamedTuple):
@@ -99,11 +98,11 @@ def scale_by_subset_norm(
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleBySubsetNormState:
-        assign = partition.assign(params)
+        assignments = partition.assign(params)
         costs: list[tuple[Assignment, int]] = []
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
-            assignment = assign(path, parameter)
+            assignment = assignments[path]
             if subsets.rule == "larger":
                 remark_assignment(path, assignment)
                 costs.append((assignment, assignment.bytes))
@@ -124,7 +123,7 @@ def scale_by_subset_norm(
     ) -> tuple[optax.Updates, ScaleBySubsetNormState]:
         del extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
-        assign = partition.assign(updates)
+        assignments = partition.assign(updates)
         correction = jnp.float32(1)
         if b2 is not None:
             correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
@@ -132,7 +131,7 @@ def scale_by_subset_norm(
         def scale(
             path: KeyPath, g: jax.Array, target: jax.Array, mu: jax.Array, nu: jax.Array
         ) -> tuple[jax.Array, ...]:
-            sharing = subsets.of(assign(path, g))
+            sharing = subsets.of(assignments[path])
             require_shape(path, nu, sharing.moment_shape)
             g = g.astype(jnp.float32)
             squares = sharing.mean(jnp.square(g))

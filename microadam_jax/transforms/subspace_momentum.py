@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.partition import require_shape
 from microadam_jax.layout.subsets import Subsets
@@ -28,7 +27,7 @@ from microadam_jax.subspace.refresh import Refresh, rotate_first
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.transforms.transformation import require_kind, transformation
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
 class SubspaceMomentumState(NamedTuple):
@@ -121,10 +120,10 @@ def subspace_momentum(
         return Layout(rows=subspace.size(view), columns=None)
 
     def init(params: optax.Params) -> SubspaceMomentumState:
-        assign = projection.assign(params)
+        leaves = projection.assign(params)
 
         def zeros(path: KeyPath, parameter: jax.Array) -> Arrays:
-            assigned = assign(path, parameter).assigned
+            assigned = leaves[path].assigned
             view = assigned.view
             if view is None:
                 mu = state_zeros(parameter, parameter.shape, jnp.float32)
@@ -152,7 +151,7 @@ def subspace_momentum(
     ) -> tuple[optax.Updates, SubspaceMomentumState]:
         del extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
-        assign = projection.assign(updates)
+        leaves = projection.assign(updates)
         if b2 is None:
             correction: ArrayLike = 1.0
         else:
@@ -166,7 +165,7 @@ def subspace_momentum(
             nu: jax.Array,
             *stored: jax.Array,
         ) -> Arrays:
-            leaf = assign(path, g)
+            leaf = leaves[path]
             view, sharing = leaf.assigned.view, subsets.of(leaf.assigned.assignment)
             require_shape(path, nu, sharing.moment_shape)
             g = float32(g)
