@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +41,8 @@ class Storage:
         codec: a codec or its name.
         rules: pairs of a path pattern and a codec for the leaves whose path it matches; the first
             match counts. A pattern is a regular expression for the end of a path, as for
-            :class:`Partition`: ``"embedding"``, or ``"embedding/.*"`` for what stands below one.
+            :class:`Partition`: ``"embedding"``, or ``"embedding/.*"`` for what stands below one. A
+            rule that matches no leaf is warned of when a state is made.
         min_size: leaves with fewer elements stay in float32. The size is that of the whole
             leaf, never of a device's shard of it, and of one layer where layers are stacked.
         min_row: leaves whose last axis is shorter stay in float32, because the scales of short
@@ -209,6 +211,16 @@ class Storage:
         return tuple(by_name[slot] if slot in by_name else unused() for slot in self.slots)
 
     def _field(self, columns: Sequence[Any], tree: Any) -> Field:
+        paths = [path_name(box_path(path)) for path, _ in jax.tree.leaves_with_path(tree)]
+        for pattern, _ in self.rules:
+            if paths and not any(map(path_pattern(pattern).search, paths)):
+                warnings.warn(
+                    f"The rule for {pattern!r} in a Storage matches none of {len(paths)} leaves, "
+                    f"such as {paths[0]!r}. A pattern matches the end of a path: 'embedding', or "
+                    "'embedding/.*' for what stands below one. Mend it, or leave the rule out.",
+                    UserWarning,
+                    stacklevel=2,
+                )
         return self.field([boxed_blocks(column, tree) for column in columns])
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
 from microadam_jax.layout.path_rules import path_pattern
 from microadam_jax.layout.stacks import layer_axis_of
@@ -59,8 +60,7 @@ class PowerSGD:
 
     def __post_init__(self) -> None:
         path_pattern(self.stacked or "")
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"PowerSGD.rank must be a positive int; got {self.rank!r}.")
+        require_positive("PowerSGD.rank", self.rank)
 
     @property
     def Carried(self) -> type[RightFactor]:

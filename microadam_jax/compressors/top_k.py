@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.layout.path_rules import path_pattern
@@ -66,8 +67,8 @@ class TopK:
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"TopK.density must lie in (0, 1]; got {self.density}.")
-        if self.count is not None and (not isinstance(self.count, int) or self.count < 1):
-            raise ValueError(f"TopK.count must be a positive integer; got {self.count!r}.")
+        if self.count is not None:
+            require_positive("TopK.count", self.count)
         if not isinstance(self.blocks, Blocks):
             raise TypeError(f"TopK.blocks must be such as Blocks(256); got {self.blocks!r}.")
         if self.blocks.size > MAX_BLOCK:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
-from microadam_jax.layout.partition import Assignment, Partition
+from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
@@ -50,6 +50,7 @@ class Matrices:
         partition: the rules of the names; None stands for those of :func:`transformer_rules`.
 
     Raises:
+        TypeError: if ``partition`` is not a :class:`Partition`.
         ValueError: if ``side`` or ``square`` is not one of those, or a pattern is not a regular
             expression.
 
@@ -75,6 +76,7 @@ class Matrices:
             raise ValueError(f"Matrices.side must be one of {SIDES}; got {self.side!r}.")
         if self.square not in ("in", "out"):
             raise ValueError(f"Matrices.square must be 'in' or 'out'; got {self.square!r}.")
+        as_partition(self.partition)
         path_pattern(self.exclude or "")
         object.__setattr__(self, "dimension_numbers", PathRules(self.dimension_numbers))
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 
+from microadam_jax.arguments import require_kind
 from microadam_jax.boxes import box_path
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
@@ -194,6 +195,18 @@ class Partition:
         return None
 
 
+def as_partition(partition: Partition | None) -> Partition:
+    """Returns ``partition``, or ``Partition()`` for None.
+
+    Raises:
+        TypeError: if it is of another class, such as a list of rules.
+    """
+    if partition is None:
+        return Partition()
+    require_kind(Partition, partition=partition)
+    return partition
+
+
 @dataclasses.dataclass(frozen=True)
 class PartitionReport:
     """Records what a partition does to each parameter of a tree; prints as a table.
@@ -244,6 +257,7 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
         The report; print it.
 
     Raises:
+        TypeError: if ``partition`` is not a :class:`Partition`.
         ValueError: if ``partition`` has ``unknown="error"`` and a parameter follows no rule.
 
     Examples:
@@ -253,7 +267,7 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
         >>> print(report.assignments[0].rule, report.unnamed)
         token embed -> token ()
     """
-    assign = (partition or Partition()).assign(params)
+    assign = as_partition(partition).assign(params)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return PartitionReport(tuple(assign(path, leaf) for path, leaf in leaves))
 
