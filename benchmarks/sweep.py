@@ -21,6 +21,7 @@ from benchmarks import results
 from benchmarks.results import ROOT, Run
 from examples.llama.config import Config
 from examples.llama.data import load_corpus
+from examples.llama.optimizers import with_faster_embeddings
 from examples.llama.training import train
 
 Setting = Callable[[optax.Schedule], optax.GradientTransformation]
@@ -38,12 +39,14 @@ class Trial(NamedTuple):
         rates: the learning rates to try, unless the command line names some.
         config: what differs from the job of the others.
         around: wraps the optimizer with its clip.
+        others: the rate of embeddings and norms at its highest; None for that of all.
     """
 
     setting: Setting
     rates: Sequence[float]
     config: Mapping[str, Any] = MappingProxyType({})
     around: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+    others: float | None = None
 
 
 def sweep(description: str, trials: Mapping[str, Trial]) -> None:
@@ -75,7 +78,7 @@ def sweep(description: str, trials: Mapping[str, Trial]) -> None:
         for rate in args.rates or trial.rates:
             if (name, rate, seed, args.model, args.steps) in done:
                 continue
-            tx = trial.around(clipped(trial.setting, rate, args.steps))
+            tx = trial.around(clipped(trial, rate, args.steps))
             own = dataclasses.replace(config, seed=seed, **trial.config)
             result = train(own, tx, corpus)
             size = result.state_bytes / result.parameters
@@ -86,10 +89,13 @@ def sweep(description: str, trials: Mapping[str, Trial]) -> None:
     print("\n".join(results.table(results.read(args.out))))
 
 
-def clipped(setting: Setting, rate: float, steps: int) -> optax.GradientTransformation:
+def clipped(trial: Trial, rate: float, steps: int) -> optax.GradientTransformation:
     """Clips gradients, warms the learning rate up, and lets it fall to a tenth."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, 0.1 * rate)
-    return optax.chain(optax.clip_by_global_norm(1.0), setting(schedule))
+    tx = trial.setting(schedule)
+    if trial.others is not None:
+        tx = with_faster_embeddings(tx, trial.others / rate)
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
 def commit() -> str:

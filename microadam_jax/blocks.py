@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from microadam_jax.arguments import if_traced
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout:
@@ -69,9 +71,9 @@ class Blocks:
     multiple: int = 2
 
     def __post_init__(self) -> None:
-        _require_static_int("Blocks.size", self.size)
-        _require_static_int("Blocks.shards", self.shards)
-        _require_static_int("Blocks.multiple", self.multiple)
+        _require_integer("Blocks.size", self.size)
+        _require_integer("Blocks.shards", self.shards)
+        _require_integer("Blocks.multiple", self.multiple)
         if self.multiple not in (2, 4):
             raise ValueError(f"Blocks.multiple must be 2 or 4; got {self.multiple!r}.")
         if self.size < 1 or self.size % self.multiple:
@@ -141,10 +143,7 @@ def in_row(layout: BlockLayout) -> jax.Array:
     return (block < layout.count - 1) | (lane < layout.size - layout.padding)
 
 
-def _require_static_int(name: str, value: object) -> None:
+def _require_integer(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(
-            f"{name} shapes the state, so it must be a plain Python int; got "
-            f"{type(value).__name__}. Keep it inside its spec object: "
-            "optax.inject_hyperparams turns bare numbers into traced arrays."
-        )
+        hint = if_traced(value, "block_size")
+        raise TypeError(f"{name} must be an integer of Python; got {value!r}.{hint}")

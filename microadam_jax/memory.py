@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.stacks import is_small, layer_axes
 from microadam_jax.trees import KeyPath, leaf_shapes, owner_of, path_name
@@ -92,6 +93,7 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
         The bytes by state field and in total.
 
     Raises:
+        TypeError: if ``tx`` is not a transformation.
         Exception: what ``tx.init`` raises.
 
     Examples:
@@ -113,6 +115,7 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
         AdamW, float32                         134,217,728  0.125       8.0000
         AdamW, bfloat16                         67,108,864  0.062       4.0000
     """
+    require_transformation(tx=tx)
     remarks: dict[str, list[str]] = defaultdict(list)
     with within(notes=remarks):
         # A fresh function each time: eval_shape would answer a known one from its cache,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.memory import named_leaves
 
@@ -37,6 +38,9 @@ def state_format(tx: optax.GradientTransformation, params: optax.Params) -> dict
         The library's format version, the settings of its links, and for each state field the
         dtypes of its arrays and how many numbers are in them.
 
+    Raises:
+        TypeError: if ``tx`` is not a transformation.
+
     Examples:
         >>> import jax
         >>> from microadam_jax import microadam, state_format
@@ -45,6 +49,7 @@ def state_format(tx: optax.GradientTransformation, params: optax.Params) -> dict
         >>> saved["window"], saved["ScaleByWindowAdamState.window_indices"]
         ('10 in bfloat16', 'uint8: 81,920')
     """
+    require_transformation(tx=tx)
     settings: dict[str, str] = {}
     with within(settings=settings):
         # A fresh function each time: eval_shape would answer a known one without running it.

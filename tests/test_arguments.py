@@ -9,17 +9,21 @@ import pytest
 
 from microadam_jax import (
     Blocks,
+    Matrices,
     MicroAdamLayout,
     Refresh,
+    Storage,
     Window,
     adam_mini,
     adam_mini8bit,
     adam_sn,
     adamw4bit_factored,
+    adamw8bit,
     apollo_mini,
     came,
     compress,
     error_feedback,
+    explain_partition,
     galore,
     grass,
     memory_report,
@@ -33,6 +37,7 @@ from microadam_jax import (
     top_k,
 )
 from microadam_jax.codecs import affine4
+from microadam_jax.methods import METHODS
 from microadam_jax.subspace import gaussian, svd, top_k_rows
 
 PARAMS = {"mlp": {"kernel": jax.ShapeDtypeStruct((1000, 11008), "float32")}}
@@ -68,7 +73,7 @@ def test_the_papers_buckets_stay_with_other_blocks() -> None:
     ("arguments", "message"),
     [
         ({"density": 1.5}, r"TopK.density must lie in \(0, 1\]"),
-        ({"window": 0}, "Window.length must be a positive int"),
+        ({"window": 0}, "Window.length must be a positive integer; got 0"),
         ({"block_size": 7}, "Blocks.size must be a positive multiple of 2"),
         ({"block_size": 65536}, "at most 32768"),
         ({"layout": "slow"}, "Unknown layout 'slow'"),
@@ -84,7 +89,7 @@ def test_numbers_out_of_range_are_refused(arguments: Any, message: str) -> None:
 def test_traced_numbers_of_a_layout_are_refused(argument: dict[str, Any]) -> None:
     (name,) = argument
     injected = optax.inject_hyperparams(microadam)(1e-3, **argument)
-    with pytest.raises(TypeError, match=rf"{name} shapes the state.*static_args=\('{name}',\)"):
+    with pytest.raises(TypeError, match=rf"{name} must be .*static_args=\('{name}',\)"):
         injected.init({"w": jnp.zeros((8, 512))})
     injected = optax.inject_hyperparams(microadam, static_args=(name,))(1e-3, **argument)
     injected.init({"w": jnp.zeros((8, 512))})
@@ -137,13 +142,16 @@ def test_an_interval_keeps_what_the_method_does_with_moments() -> None:
         (lambda: adam_sn(1e-3, subsets="runs"), "subsets must be .* Subsets.*'runs'"),
         (lambda: snsm(1e-3, subsets=8), "subsets must be .* Subsets.*got 8"),
         (lambda: muon8bit(1e-3, matrices="kernel"), "matrices must be .* Matrices.*'kernel'"),
+        (lambda: Matrices(partition=4), "partition must be .* Partition.*got 4"),
+        (lambda: explain_partition(PARAMS, [("w", "in | out -> out")]), r"partition must .*\[\("),
+        (lambda: memory_report(adam_mini, PARAMS), r"tx must be a transf.*Call it: adam_mini\("),
         (lambda: galore(1e-3, matrices="kernel"), "matrices must be .* Matrices.*'kernel'"),
         (lambda: galore(1e-3, complement="sign"), "complement must be .* Discard.*'sign'"),
         (lambda: project_gradients(optax.trace(0.9), svd), "subspace must be a subspace.*<func"),
         (lambda: project_gradients(optax.trace(0.9), svd(2), 10), "refresh must be .*got 10"),
         (lambda: adam_mini8bit(1e-3, mu_codec=8), "codec must be .*dynamic8.*got 8"),
         (lambda: error_feedback(top_k(), None), "codec must be .*dynamic8.*got None"),
-        (lambda: affine4(64.0), "Blocks.size shapes the state.*plain Python int; got float"),
+        (lambda: affine4(64.0), "Blocks.size must be an integer of Python; got 64.0"),
         (lambda: quantize_state(optax.trace(0.9), "dynamic8"), "codecs must name .*'dynamic8'"),
         (lambda: compress(top_k), "compressor must be .*<function top_k"),
         (lambda: sparse_mfac(1e-3, compressor=0.1), "compressor must be .*got 0.1"),
@@ -166,8 +174,25 @@ def test_parts_of_another_class_are_refused(make: Any, message: str) -> None:
         (lambda: adam_mini(1e-3, mu_dtype="float23"), "mu_dtype must be .* got 'float23'"),
         (lambda: error_feedback(residual="dynamic8_unsigned"), "both signs.*dynamic8_unsigned"),
         (lambda: top_k(count=1.5), "count must be a positive integer; got 1.5"),
+        (lambda: Window(True), "Window.length must be a positive integer; got True"),
     ],
 )
 def test_values_that_a_state_cannot_have_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rate_is_a_number_or_a_schedule(name: str) -> None:
+    for rate in (None, "1e-3", True):
+        with pytest.raises(TypeError, match=f"learning_rate must be a number.*got {rate!r}"):
+            METHODS[name].factory(rate)
+    METHODS[name].factory(lambda count: 1e-3)
+
+
+def test_a_rule_that_matches_nothing_is_warned_of() -> None:
+    params = {"wte": {"embedding": jnp.zeros((64, 128))}}
+    misspelt = Storage("dynamic8", rules=[("embeding", "float32")])
+    with pytest.warns(UserWarning, match="'embeding'.* none of 1 leaves, such as 'wte/embedding'"):
+        adamw8bit(1e-3, mu_codec=misspelt).init(params)
+    adamw8bit(1e-3, mu_codec=Storage("dynamic8", rules=[("embedding", "float32")])).init(params)

@@ -11,7 +11,7 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 from microadam_jax.codecs import Codec
 from microadam_jax.compressors import PowerSGD, TopK, power_sgd, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_ggt, scale_by_mfac
-from microadam_jax.transforms.decay import add_decayed_weights
+from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
 
 # A leaf kept dense costs 2 m bytes per parameter here, not Adam's 8: none is too small to compress.
 EVERY_LEAF = top_k(min_size=0, min_row=0)
@@ -56,9 +56,10 @@ def sparse_mfac(
         The optimizer.
 
     Raises:
-        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
-            part is of another class, or ``damping`` is an array in fewer bits than float32; in
-            ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``window`` is traced
+            (``optax.inject_hyperparams`` needs ``static_args``) or a part is of another class, or
+            ``damping`` is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``damping`` is not positive, or ``residual`` is an unknown name or has no
             negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
             number 0.
@@ -77,7 +78,7 @@ def sparse_mfac(
         error_feedback(compressor, residual),
         scale_by_mfac(window, damping, compressor=compressor),
         add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -122,9 +123,10 @@ def lowrank_mfac(
         The optimizer.
 
     Raises:
-        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
-            part is of another class, or ``damping`` is an array in fewer bits than float32; in
-            ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``window`` is traced
+            (``optax.inject_hyperparams`` needs ``static_args``) or a part is of another class, or
+            ``damping`` is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``damping`` is not positive, or ``residual`` is an unknown name or has no
             negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
             number 0.
@@ -144,7 +146,7 @@ def lowrank_mfac(
         add_decayed_weights(weight_decay, mask),
         error_feedback(compressor, residual),
         scale_by_mfac(window, damping, compressor=compressor),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -184,9 +186,10 @@ def sparse_ggt(
         The optimizer.
 
     Raises:
-        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or a
-            part is of another class, or ``eps`` is an array in fewer bits than float32; in
-            ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``window`` is traced
+            (``optax.inject_hyperparams`` needs ``static_args``) or a part is of another class, or
+            ``eps`` is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``eps`` is not positive, ``residual`` is an unknown name or has no negative
             numbers, or the window is normalized; in ``update`` without ``params``, unless
             ``weight_decay`` is the number 0.
@@ -205,7 +208,7 @@ def sparse_ggt(
         add_decayed_weights(weight_decay, mask),
         error_feedback(compressor, residual),
         scale_by_ggt(window, eps, compressor=compressor),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -243,9 +246,10 @@ def mfac(
         The optimizer.
 
     Raises:
-        TypeError: if ``window`` is traced (``optax.inject_hyperparams`` needs ``static_args``) or
-            of another class, or ``damping`` is an array in fewer bits than float32; in ``init``, if
-            a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``window`` is traced
+            (``optax.inject_hyperparams`` needs ``static_args``) or of another class, or ``damping``
+            is an array in fewer bits than float32; in ``init``, if a leaf is not a floating-point
+            array.
         ValueError: if ``damping`` is not positive; in ``update`` without ``params``, unless
             ``weight_decay`` is the number 0.
 
@@ -262,5 +266,5 @@ def mfac(
     return optax.chain(
         add_decayed_weights(weight_decay, mask),
         scale_by_mfac(window, damping),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )

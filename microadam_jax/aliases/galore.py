@@ -29,6 +29,7 @@ from microadam_jax.transforms import (
     project_gradients,
     scale_by_uncorrected_adam,
 )
+from microadam_jax.transforms.decay import scale_by_learning_rate
 
 Mask = Any | Callable[[optax.Params], Any] | None
 HIDDEN = Matrices(exclude=OUTPUT_HEAD)  # all linear maps but the last, as most papers have it
@@ -84,9 +85,10 @@ def galore(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
-            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
-            in ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
+            ``complement`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
+            decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -114,7 +116,7 @@ def galore(
             b2=b2,
         ),
         correct_bias(b1, b2),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         decay_updated_weights(learning_rate, weight_decay, mask),
     )
 
@@ -168,9 +170,10 @@ def fira(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
-            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
-            in ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
+            ``complement`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
+            decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -252,9 +255,10 @@ def apollo(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class,
-            ``weight_decay`` is a schedule, or a decay rate is an array in fewer bits than float32;
-            in ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
+            ``complement`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
+            decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -320,9 +324,9 @@ def apollo_mini(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` or ``matrices`` is of another class, ``weight_decay`` is a
-            schedule, or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf
-            is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace`` or
+            ``matrices`` is of another class, ``weight_decay`` is a schedule, or a decay rate is an
+            array in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``update_interval`` is not a positive integer (``optax.inject_hyperparams``
             needs ``static_args=("update_interval",)``); in ``update`` without ``params``, unless
             ``weight_decay`` is the number 0.

@@ -56,9 +56,9 @@ def adamw8bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or a codec is neither a codec
+            nor a name; in ``init``, if a leaf is not a floating-point array.
         ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
             ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -126,9 +126,9 @@ def adamw4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or a codec is neither a codec
+            nor a name; in ``init``, if a leaf is not a floating-point array.
         ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
             ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -193,9 +193,9 @@ def adamw_fp8(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or a codec is neither a codec nor a name; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or a codec is neither a codec
+            nor a name; in ``init``, if a leaf is not a floating-point array.
         ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
             ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -257,9 +257,9 @@ def adamw4bit_factored(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
-            is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -320,9 +320,9 @@ def adam_mini8bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
-            is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -387,9 +387,9 @@ def adam_mini4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
-            is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 

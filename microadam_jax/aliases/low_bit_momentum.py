@@ -53,9 +53,9 @@ def lion4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a decay rate is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``mu_codec`` is of another class; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a decay rate is an array
+            in fewer bits than float32, ``weight_decay`` is a schedule, or ``mu_codec`` is of
+            another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -122,9 +122,9 @@ def muon8bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
-            not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
+            is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -196,9 +196,9 @@ def sinkhorn4bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
-            not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
+            is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 
@@ -269,9 +269,9 @@ def sinkhorn2bit(
         The optimizer.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``matrices`` or ``mu_codec`` is of another class; in ``init``, if a leaf is
-            not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
+            is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
             without ``params``, unless ``weight_decay`` is the number 0.
 

@@ -17,7 +17,7 @@ from microadam_jax.transforms import (
     scale_by_came,
     scale_by_subset_norm,
 )
-from microadam_jax.transforms.decay import add_decayed_weights
+from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
 from microadam_jax.transforms.descent import descend
 
 
@@ -66,9 +66,9 @@ def adam_mini(
         The transformation.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``partition`` or ``mu_codec`` is of another class; in ``init``, if a leaf
-            is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
+            ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
             has no negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is
             the number 0.
@@ -139,9 +139,9 @@ def adam_sn(
         The transformation.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``subsets`` or ``partition`` is of another class; in ``init``, if a leaf is
-            not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``subsets`` or ``partition``
+            is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
             unless ``weight_decay`` is the number 0.
 
@@ -156,7 +156,7 @@ def adam_sn(
     """
     return optax.chain(
         scale_by_subset_norm(b1, b2, eps, subsets=subsets, partition=partition, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         decay_updated_weights(learning_rate, weight_decay, mask),
     )
 
@@ -200,9 +200,9 @@ def adagrad_sn(
         The transformation.
 
     Raises:
-        TypeError: if a number is an array in fewer bits than float32, ``weight_decay`` is a
-            schedule, or ``subsets`` or ``partition`` is of another class; in ``init``, if a leaf is
-            not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
+            fewer bits than float32, ``weight_decay`` is a schedule, or ``subsets`` or ``partition``
+            is of another class; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
             unless ``weight_decay`` is the number 0.
 
@@ -222,7 +222,7 @@ def adagrad_sn(
         scale_by_subset_norm(
             b1, None, eps, subsets=subsets, partition=partition, mu_dtype=mu_dtype
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         decay_updated_weights(learning_rate, weight_decay, mask),
     )
 
@@ -271,8 +271,9 @@ def came(
         The transformation.
 
     Raises:
-        TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
-            ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, a decay rate or an
+            epsilon is an array in fewer bits than float32, or ``partition`` is of another class; in
+            ``init``, if a leaf is not a floating-point array.
         ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
             unless ``weight_decay`` is the number 0.
 
@@ -297,5 +298,5 @@ def came(
             mu_dtype=mu_dtype,
         ),
         add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )

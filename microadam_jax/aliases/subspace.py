@@ -23,7 +23,7 @@ from microadam_jax.subspace import (
     top_k_rows,
 )
 from microadam_jax.transforms import decay_updated_weights, project_gradients, subspace_momentum
-from microadam_jax.transforms.decay import add_decayed_weights
+from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
 
 
 def grass(
@@ -74,8 +74,9 @@ def grass(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace`` or ``matrices`` is of another class, or a decay rate is an array
-            in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace`` or
+            ``matrices`` is of another class, or a decay rate is an array in fewer bits than
+            float32; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -103,7 +104,7 @@ def grass(
             b2=b2,
         ),
         add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -160,9 +161,9 @@ def ldadam(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class, or a decay
-            rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
+            ``complement`` or ``matrices`` is of another class, or a decay rate is an array in fewer
+            bits than float32; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -189,7 +190,7 @@ def ldadam(
             b2=b2,
         ),
         add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -240,9 +241,9 @@ def dct_adamw(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace``, ``complement`` or ``matrices`` is of another class, or a decay
-            rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
+            ``complement`` or ``matrices`` is of another class, or a decay rate is an array in fewer
+            bits than float32; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -268,7 +269,7 @@ def dct_adamw(
             b2=b2,
         ),
         add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -323,9 +324,10 @@ def snsm(
         The transformation.
 
     Raises:
-        TypeError: if ``subspace``, ``subsets`` or ``matrices`` is of another class,
-            ``weight_decay`` is a schedule, or a number is an array in fewer bits than float32; in
-            ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
+            ``subsets`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
+            number is an array in fewer bits than float32; in ``init``, if a leaf is not a
+            floating-point array.
         ValueError: if ``rank`` or ``update_interval`` is not a positive integer
             (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
             ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
@@ -351,6 +353,6 @@ def snsm(
             subsets=subsets,
             matrices=matrices,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         decay_updated_weights(learning_rate, weight_decay, mask),
     )

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
+from microadam_jax.arguments import if_traced
 from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import TopK, top_k
@@ -42,11 +43,9 @@ class MicroAdamLayout:
         """
         settings = {"density": density, "window": window, "block_size": block_size}
         for name, value in settings.items():
-            if isinstance(value, jax.Array):
-                raise TypeError(
-                    f"{name} shapes the state and cannot be a traced array: give "
-                    f"optax.inject_hyperparams(microadam, static_args=({name!r},))."
-                )
+            hint = if_traced(value, name)
+            if hint:
+                raise TypeError(f"{name} must be a number of Python; got {value!r}.{hint}")
         compressor, residual = self.compressor, self.residual
         if density is not None:
             compressor = dataclasses.replace(compressor, density=density, count=None)
@@ -122,10 +121,10 @@ def microadam(
         The optimizer.
 
     Raises:
-        TypeError: if ``density``, ``window`` or ``block_size`` is traced
-            (``optax.inject_hyperparams`` needs ``static_args``), ``layout`` is of another class,
-            ``weight_decay`` is a schedule, or a number is an array in fewer bits than float32; in
-            ``init``, if a leaf is not a floating-point array.
+        TypeError: if ``learning_rate`` is neither a number nor a schedule, ``density``, ``window``
+            or ``block_size`` is traced (``optax.inject_hyperparams`` needs ``static_args``),
+            ``layout`` is of another class, ``weight_decay`` is a schedule, or a number is an array
+            in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
         ValueError: if ``layout`` is not a known name, ``density`` is outside (0, 1], ``window`` is
             not a positive integer, ``block_size`` is not a positive even integer of at most 32768,
             or ``alpha`` is outside [0, 1); in ``update`` without ``params``, unless

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, split
 from microadam_jax.blocks import merge as merge_blocks
 from microadam_jax.codecs.maps import NF4, Dynamic8
@@ -74,8 +75,7 @@ class Nf4:
     group: int = 256
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group, int) or self.group < 1:
-            raise ValueError(f"group must be a positive integer; got {self.group!r}.")
+        require_positive("group", self.group)
 
     @property
     def name(self) -> str:

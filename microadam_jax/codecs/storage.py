@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ class Storage:
         codec: a codec or its name.
         rules: pairs of a path pattern and a codec for the leaves whose path it matches; the first
             match counts. A pattern is a regular expression for the end of a path, as for
-            :class:`Partition`: ``"embedding"``, or ``"embedding/.*"`` for what stands below one.
+            :class:`Partition`: ``"embedding"``, or ``"embedding/.*"`` for what stands below one. A
+            rule that matches no leaf is warned of when a state is made.
         min_size: leaves with fewer elements stay in float32. The size is that of the whole
             leaf, never of a device's shard of it, and of one layer where layers are stacked.
         min_row: leaves whose last axis is shorter stay in float32, because the scales of short
@@ -231,8 +233,20 @@ class Storage:
         return tuple(by_name[slot] if slot in by_name else unused() for slot in self.slots)
 
     def _field(self, columns: Sequence[Any], tree: Any) -> Field:
+        self._warn_unmatched([leaf.path for leaf in leaf_shapes(tree).values()])
         boxed = (boxed_blocks(column, tree) for column in columns)
         return {self.label: dict(zip(self.slots, boxed, strict=True))}
+
+    def _warn_unmatched(self, paths: Sequence[str]) -> None:
+        for pattern, _ in self.rules:
+            if paths and not any(map(path_pattern(pattern).search, paths)):
+                warnings.warn(
+                    f"The rule for {pattern!r} in a Storage matches none of {len(paths)} leaves, "
+                    f"such as {paths[0]!r}. A pattern matches the end of a path: 'embedding', or "
+                    "'embedding/.*' for what stands below one. Mend it, or leave the rule out.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
 from microadam_jax.layout.path_rules import path_pattern
-from microadam_jax.layout.stacks import layer_axis_of
+from microadam_jax.layout.stacks import STACKED, layer_axis_of
 from microadam_jax.sharding import contract, moment_zeros, place_moment
 from microadam_jax.trees import KeyPath, leaf_key
 
@@ -46,7 +47,8 @@ class PowerSGD:
         rank: :math:`r`. Vectors, and matrices of which the factors would be no smaller, are kept
             dense.
         stacked: a path pattern for what stacks layers along its first axis, as for
-            :class:`Partition`; each layer is a matrix of its own.
+            :class:`Partition`; each layer is a matrix of its own. A leaf is seen without the
+            others, so that the default goes by its own name and axes.
         seed: of :math:`Q_0`, which is drawn from the seed and the leaf's path.
 
     Raises:
@@ -54,13 +56,12 @@ class PowerSGD:
     """
 
     rank: int = 4
-    stacked: str | None = None
+    stacked: str = STACKED
     seed: int = 0
 
     def __post_init__(self) -> None:
-        path_pattern(self.stacked or "")
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"PowerSGD.rank must be a positive int; got {self.rank!r}.")
+        path_pattern(self.stacked)
+        require_positive("PowerSGD.rank", self.rank)
 
     @property
     def Carried(self) -> type[RightFactor]:
@@ -139,7 +140,7 @@ class PowerSGD:
         return (layers, *(1,) * (leaf.ndim - 2), leaf.shape[-1])
 
 
-def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> PowerSGD:
+def power_sgd(rank: int = 4, stacked: str = STACKED, seed: int = 0) -> PowerSGD:
     """Returns PowerSGD, a low-rank approximation of each matrix; see :class:`PowerSGD`.
 
     Give it by itself to :func:`error_feedback`: under ``optax.inject_hyperparams`` the bare
@@ -147,7 +148,7 @@ def power_sgd(rank: int = 4, stacked: str | None = None, seed: int = 0) -> Power
 
     Args:
         rank: of the approximation.
-        stacked: a regular expression for the paths of stacked layers.
+        stacked: a path pattern for what stacks layers.
         seed: of the first right factors.
 
     Returns:

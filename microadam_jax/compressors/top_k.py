@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.layout.path_rules import path_pattern
-from microadam_jax.layout.stacks import is_small, layer_axis_of
+from microadam_jax.layout.stacks import STACKED, is_small, layer_axis_of
 from microadam_jax.sharding import state_zeros
 from microadam_jax.trees import KeyPath
 from pallas_kernels.topk_compress import select_top_k
@@ -41,7 +42,8 @@ class TopK:
         min_row: leaves whose rows are shorter than this are kept dense, because the
             bookkeeping of a short block costs more than the moments it replaces.
         stacked: a path pattern for what stacks layers along its first axis, as for
-            :class:`Partition`; ``min_size`` is compared with the size of one layer.
+            :class:`Partition`; ``min_size`` is compared with the size of one layer. A leaf is seen
+            without the others, so that the default goes by its own name and axes.
 
     Raises:
         TypeError: if ``blocks`` is not a :class:`Blocks`.
@@ -55,10 +57,10 @@ class TopK:
     blocks: Blocks = Blocks()
     min_size: int = 4096
     min_row: int = 16
-    stacked: str | None = None
+    stacked: str = STACKED
 
     def __post_init__(self) -> None:
-        path_pattern(self.stacked or "")
+        path_pattern(self.stacked)
         if (self.density is None) == (self.count is None):
             raise ValueError(
                 f"TopK takes either a density or a count; got density={self.density} and "
@@ -66,8 +68,8 @@ class TopK:
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"TopK.density must lie in (0, 1]; got {self.density}.")
-        if self.count is not None and (not isinstance(self.count, int) or self.count < 1):
-            raise ValueError(f"TopK.count must be a positive integer; got {self.count!r}.")
+        if self.count is not None:
+            require_positive("TopK.count", self.count)
         if not isinstance(self.blocks, Blocks):
             raise TypeError(f"TopK.blocks must be such as Blocks(256); got {self.blocks!r}.")
         if self.blocks.size > MAX_BLOCK:
@@ -162,7 +164,7 @@ def top_k(
     blocks: Blocks = Blocks(),
     min_size: int = 4096,
     min_row: int = 16,
-    stacked: str | None = None,
+    stacked: str = STACKED,
 ) -> TopK:
     """Selects the largest magnitudes of each block; see :class:`TopK` for the arguments.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
-from microadam_jax.layout.partition import Assignment, Partition
+from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
@@ -48,6 +48,7 @@ class Matrices:
         partition: the rules of the names; None stands for those of :func:`transformer_rules`.
 
     Raises:
+        TypeError: if ``partition`` is not a :class:`Partition`.
         ValueError: if ``side`` or ``square`` is not one of those, or a pattern is not a regular
             expression.
 
@@ -73,6 +74,7 @@ class Matrices:
             raise ValueError(f"Matrices.side must be one of {SIDES}; got {self.side!r}.")
         if self.square not in ("in", "out"):
             raise ValueError(f"Matrices.square must be 'in' or 'out'; got {self.square!r}.")
+        as_partition(self.partition)
         path_pattern(self.exclude or "")
         object.__setattr__(self, "dimension_numbers", PathRules(self.dimension_numbers))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 
+from microadam_jax.arguments import require_kind
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
@@ -192,6 +193,18 @@ def _assignments(partition: Partition, leaves: tuple[LeafShape, ...]) -> tuple[A
     return tuple(found)
 
 
+def as_partition(partition: Partition | None) -> Partition:
+    """Returns ``partition``, or ``Partition()`` for None.
+
+    Raises:
+        TypeError: if it is of another class, such as a list of rules.
+    """
+    if partition is None:
+        return Partition()
+    require_kind(Partition, partition=partition)
+    return partition
+
+
 @dataclasses.dataclass(frozen=True)
 class PartitionReport:
     """Records what a partition does to each parameter of a tree; prints as a table.
@@ -242,6 +255,7 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
         The report; print it.
 
     Raises:
+        TypeError: if ``partition`` is not a :class:`Partition`.
         ValueError: if ``partition`` has ``unknown="error"`` and a parameter follows no rule.
 
     Examples:
@@ -251,7 +265,7 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
         >>> print(report.assignments[0].rule, report.unnamed)
         token embed -> token ()
     """
-    return PartitionReport(tuple((partition or Partition()).assign(params).values()))
+    return PartitionReport(tuple(as_partition(partition).assign(params).values()))
 
 
 def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> None:

@@ -94,7 +94,7 @@ def is_small(shape: Shape, layer_axis: int | None, min_size: int = 4096, min_row
 
 
 @functools.lru_cache(maxsize=4096)
-def layer_axis_of(path: KeyPath, shape: Shape, stacked: str | None) -> int | None:
+def layer_axis_of(path: KeyPath, shape: Shape, stacked: str) -> int | None:
     """Returns 0 if a leaf stacks layers along its first axis, else None.
 
     It is :func:`layer_axes` for whoever sees one leaf at a time.
@@ -102,10 +102,8 @@ def layer_axis_of(path: KeyPath, shape: Shape, stacked: str | None) -> int | Non
     Args:
         path: the leaf's path.
         shape: its shape.
-        stacked: as for :func:`layer_axes`; None if no leaves are stacked.
+        stacked: as for :func:`layer_axes`.
     """
-    if stacked is None:
-        return None
     return layer_axes([LeafShape(path_name(box_path(path)), shape)], stacked)[0]
 
 

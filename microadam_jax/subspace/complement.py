@@ -110,8 +110,10 @@ class RawRest(_Memoryless):
     weight: ArrayLike = 1.0
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
-        """Returns the rest added."""
-        return step.inside + jnp.asarray(self.weight, jnp.float32) * step.rest, kept
+        """Returns the rest added; a single product takes both ways back."""
+        weight, scale = jnp.float32(self.weight), jnp.float32(step.scale)
+        back = step.basis.back(scale * step.scaled - weight * step.low)
+        return weight * step.gradient + back, kept
 
 
 @dataclasses.dataclass(frozen=True)

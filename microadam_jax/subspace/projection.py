@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from microadam_jax.arguments import require_kind
 from microadam_jax.execution import scope
 from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.view import MatrixView
@@ -44,11 +45,9 @@ class Projection:
     refresh: Refresh
 
     def __post_init__(self) -> None:
-        if not isinstance(self.matrices, Matrices):
-            raise TypeError(f"matrices must be such as Matrices(); got {self.matrices!r}.")
+        require_kind(Matrices, matrices=self.matrices)
+        require_kind(Refresh, refresh=self.refresh)
         require_subspace(self.subspace)
-        if not isinstance(self.refresh, Refresh):
-            raise TypeError(f"refresh must be such as Refresh(every=200); got {self.refresh!r}.")
 
     def assign(self, params: Any) -> dict[KeyPath, "Projected"]:
         """Returns for each leaf of a tree, by its path, its part in this projection.

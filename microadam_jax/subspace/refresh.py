@@ -6,8 +6,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.subspace.basis import PRECISION
-from microadam_jax.subspace.subspace import if_traced
+from microadam_jax.subspace.subspace import STATIC
 
 MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
@@ -28,9 +29,9 @@ class Refresh:
         moments: ``"keep"``, as they are, whatever they mean in the new basis. ``"reset"``, to
             where they started. ``"rotate_first"``: the first moment becomes :math:`P^T P_{old} m`.
             ``"rotate"``: both follow, by LDAdam's rule; see :func:`project_gradients`.
-            ``"released"``, for :func:`subspace_momentum` alone, is what its authors' code does in
-            place of a reset: old numbers are used in the new basis once more, and zeros are kept
-            for the step after. Results then depend on the signs of singular vectors.
+            ``"released"`` is what the code of :func:`subspace_momentum`'s authors does in place of
+            a reset: old numbers are used in the new basis once more, and the step after starts
+            from zeros. Results then depend on the signs of singular vectors.
         momentum_share: :math:`\rho` in the matrix that the new basis is found for,
             :math:`\rho P_{old} \hat m + (1 - \rho) G`; None: the gradient.
 
@@ -46,11 +47,8 @@ class Refresh:
     momentum_share: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(
-                f"The update interval of a subspace, Refresh.every, must be a positive integer; "
-                f"got {self.every!r}.{if_traced(self.every)}"
-            )
+        name = "The update interval of a subspace, Refresh.every,"
+        require_positive(name, self.every, *STATIC)
         if self.first not in (0, 1):
             raise ValueError(f"Refresh.first must be 0 or 1; got {self.first!r}.")
         if self.moments not in MOMENTS:

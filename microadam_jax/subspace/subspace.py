@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.layout.view import Layout, MatrixView
 from microadam_jax.subspace.basis import Basis, DenseBasis
 
+STATIC = ("rank", "update_interval")  # what optimizers call the integers that shape a state
 Arrays = tuple[jax.Array, ...]
 Slots = tuple[tuple[Layout, DTypeLike], ...]  # of the arrays that are kept for a matrix
 
@@ -145,16 +147,13 @@ def _mark(x: jax.Array) -> int:
     return -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
 
 
-def require_rank(rank: int) -> None:
-    """Refuses a rank that is no positive number.
+def require_rank(rank: Any) -> None:
+    """Refuses a rank that is no positive integer.
 
     Raises:
         ValueError: if it is none.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(
-            f"The rank of a subspace must be a positive integer; got {rank!r}.{if_traced(rank)}"
-        )
+    require_positive("The rank of a subspace", rank, *STATIC)
 
 
 def require_subspace(subspace: Any) -> None:
@@ -167,16 +166,6 @@ def require_subspace(subspace: Any) -> None:
         raise TypeError(
             f"subspace must be a subspace with its rank, such as svd(128); got {subspace!r}."
         )
-
-
-def if_traced(value: object) -> str:
-    """Returns a sentence that says what to do if ``value`` is traced; else nothing."""
-    if not isinstance(value, jax.core.Tracer | jax.Array):
-        return ""
-    return (
-        " It shapes the state and cannot be a traced array: name it in static_args of "
-        "optax.inject_hyperparams, such as static_args=('rank', 'update_interval')."
-    )
 
 
 def of_rank(rank: int, subspace: Subspace | None, published: Any) -> Subspace:

@@ -10,13 +10,13 @@ from jax.typing import ArrayLike, DTypeLike
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.layout.partition import (
     Partition,
+    as_partition,
     remark_assignment,
     require_shape,
     warn_unnamed,
 )
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
-from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -98,8 +98,7 @@ def scale_by_adam_mini(
 
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 1.
     """
-    partition = Partition() if partition is None else partition
-    require_kind(Partition, partition=partition)
+    partition = as_partition(partition)
     storage = (
         Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec).signed("mu")
     )

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.layout.axes import Shape
-from microadam_jax.layout.partition import Assignment, Partition, require_shape
+from microadam_jax.layout.partition import Assignment, Partition, as_partition, require_shape
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.factors import (
@@ -19,7 +19,7 @@ from microadam_jax.transforms.factors import (
     sides,
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average
-from microadam_jax.transforms.transformation import require_kind, transformation
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
@@ -115,8 +115,7 @@ def scale_by_came(
 
     Reference: Luo et al., CAME (arXiv 2307.02047), Algorithm 2.
     """
-    partition = Partition() if partition is None else partition
-    require_kind(Partition, partition=partition)
+    partition = as_partition(partition)
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByCameState:

@@ -45,6 +45,26 @@ def require_number(weight_decay: Any) -> None:
         )
 
 
+def scale_by_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    """Returns ``optax.scale_by_learning_rate``, which fails in the first step without a rate.
+
+    Args:
+        learning_rate: a number or a schedule.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    number = jnp.isscalar(learning_rate) and not isinstance(learning_rate, bool | str)
+    if not (number or callable(learning_rate)):
+        raise TypeError(
+            "learning_rate must be a number, or a schedule: a function from the step to a number; "
+            f"got {learning_rate!r}."
+        )
+    return optax.scale_by_learning_rate(learning_rate)
+
+
 def add_decayed_weights(
     weight_decay: Any, mask: Any | Callable[[optax.Params], Any] | None = None
 ) -> optax.GradientTransformation:

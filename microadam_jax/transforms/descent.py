@@ -15,6 +15,7 @@ from microadam_jax.transforms.decay import (
     add_decayed_weights,
     is_zero,
     require_number,
+    scale_by_learning_rate,
 )
 from microadam_jax.trees import is_compressed
 from pallas_kernels.window_update import descent
@@ -120,7 +121,7 @@ def descend(
         ValueError: in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
     """
     require_number(weight_decay)
-    chained, scale = together(*links), optax.scale_by_learning_rate(learning_rate)
+    chained, scale = together(*links), scale_by_learning_rate(learning_rate)
     chain = optax.chain(*links, add_decayed_weights(weight_decay, mask), scale)
     decays_at_all = not is_zero(weight_decay)
 

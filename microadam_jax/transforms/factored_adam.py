@@ -9,11 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, as_storage
-from microadam_jax.layout.partition import Partition, require_shape, warn_unnamed
+from microadam_jax.layout.partition import Partition, as_partition, require_shape, warn_unnamed
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import require_kind
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -87,8 +86,7 @@ def scale_by_factored_adam(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
-    partition = Partition() if partition is None else partition
-    require_kind(Partition, partition=partition)
+    partition = as_partition(partition)
     storage = as_storage(mu_codec).signed("mu")
 
     def init(leaf: Leaf) -> Arrays:

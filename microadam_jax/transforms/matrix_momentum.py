@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.arguments import require_kind
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.partition import remark_assignment, require_shape, warn_unnamed
@@ -18,7 +19,7 @@ from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
 from microadam_jax.transforms.descent import as_it_is, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import require_kind, transformation
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, map_with_path
 
 

@@ -111,8 +111,8 @@ def project_gradients(
         TypeError: if ``subspace``, ``refresh``, ``complement`` or ``matrices`` is of another class,
             or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
             floating-point array.
-        ValueError: if ``refresh`` has moments that only :func:`subspace_momentum` has; in ``init``,
-            if ``b1`` or ``b2`` is needed and missing, or the inner state has no such moments.
+        ValueError: in ``init``, if ``b1`` or ``b2`` is needed and missing, or the inner state has
+            no such moments.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -137,11 +137,6 @@ def project_gradients(
     projection = Projection(matrices, subspace, refresh)
     if isinstance(complement, type) or not hasattr(complement, "feeds_back"):
         raise TypeError(f"complement must be one such as Discard(); got {complement!r}.")
-    if refresh.moments == "released":
-        raise ValueError(
-            "Refresh(moments='released') is a trait of subspace_momentum's authors' code: choose "
-            "'keep', 'reset', 'rotate_first' or 'rotate'."
-        )
     rules = _Rules(projection, complement, scale, b1, b2)
 
     def init(params: optax.Params) -> ProjectGradientsState:
@@ -213,11 +208,16 @@ def project_gradients(
         columns = (*moments.values(), *state.basis, *state.complement)
         due, low, *new = map_with_path(enter, 2 + width + bases, updates, *columns)
         new = [boxed_like(tree, old) for tree, old in zip(new, columns, strict=False)]
-        inner_state = rules.renewed(
-            inner, state.inner_state, dict(zip(moments, new, strict=False)), due, low
-        )
+        inner_state = state.inner_state
+        if refresh.moments in ("rotate_first", "rotate"):
+            inner_state = _with_fields(inner_state, dict(zip(moments, new, strict=False)))
+        elif refresh.moments == "reset":
+            inner_state = _reset(inner, inner_state, due, low)
         with within(micro_batch=None):
             scaled, inner_state = inner.update(low, inner_state, None, **extra_args)
+        if refresh.moments == "released":
+            later = jax.tree.map(lambda due: due & (state.count > 0), due)
+            inner_state = _reset(inner, inner_state, later, low)
 
         leaving = iter(entered)
 
@@ -386,31 +386,22 @@ class _Rules(NamedTuple):
 
         return when(due, missed, lambda: jnp.zeros_like(old.back(mu)))
 
-    def renewed(
-        self,
-        inner: optax.GradientTransformationExtraArgs,
-        inner_state: Any,
-        moved: dict[str, Any],
-        due: Any,
-        low: Any,
-    ) -> Any:
-        """The inner state after new bases were found."""
-        policy = self.projection.refresh.moments
-        if policy in ("rotate_first", "rotate"):
-            return _with_fields(inner_state, moved)
-        if policy == "keep":
-            return inner_state
-        fresh = inner.init(jax.tree.map(jnp.zeros_like, low))
-        flags = optax.tree_utils.tree_map_params(
-            inner.init,
-            lambda _, flag: flag,
-            inner_state,
-            due,
-            transform_non_params=lambda _: False,
-        )
-        leaves = zip(*map(jax.tree.leaves, (flags, fresh, inner_state)), strict=True)
-        chosen = [old if flag is False else jnp.where(flag, new, old) for flag, new, old in leaves]
-        return jax.tree.unflatten(jax.tree.structure(inner_state), chosen)
+
+def _reset(
+    inner: optax.GradientTransformationExtraArgs, inner_state: Any, due: Any, low: Any
+) -> Any:
+    """The inner state, where a new basis is due as it was at first."""
+    fresh = inner.init(jax.tree.map(jnp.zeros_like, low))
+    flags = optax.tree_utils.tree_map_params(
+        inner.init,
+        lambda _, flag: flag,
+        inner_state,
+        due,
+        transform_non_params=lambda _: False,
+    )
+    leaves = zip(*map(jax.tree.leaves, (flags, fresh, inner_state)), strict=True)
+    chosen = [old if flag is False else jnp.where(flag, new, old) for flag, new, old in leaves]
+    return jax.tree.unflatten(jax.tree.structure(inner_state), chosen)
 
 
 def _is_field(path: KeyPath, value: Any) -> bool:

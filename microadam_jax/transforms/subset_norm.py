@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from microadam_jax.arguments import require_kind
+from microadam_jax.codecs import Unstored
 from microadam_jax.layout.partition import (
     Assignment,
     Partition,
+    as_partition,
     remark_assignment,
     require_shape,
     warn_unnamed,
 )
 from microadam_jax.layout.subsets import Subsets
-from microadam_jax.sharding import moment_zeros, state_zeros
+from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
-from microadam_jax.transforms.transformation import require_kind, transformation
-from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
+from microadam_jax.trees import KeyPath
 
 
 class ScaleBySubsetNormState(NamedTuple):
@@ -92,58 +94,63 @@ def scale_by_subset_norm(
 
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (arXiv 2411.07120).
     """
-    partition = Partition() if partition is None else partition
-    require_kind(Partition, partition=partition)
+    partition = as_partition(partition)
     require_kind(Subsets, subsets=subsets)
-    mu_dtype = moment_dtype(mu_dtype)
 
-    def init(params: optax.Params) -> ScaleBySubsetNormState:
-        assignments = partition.assign(params)
-        costs: list[tuple[Assignment, int]] = []
+    def init(leaf: Leaf) -> tuple[jax.Array]:
+        if subsets.rule == "larger":
+            remark_assignment(leaf.path, leaf.layout)
+        return (leaf.zeros(subsets.of(leaf.layout).moment_shape),)
 
-        def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, jax.Array]:
-            assignment = assignments[path]
-            if subsets.rule == "larger":
-                remark_assignment(path, assignment)
-                costs.append((assignment, assignment.bytes))
-            return (
-                state_zeros(parameter, parameter.shape, mu_dtype),
-                moment_zeros(parameter, subsets.of(assignment).moment_shape, jnp.float32),
-            )
+    def inspect(leaves: list[Leaf]) -> None:
+        if subsets.rule == "larger":
+            costs = [(leaf.layout, leaf.layout.bytes) for leaf in leaves]
+            warn_unnamed("scale_by_subset_norm", costs)
 
-        mu, nu = map_with_path(zeros, 2, params)
-        warn_unnamed("scale_by_subset_norm", costs)
-        return ScaleBySubsetNormState(jnp.zeros([], jnp.int32), mu, boxed_moments(nu, params))
+    def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
+        nu, norm = subset_norms(subsets, leaf.layout, leaf.path, leaf.value, nu, b2)
+        return (nu,), (norm + eps,)
 
-    def update(
-        updates: optax.Updates,
-        state: ScaleBySubsetNormState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleBySubsetNormState]:
-        del extra_args
-        count = jnp.asarray(optax.safe_increment(state.count))
-        assignments = partition.assign(updates)
-        correction = jnp.float32(1)
-        if b2 is not None:
-            correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
+    def rule(t: jax.Array, g: jax.Array, mu: jax.Array, norm: jax.Array) -> Arrays:
+        mu = moving_average(b1, mu, g)
+        return correction(b1, b2, t) * mu / norm, mu
 
-        def scale(
-            path: KeyPath, g: jax.Array, target: jax.Array, mu: jax.Array, nu: jax.Array
-        ) -> tuple[jax.Array, ...]:
-            sharing = subsets.of(assignments[path])
-            require_shape(path, nu, sharing.moment_shape)
-            g = g.astype(jnp.float32)
-            squares = sharing.mean(jnp.square(g))
-            if subsets.reduction == "sum":
-                squares *= math.prod(g.shape) // max(1, math.prod(sharing.moment_shape))
-            mu = moving_average(b1, mu, g)
-            nu = nu + squares if b2 is None else moving_average(b2, nu, squares)
-            scaled = correction * mu / (sharing.spread(jnp.sqrt(nu)) + eps)
-            return scaled.astype(target.dtype), mu.astype(mu_dtype), nu
+    return leafwise(
+        ScaleBySubsetNormState,
+        {"mu": Unstored(moment_dtype(mu_dtype))},
+        rule,
+        init,
+        reduce,
+        partition.assign,
+        inspect=inspect,
+        hyperparams={"b1": b1, "b2": b2, "eps": eps},
+    )
 
-        targets = updates if params is None else params
-        scaled, mu, nu = map_with_path(scale, 3, updates, targets, state.mu, state.nu)
-        return scaled, ScaleBySubsetNormState(count, mu, boxed_like(nu, state.nu))
 
-    return transformation(init, update, b1=b1, b2=b2, eps=eps)
+def subset_norms(
+    subsets: Subsets,
+    assignment: Assignment,
+    path: KeyPath,
+    g: jax.Array,
+    nu: jax.Array,
+    b2: ArrayLike | None,
+) -> Arrays:
+    r"""Returns the new :math:`v_{t,S}`, and :math:`\sqrt{v_{t,S(i)}}` for each element of ``g``.
+
+    Raises:
+        ValueError: if ``nu`` was made for other subsets.
+    """
+    sharing = subsets.of(assignment)
+    require_shape(path, nu, sharing.moment_shape)
+    squares = sharing.mean(jnp.square(g.astype(jnp.float32)))
+    if subsets.reduction == "sum":
+        squares *= math.prod(g.shape) // max(1, math.prod(sharing.moment_shape))
+    nu = nu + squares if b2 is None else moving_average(b2, nu, squares)
+    return nu, sharing.spread(jnp.sqrt(nu))
+
+
+def correction(b1: ArrayLike, b2: ArrayLike | None, t: jax.Array) -> jax.Array:
+    r"""Returns :math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)`, or 1 for AdaGrad."""
+    if b2 is None:
+        return jnp.float32(1)
+    return jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)

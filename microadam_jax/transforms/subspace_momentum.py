@@ -1,6 +1,5 @@
 """Momentum in a subspace, the raw gradient outside, over the norm of subsets of all of it."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,25 +7,18 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.arguments import require_kind
 from microadam_jax.layout.matrices import Matrices
-from microadam_jax.layout.partition import require_shape
 from microadam_jax.layout.subsets import Subsets
-from microadam_jax.layout.view import WHOLE, Layout, MatrixView
-from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import moment_zeros, state_zeros
-from microadam_jax.subspace.basis import Basis
-from microadam_jax.subspace.projection import (
-    Projected,
-    Projection,
-    float32,
-    folded,
-    unfolded,
-    when,
-)
-from microadam_jax.subspace.refresh import Refresh, rotate_first
+from microadam_jax.sharding import moment_zeros
+from microadam_jax.subspace.complement import RawRest
+from microadam_jax.subspace.projection import float32
+from microadam_jax.subspace.refresh import Refresh
 from microadam_jax.subspace.subspace import Arrays, Subspace
-from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import require_kind, transformation
+from microadam_jax.transforms.moments import moving_average
+from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
+from microadam_jax.transforms.subset_norm import correction, subset_norms
+from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
@@ -108,40 +100,26 @@ def subspace_momentum(
 
     Reference: Nguyen and Nguyen, subset-norm and subspace-momentum (ICML 2025, arXiv 2411.07120).
     """
-    projection = Projection(matrices, subspace, refresh)
     require_kind(Subsets, subsets=subsets)
+    require_kind(Refresh, refresh=refresh)
     if refresh.needs_decay_rates:
         raise ValueError(
             "subspace_momentum has no second moment in its subspace: choose Refresh(moments=...) "
             "'reset', 'keep' or 'rotate_first', and no momentum_share."
         )
-
-    def low(view: MatrixView) -> Layout:
-        return Layout(rows=subspace.size(view), columns=None)
+    momentum = project_gradients(_average(b1), subspace, refresh, RawRest(), matrices=matrices)
 
     def init(params: optax.Params) -> SubspaceMomentumState:
-        leaves = projection.assign(params)
+        assigned = matrices.assign(params)
 
         def zeros(path: KeyPath, parameter: jax.Array) -> Arrays:
-            assigned = leaves[path].assigned
-            view = assigned.view
-            if view is None:
-                mu = state_zeros(parameter, parameter.shape, jnp.float32)
-            else:
-                mu = view.zeros(parameter, low(view), jnp.float32)
-            shape = subsets.of(assigned.assignment).moment_shape
-            return mu, moment_zeros(parameter, shape, jnp.float32)
+            shape = subsets.of(assigned[path].assignment).moment_shape
+            return (moment_zeros(parameter, shape, jnp.float32),)
 
-        basis = projection.zeros(params)
-        mu, nu = map_with_path(zeros, 2, params)
-        state = SubspaceMomentumState(
-            jnp.zeros([], jnp.int32),
-            subspace.Kept(*(boxed_moments(tree, params) for tree in basis)),
-            boxed_moments(mu, params),
-            boxed_moments(nu, params),
-        )
-        warn_of_more_than_adam("subspace_momentum", state, params)
-        return state
+        projected: Any = momentum.init(params)
+        (nu,) = map_with_path(zeros, 1, params)
+        nu = boxed_moments(nu, params)
+        return SubspaceMomentumState(projected.count, projected.basis, projected.inner_state.mu, nu)
 
     def update(
         updates: optax.Updates,
@@ -150,63 +128,47 @@ def subspace_momentum(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SubspaceMomentumState]:
         del extra_args
-        count = jnp.asarray(optax.safe_increment(state.count))
-        leaves = projection.assign(updates)
-        if b2 is None:
-            correction: ArrayLike = 1.0
-        else:
-            correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
+        count, basis, mu, nu = state
+        found: Any = momentum.update(
+            jax.tree.map(float32, updates),
+            ProjectGradientsState(count, basis, RawRest.Kept(), _AverageState(mu)),
+        )
+        numerators, projected = found
+        bias = correction(b1, b2, projected.count)
+        assigned = matrices.assign(updates)
 
         def scale(
-            path: KeyPath,
-            g: jax.Array,
-            target: jax.Array,
-            mu: jax.Array,
-            nu: jax.Array,
-            *stored: jax.Array,
+            path: KeyPath, g: jax.Array, target: jax.Array, n: jax.Array, nu: jax.Array
         ) -> Arrays:
-            leaf = leaves[path]
-            view, sharing = leaf.assigned.view, subsets.of(leaf.assigned.assignment)
-            require_shape(path, nu, sharing.moment_shape)
-            g = float32(g)
-            squares = sharing.mean(jnp.square(g))
-            if subsets.reduction == "sum":
-                squares *= math.prod(g.shape) // max(1, math.prod(sharing.moment_shape))
-            nu = nu + squares if b2 is None else moving_average(b2, nu, squares)
-            if view is None:
-                mu = numerator = moving_average(b1, mu, g)
-            else:
-                matrix, old_mu = view.fold(g), view.fold(mu)
-                kept = folded(view, stored)
-                renewed = leaf.renew(lambda: matrix, kept, state.count)
-                basis = leaf.basis(view, renewed, state.count)
-                old = leaf.basis(view, kept, state.count - 1)
-                followed = _followed(leaf, basis, old, old_mu, state.count)
-                projected = basis.project(matrix)
-                momentum = moving_average(b1, followed, projected)
-                numerator = view.unfold(matrix + basis.back(momentum - projected), WHOLE, g)
-                if refresh.moments == "released":
-                    due = leaf.due(state.count) & (state.count > 0)
-                    momentum = jnp.where(due, 0, momentum)
-                mu = view.unfold(momentum, low(view), g)
-                stored = tuple(unfolded(view, renewed, projection.slots(view), g))
-            scaled = jnp.float32(correction) * numerator / (sharing.spread(jnp.sqrt(nu)) + eps)
-            return scaled.astype(target.dtype), mu, nu, *stored
-
-        def _followed(
-            leaf: Projected, new: Basis, old: Basis, mu: jax.Array, count: jax.Array
-        ) -> jax.Array:
-            """The momentum in the new basis."""
-            if refresh.moments in ("keep", "released"):
-                return mu
-            if refresh.moments == "reset":
-                return jnp.where(leaf.due(count), 0, mu)
-            return when(leaf.due(count), lambda: rotate_first(new.overlap(old), mu), lambda: mu)
+            assignment = assigned[path].assignment
+            nu, norm = subset_norms(subsets, assignment, path, g, nu, b2)
+            return (bias * n / (norm + eps)).astype(target.dtype), nu
 
         targets = updates if params is None else params
-        columns = (state.mu, state.nu, *state.basis)
-        scaled, *new = map_with_path(scale, 1 + len(columns), updates, targets, *columns)
-        mu, nu, *basis = map(boxed_like, new, columns)
-        return scaled, SubspaceMomentumState(count, subspace.Kept(*basis), mu, nu)
+        scaled, new_nu = map_with_path(scale, 2, updates, targets, numerators, nu)
+        return scaled, SubspaceMomentumState(
+            projected.count, projected.basis, projected.inner_state.mu, boxed_like(new_nu, nu)
+        )
 
     return transformation(init, update, b1=b1, b2=b2, eps=eps)
+
+
+class _AverageState(NamedTuple):
+    mu: Any
+
+
+def _average(b1: ArrayLike) -> optax.GradientTransformation:
+    """A moving average that starts at zero, without correction of its bias."""
+
+    def init(params: optax.Params) -> _AverageState:
+        return _AverageState(params)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        assert isinstance(state, _AverageState)
+        (mu,) = map_with_path(lambda _, g, m: (moving_average(b1, m, g),), 1, updates, state.mu)
+        return mu, _AverageState(boxed_like(mu, state.mu))
+
+    return optax.GradientTransformation(init, update)

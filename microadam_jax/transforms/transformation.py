@@ -83,24 +83,6 @@ def require_float32(**hyperparameters: Any) -> None:
             )
 
 
-def require_kind(kind: type, **parts: Any) -> None:
-    """Refuses parts of another class.
-
-    Args:
-        kind: the class, which can be made without arguments.
-        **parts: instances of it by their names.
-
-    Raises:
-        TypeError: if one is of another class.
-    """
-    for name, value in parts.items():
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"{name} must be an instance of {kind.__name__}, such as {kind.__name__}(); got "
-                f"{value!r}."
-            )
-
-
 def _arrays(tree: Any) -> Any:
     """``tree`` with arrays for Python floats and NumPy arrays.
 

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from microadam_jax.arguments import if_traced, require_positive
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -28,8 +30,7 @@ class Window:
     normalized: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"Window.length must be a positive int; got {self.length!r}.")
+        require_positive("Window.length", self.length, "window")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"Window.dtype must be 'bfloat16' or 'float32'; got {self.dtype!r}.")
 
@@ -41,15 +42,10 @@ def as_window(window: Window | int | jax.Array) -> Window:
         TypeError: if the length is a traced array, or neither an integer nor a :class:`Window`.
         ValueError: if the length is not positive.
     """
-    if isinstance(window, jax.Array):
-        raise TypeError(
-            "The window's length shapes the state and cannot be a traced array; pass "
-            "window=Window(length), which optax.inject_hyperparams leaves alone, or name it in its "
-            "static_args."
-        )
     window = Window(window) if isinstance(window, int) else window
     if not isinstance(window, Window):
         raise TypeError(
             f"window must be a number of steps or a Window, Window(10); got {window!r}."
+            + if_traced(window, "window")
         )
     return window

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +19,16 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("shape", "stacked", "matrices"),
-    [((12, 20), None, (12, 20)), ((3, 4, 20), None, (12, 20)), ((2, 3, 4, 10), "^w", (2, 12, 10))],
+    [((12, 20), "", (12, 20)), ((3, 4, 20), "", (12, 20)), ((2, 3, 4, 10), "^w", (2, 12, 10))],
 )
 def test_follows_the_oracle(
-    shape: tuple[int, ...], stacked: str | None, matrices: tuple[int, ...]
+    shape: tuple[int, ...], stacked: str, matrices: tuple[int, ...]
 ) -> None:
     """Leading axes are rows, and a stack of layers is one matrix for each."""
     tx = optax.chain(error_feedback(power_sgd(2, stacked), "float32"), to_dense())
     params = {"w": jnp.zeros(shape)}
     state, update = tx.init(params), jax.jit(tx.update)
-    layers = 1 if stacked is None else matrices[0]
+    layers = math.prod(matrices[:-2])
     rows, columns = matrices[-2:]
     first = np.asarray(state[0].carried.right["w"], np.float64).reshape(layers, columns, 2)
     oracles = [PowerSgdOracle(right, np.zeros((rows, columns))) for right in first]

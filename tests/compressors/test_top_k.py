@@ -95,13 +95,13 @@ def test_fast_counts_follow_the_block() -> None:
 def test_small_leaves_are_kept_dense_by_their_size_per_layer() -> None:
     shape = jax.ShapeDtypeStruct
     path = (jax.tree_util.DictKey("layers"), jax.tree_util.DictKey("scale"))
-    assert not top_k().keeps_dense(path, shape((16, 256), "float32"))
-    assert top_k().keeps_dense(path, shape((15, 256), "float32"))
-    assert top_k().keeps_dense(path, shape((4096, 8), "float32"))
-    assert top_k().keeps_dense(path, shape((), "float32"))
-    stacked = top_k(stacked="layers")
-    assert stacked.keeps_dense(path, shape((16, 256), "float32"))
-    assert not stacked.keeps_dense(path, shape((16, 4096), "float32"))
+    assert top_k().keeps_dense(path, shape((16, 256), "float32"))
+    assert not top_k().keeps_dense(path, shape((16, 4096), "float32"))
+    single = top_k(stacked="trunk")
+    assert not single.keeps_dense(path, shape((16, 256), "float32"))
+    assert single.keeps_dense(path, shape((15, 256), "float32"))
+    assert single.keeps_dense(path, shape((4096, 8), "float32"))
+    assert single.keeps_dense(path, shape((), "float32"))
 
 
 def test_dense_arithmetic_on_a_sparse_update_is_refused() -> None:

@@ -187,7 +187,8 @@ def test_each_layer_is_a_matrix_of_its_own_only_in_a_stack() -> None:
     (path, leaf), *_ = jax.tree_util.tree_leaves_with_path(
         {"layers/layer_0/kernel": jnp.zeros((8, 4, 16))}
     )
-    assert power_sgd(stacked="layers").first(path, leaf).right.shape == (1, 1, 16, 4)
+    for pattern in (STACKED, "layers"):
+        assert power_sgd(stacked=pattern).first(path, leaf).right.shape == (1, 1, 16, 4)
     assert power_sgd(stacked="layer_0").first(path, leaf).right.shape == (8, 1, 16, 4)
 
 

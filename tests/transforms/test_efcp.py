@@ -312,7 +312,7 @@ def test_bad_arguments_are_refused_with_a_remedy() -> None:
         scale_by_ggt(Window(3, normalized=True))
     with pytest.raises(TypeError, match="Window"):
         scale_by_mfac(jnp.asarray(3))
-    with pytest.raises(ValueError, match="positive int; got 0"):
+    with pytest.raises(ValueError, match="positive integer; got 0"):
         power_sgd(0)
 
 

@@ -362,10 +362,6 @@ def test_a_reset_starts_the_moments_anew() -> None:
         (lambda: Matrices(square="left"), "square"),
         (lambda: FeedBack(dtype="int8"), "dtype"),
         (lambda: subspace_momentum(subspace=svd(1), refresh=Refresh(moments="rotate")), "second"),
-        (
-            lambda: project_gradients(optax.identity(), svd(1), Refresh(moments="released")),
-            "released",
-        ),
     ],
 )
 def test_bad_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
