@@ -53,11 +53,6 @@ class Plain(RowByRow):
         """Returns the dtype."""
         return self.dtype
 
-    def for_layers(self, axis: int | None) -> "Plain":
-        """Returns itself: elements share nothing."""
-        del axis
-        return self
-
     @property
     def needs_key(self) -> bool:
         """Returns False: rounding to nearest draws no random numbers."""

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from microadam_jax.boxes import box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain
+from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
 from microadam_jax.memory import remark
@@ -121,8 +122,8 @@ class Storage:
             axis = axis_of(path, leaf)
             if 0 in shape or is_small(shape, axis, self.min_size, self.min_row):
                 return FLOAT32
-            codec = next(PathRules(self.rules).matching(name), self.codec)
-            return as_codec(codec).for_layers(axis)
+            codec = as_codec(next(PathRules(self.rules).matching(name), self.codec))
+            return codec.for_layers(axis) if isinstance(codec, RankOne) else codec
 
         return codec_of
 
