@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.boxes import box_path
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.path_rules import PathRules
-from microadam_jax.trees import KeyPath, path_name, rows_of
+from microadam_jax.trees import KeyPath, box_path, path_name, rows_of
 
 Squares = dict[str, jax.Array]
 

@@ -60,7 +60,7 @@ class Scope:
             tree: parameters, or their updates.
             is_leaf: what to treat as a leaf of ``tree``.
         """
-        return shardings_by_path(self.shardings, tree, is_leaf)
+        return {} if self.shardings is None else shardings_by_path(self.shardings, tree, is_leaf)
 
 
 _NONE = Scope()

@@ -4,6 +4,7 @@ A method says what it keeps, how it reduces a gradient to few values, and what i
 element alone. How that runs is asked of :mod:`microadam_jax.transforms.stored_step`.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,25 +13,26 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.codecs import Storage, Unstored
 from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import apart
 from microadam_jax.sharding import moment_zeros
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
-from microadam_jax.transforms.stored_step import (
-    Arrays,
-    LeafStep,
-    Rule,
-    StoredField,
-    split,
-    step_fields,
-)
+from microadam_jax.transforms.stored_step import Arrays, Rule, StoredStep, stored_steps
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, columns_of, leaf_keys, rows_of
+from microadam_jax.trees import (
+    KeyPath,
+    boxed_like,
+    boxed_moments,
+    columns_of,
+    leaf_keys,
+    leaf_shapes,
+    rows_of,
+    turned,
+)
 
-# From a tree of leaves to a function from a leaf's path and the leaf to what is known of its axes.
-Layout = Callable[[Any], Callable[[KeyPath, Any], Any]]
+# From a tree to what is known of the axes of each leaf, by its path.
+Layout = Callable[[Any], Mapping[KeyPath, Any]]
 
 
 class Leaf(NamedTuple):
@@ -76,7 +78,7 @@ def leafwise(
     rule: Callable[..., tuple[jax.Array, ...]],
     init: Callable[[Leaf], Arrays] = _nothing,
     reduce: Callable[..., tuple[Arrays, Arrays]] = _no_inputs,
-    layout: Layout = lambda tree: lambda path, leaf: None,
+    layout: Layout = lambda tree: {},
     *,
     inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
     hyperparams: Mapping[str, Any] | None = None,
@@ -108,9 +110,9 @@ def leafwise(
     small = len(State._fields) - 1 - len(storages)
 
     def init_fn(params: optax.Params) -> Any:
-        layout_of = layout(params)
+        layouts = layout(params)
         treedef, rows = rows_of(params)
-        leaves = [Leaf(path, p, layout_of(path, p)) for path, p in rows]
+        leaves = [Leaf(path, p, layouts.get(path)) for path, p in rows]
         arrays = columns_of(treedef, list(map(init, leaves)), small)
         inspect(leaves)
         kept = (storage.zeros(params) for storage in storages)
@@ -128,14 +130,15 @@ def leafwise(
         del extra_args
         count, kept, arrays = state[0], state[1 : 1 + len(storages)], state[1 + len(storages) :]
         t = jnp.asarray(optax.safe_increment(count))
-        layout_of, placed = layout(updates), scope().shardings_by_path(updates)
-        fields = [
-            StoredField.of(storage, updates, field, name, lambda: leaf_keys(seed, count, updates))
-            for storage, field, name in zip(storages, kept, moments, strict=True)
+        leaves = leaf_shapes(updates)
+        layouts, placed = layout(updates), scope().shardings_by_path(updates)
+        keys = functools.cache(lambda: leaf_keys(seed, count, updates).values())
+        stored = [
+            storage.take(name, field, leaves, keys)
+            for (name, storage), field in zip(moments.items(), kept, strict=True)
         ]
-        columns = [column for field in fields for column in field.columns]
         targets = updates if params is None else params
-        treedef, rows = rows_of(updates, targets, finishes(finish, updates), *arrays, *columns)
+        treedef, rows = rows_of(updates, targets, finishes(finish, targets), *arrays)
         rules: dict[Hashable, Rule] = {}
 
         def rule_for(finish: Callable[..., jax.Array], target: jax.Array, inputs: int) -> Rule:
@@ -150,18 +153,17 @@ def leafwise(
             return rules.setdefault((kind_of(finish), dtype, inputs), run)
 
         steps, reduced = [], []
-        for path, g, target, end, *stored in rows:
-            new, inputs = reduce(Leaf(path, g, layout_of(path, g), t), *stored[:small])
+        for (path, g, target, end, *own), *of_leaf in zip(rows, *stored, strict=True):
+            new, inputs = reduce(Leaf(path, g, layouts.get(path), t), *own)
             reduced.append(new)
-            run = rule_for(end, target, len(inputs))
-            read, slots = (g, *inputs, *read_by(end, target)), tuple(stored[small:])
-            steps.append(LeafStep(path, run, read, slots, replaced_by(end), placed.get(path)))
+            run, read = rule_for(end, target, len(inputs)), (g, *inputs, *read_by(end, target))
+            steps.append(StoredStep.of(run, of_leaf, read, replaced_by(end), placed.get(path)))
         implementation = scope().implementation_for(State.__name__.removesuffix("State"))
-        stepped = step_fields(fields, steps, implementation)
-        results = [(u, *new, *own) for (u, *own), new in zip(stepped, reduced, strict=True)]
-        scaled, *new = columns_of(treedef, results, 1 + small + len(columns))
-        own = zip(fields, split(new[small:], fields), strict=True)
-        boxed = map(boxed_like, new[:small], arrays)
-        return scaled, State(t, *(field.tree(trees) for field, trees in own), *boxed)
+        stepped = stored_steps(steps, implementation)
+        results = [(u, *new) for (u, _), new in zip(stepped, reduced, strict=True)]
+        scaled, *new = columns_of(treedef, results, 1 + small)
+        encoded = turned([own for _, own in stepped], len(storages))
+        fields = (s.put(field, own) for s, field, own in zip(storages, kept, encoded, strict=True))
+        return scaled, State(t, *fields, *map(boxed_like, new, arrays))
 
     return transformation(init_fn, update_fn, **(hyperparams or {}))

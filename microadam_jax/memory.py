@@ -14,7 +14,7 @@ import optax
 from microadam_jax.arguments import require_transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.stacks import is_small, layer_axes
-from microadam_jax.trees import KeyPath, owner_of, path_name
+from microadam_jax.trees import KeyPath, leaf_shapes, owner_of, path_name
 
 GIB = 2**30
 ADAM_BYTES = 8  # of two float32 moments
@@ -149,13 +149,12 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
         owner = owner_of(path, leaves)
         if owner is not None:
             taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
-    axis_of = layer_axes(params)
+    shapes = leaf_shapes(params)
+    axes = layer_axes(tuple(shapes.values()))
     found = []
-    for path, leaf in leaves.items():
-        shape = tuple(getattr(leaf, "shape", ()))
-        size = math.prod(shape)
-        small = is_small(shape, axis_of(path, leaf) if shape else None)
-        if not small and taken[path] > ADAM_BYTES * size + ROUNDING:
+    for (path, leaf), axis in zip(shapes.items(), axes, strict=True):
+        size = math.prod(leaf.shape)
+        if not is_small(leaf.shape, axis) and taken[path] > ADAM_BYTES * size + ROUNDING:
             found.append((path, taken[path]))
     return found
 

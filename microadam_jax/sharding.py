@@ -17,7 +17,7 @@ from jax.sharding import (
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
-from microadam_jax.boxes import without_boxes
+from microadam_jax.trees import without_boxes
 
 
 def state_zeros(
@@ -218,15 +218,13 @@ def require_named(shardings: Any) -> None:
 def shardings_by_path(
     shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[KeyPath, NamedSharding]:
-    """Maps the path of each leaf of ``tree`` to its sharding; empty if ``shardings`` is None.
+    """Maps the path of each leaf of ``tree`` to its sharding.
 
     Args:
-        shardings: None, or a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
+        shardings: a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
         tree: parameters, or their updates.
         is_leaf: what to treat as a leaf of ``tree``.
     """
-    if shardings is None:
-        return {}
     each = jax.tree.map(
         lambda sharding, part: jax.tree.map(lambda _: sharding, part, is_leaf=is_leaf),
         without_boxes(shardings),

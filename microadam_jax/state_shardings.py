@@ -9,9 +9,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax.boxes import without_boxes
 from microadam_jax.sharding import fitted, shards_along
-from microadam_jax.trees import KeyPath, owner_of, path_name
+from microadam_jax.trees import KeyPath, owner_of, path_name, without_boxes
 
 # What arrays may take on a device beyond their share before anything is said: few can act on less.
 UNNOTICED_BYTES = 2**20

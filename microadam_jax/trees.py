@@ -1,16 +1,55 @@
-"""Mapping over parameter-shaped trees with several results per leaf."""
+"""The leaves of a tree of parameters: their paths, the boxes they may be in, and rows of them.
+
+Boxes are Flax's, and carry names of axes. Flax itself is not needed: Linen's are known by ``unbox``
+and ``names``, NNX's variables by ``get_metadata``.
+"""
 
 import zlib
-from collections.abc import Callable, Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.tree_util import KeyPath
 
-from microadam_jax.boxes import without_boxes
-
 PyTree = Any
+Shape = tuple[int, ...]
+AxisNames = tuple[Any, ...]
+NNX_NAMES = ("out_sharding", "sharding_names", "sharding")
+
+
+class Compressed:
+    """Marks an update in fewer numbers, a leaf of its tree though it may be a pytree node."""
+
+
+def is_compressed(node: object) -> bool:
+    """Returns True if ``node`` is a compressed update; for ``is_leaf`` of tree functions."""
+    return isinstance(node, Compressed)
+
+
+class LeafShape(NamedTuple):
+    """A leaf as rules see it. Trees of equal ones have equal layouts, which are found once.
+
+    Attributes:
+        path: its path, ``"layers/0/attention/query/kernel"``.
+        shape: its shape.
+        axes: the names of its axes, if a box names them.
+    """
+
+    path: str
+    shape: Shape
+    axes: AxisNames = ()
+
+
+def leaf_shapes(tree: Any) -> dict[KeyPath, LeafShape]:
+    """Returns the leaves of ``tree`` that are arrays, or shapes of some, by their paths."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = dict(axis_names(tree))
+    return {
+        path: LeafShape(path_name(box_path(path)), tuple(leaf.shape), names.get(box_path(path), ()))
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
 
 
 def map_with_path(
@@ -60,8 +99,12 @@ def rows_of(
 
 def columns_of(treedef: Any, rows: Sequence[tuple[Any, ...]], results: int) -> tuple[PyTree, ...]:
     """Gathers ``results`` values of each leaf in as many trees of the structure ``treedef``."""
-    by_result = zip(*rows, strict=True) if rows else [()] * results
-    return tuple(treedef.unflatten(values) for values in by_result)
+    return tuple(treedef.unflatten(values) for values in turned(rows, results))
+
+
+def turned(rows: Sequence[tuple[Any, ...]], results: int) -> list[tuple[Any, ...]]:
+    """Gathers each of ``results`` values of all leaves; without leaves, nothing for each."""
+    return list(zip(*rows, strict=True)) if rows else [()] * results
 
 
 def owner_of(path: KeyPath, parameters: Container[KeyPath]) -> KeyPath | None:
@@ -98,3 +141,79 @@ def leaf_keys(
     names = [zlib.crc32(path_name((*prefix, *path)).encode()) for path in paths]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(names, np.uint32))
     return {path: keys[i] for i, path in enumerate(paths)}
+
+
+def axis_names(params: Any) -> Iterator[tuple[KeyPath, AxisNames]]:
+    """The paths of Linen's boxes with the names of their axes.
+
+    NNX's variables have names too, but ``nnx.Optimizer`` shows them to ``init`` and not to
+    ``update``, and a partition that forgets them in between would be none.
+    """
+    for path, box in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
+        if is_box(box) and getattr(box, "names", None):
+            yield path, tuple(box.names)
+
+
+def box_path(path: KeyPath) -> KeyPath:
+    """The path of the box around a leaf, or of the leaf."""
+    if path and getattr(path[-1], "name", None) in ("value", "raw_value"):
+        return path[:-1]
+    return path
+
+
+def is_box(node: Any) -> bool:
+    """Returns True if ``node`` is a box of Linen or a variable of NNX."""
+    return hasattr(node, "unbox") or hasattr(node, "get_metadata")
+
+
+def without_boxes(tree: Any) -> Any:
+    """``tree`` with each box replaced by what is in it."""
+    return jax.tree.map(_content, tree, is_leaf=is_box)
+
+
+def boxed_moments(moments: Any, params: Any) -> Any:
+    """``moments`` in the boxes of ``params``, less the names of axes that have another size.
+
+    A trainer that turns names into shardings would otherwise cut axes of size 1.
+    """
+    return _renamed(moments, params, lambda size, whole: size == whole)
+
+
+def boxed_blocks(arrays: Any, params: Any) -> Any:
+    """``arrays`` of blocks in the boxes of ``params``, less the names of axes that have size 1.
+
+    Other axes count the blocks of a named axis and are cut as it is.
+    """
+    return _renamed(arrays, params, lambda size, whole: size != 1 or whole == 1)
+
+
+def _renamed(moments: Any, params: Any, keeps_name: Callable[[int, int], bool]) -> Any:
+    def rename(moment: Any, parameter: Any) -> Any:
+        if not is_box(parameter):
+            return moment
+        content, shape = _content(moment), _content(parameter).shape
+
+        def kept(names: AxisNames) -> AxisNames:
+            sizes = zip(names, content.shape, shape, strict=False)
+            return tuple(name if keeps_name(n, size) else None for name, n, size in sizes)
+
+        if hasattr(parameter, "names"):
+            return moment.replace(names=kept(parameter.names))
+        metadata = parameter.get_metadata()
+        names = {key: kept(metadata[key]) for key in NNX_NAMES if metadata.get(key)}
+        return type(parameter)(content, **(metadata | names)) if names else moment
+
+    return jax.tree.map(rename, moments, params, is_leaf=is_box)
+
+
+def boxed_like(moments: Any, before: Any) -> Any:
+    """``moments`` in the boxes of those from the step before."""
+    return jax.tree.unflatten(jax.tree.structure(before), jax.tree.leaves(moments))
+
+
+def _content(node: Any) -> Any:
+    if not is_box(node):
+        return node
+    # The child, not the leaves: a compressed update is a node of several arrays.
+    (content,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+    return content

@@ -7,7 +7,7 @@ from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne, rank1_dynamic4, rank1_linear4
 from microadam_jax.codecs.scaled import Scaled, dynamic4, dynamic8, linear2, linear4
-from microadam_jax.codecs.storage import Storage, Unstored, as_storage
+from microadam_jax.codecs.storage import Storage, StoredLeaf, Unstored, as_storage
 
 __all__ = [
     "Affine4",
@@ -21,6 +21,7 @@ __all__ = [
     "RankOne",
     "Scaled",
     "Storage",
+    "StoredLeaf",
     "Unstored",
     "affine4",
     "as_codec",

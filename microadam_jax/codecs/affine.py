@@ -59,6 +59,8 @@ class Affine4(RowByRow):
     Reference: MicroAdam (arXiv 2405.15593), Algorithm 1, lines 8 and 9, and its quantizer lemma.
     """
 
+    Encoded = AffineCodes
+    signed = True
     buckets: Blocks = Blocks()
     rounding: str = "nearest"
     statistics: str = "float32"
@@ -69,16 +71,6 @@ class Affine4(RowByRow):
             raise ValueError(
                 f"Affine4.statistics must be 'float32' or 'bfloat16'; got {self.statistics!r}."
             )
-
-    @property
-    def Encoded(self) -> type[AffineCodes]:
-        """Returns the NamedTuple of quantized arrays."""
-        return AffineCodes
-
-    @property
-    def signed(self) -> bool:
-        """Returns True: negative values have codes."""
-        return True
 
     @property
     def name(self) -> str:

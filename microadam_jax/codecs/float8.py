@@ -86,6 +86,8 @@ class Float8(RowByRow):
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 4.
     """
 
+    signed = True
+    bits = 8
     format: str = "e4m3"
     expansion: bool = True
     blocks: Blocks = Blocks(128)
@@ -95,11 +97,6 @@ class Float8(RowByRow):
         require_rounding(self.rounding)
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {sorted(FORMATS)}; got {self.format!r}.")
-
-    @property
-    def signed(self) -> bool:
-        """Returns True: negative values have codes."""
-        return True
 
     @property
     def Encoded(self) -> Any:
@@ -151,11 +148,6 @@ class Float8(RowByRow):
             as_blocks_of(codes, layout.count), [number[..., None] for number in statistics]
         )
         return merge(x, layout, shape)
-
-    @property
-    def bits(self) -> int:
-        """Counts the bits of a code."""
-        return 8
 
     @property
     def statistics(self) -> int:

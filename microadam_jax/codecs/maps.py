@@ -66,7 +66,7 @@ class TableMap:
     name: str
     numbers: tuple[float, ...]
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         """Bits of a code."""
         return 2 if len(self.numbers) <= 4 else 4
@@ -134,13 +134,9 @@ class Dynamic8:
         symmetric: whether -1 has a code, in place of 0.
     """
 
+    bits = 8
     signed: bool = True
     symmetric: bool = False
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return 8
 
     @property
     def name(self) -> str:

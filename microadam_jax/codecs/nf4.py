@@ -69,6 +69,8 @@ class Nf4:
     stores scales in an 8-bit floating point format; this is the codebook of the released code.
     """
 
+    signed = True
+    needs_key = False
     blocks: Blocks
     group: int = 256
 
@@ -79,16 +81,6 @@ class Nf4:
     def name(self) -> str:
         """Returns the format in a word."""
         return f"nf4_b{self.blocks.size}_g{self.group}"
-
-    @property
-    def signed(self) -> bool:
-        """Returns True: it holds negative numbers."""
-        return True
-
-    @property
-    def needs_key(self) -> bool:
-        """Returns False: it rounds to nearest."""
-        return False
 
     @functools.partial(jax.jit, static_argnums=0)
     def encode(self, x: jax.Array, key: None = None) -> Nf4Codes:

@@ -29,6 +29,9 @@ class Plain(RowByRow):
         ValueError: if ``dtype`` is not a floating dtype.
     """
 
+    Encoded = PlainValues
+    signed = True
+    needs_key = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -39,24 +42,9 @@ class Plain(RowByRow):
             )
 
     @property
-    def Encoded(self) -> type[PlainValues]:
-        """Returns the NamedTuple of quantized arrays."""
-        return PlainValues
-
-    @property
-    def signed(self) -> bool:
-        """Returns True: negative values have codes."""
-        return True
-
-    @property
     def name(self) -> str:
         """Returns the dtype."""
         return self.dtype
-
-    @property
-    def needs_key(self) -> bool:
-        """Returns False: rounding to nearest draws no random numbers."""
-        return False
 
     def zeros(self, parameter: jax.Array) -> PlainValues:
         """Returns zeros like ``parameter``."""

@@ -66,6 +66,7 @@ class RankOne:
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.2.
     """
 
+    Encoded = RankOneCodes
     map: Map
     blocks: Blocks
     rounding: str = "nearest"
@@ -73,11 +74,6 @@ class RankOne:
 
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
-
-    @property
-    def Encoded(self) -> type[RankOneCodes]:
-        """Returns the NamedTuple of quantized arrays."""
-        return RankOneCodes
 
     @property
     def name(self) -> str:

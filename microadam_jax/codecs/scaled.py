@@ -74,6 +74,8 @@ class Scaled(RowByRow):
     Reference: Dettmers et al. (arXiv 2110.02861), Li et al. (arXiv 2309.01507).
     """
 
+    Encoded = ScaledCodes
+    statistics = 1
     map: Map
     blocks: Blocks
     rounding: str = "nearest"
@@ -92,11 +94,6 @@ class Scaled(RowByRow):
                 f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
                 "no negative numbers or no zero."
             )
-
-    @property
-    def Encoded(self) -> type[ScaledCodes]:
-        """Returns the NamedTuple of quantized arrays."""
-        return ScaledCodes
 
     @property
     def name(self) -> str:
@@ -148,15 +145,10 @@ class Scaled(RowByRow):
         layout = self.blocks.layout(shape[-1] if shape else 1)
         return merge(self.values_of(codes, (encoded.scales[..., None],)), layout, shape)
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         """Counts the bits of a code."""
         return self.map.bits
-
-    @property
-    def statistics(self) -> int:
-        """Counts the values kept for a block: its scale."""
-        return 1
 
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array]:

@@ -47,16 +47,12 @@ class Split:
     Reference: FlashOptim (arXiv 2602.23349), the split of master weights.
     """
 
+    Encoded = SplitCodes
     bits: int = 8
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 16):
             raise ValueError(f"Split.bits must be 8 or 16; got {self.bits!r}.")
-
-    @property
-    def Encoded(self) -> type[SplitCodes]:
-        """The NamedTuple of the stored arrays."""
-        return SplitCodes
 
     @property
     def name(self) -> str:

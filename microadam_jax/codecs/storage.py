@@ -1,25 +1,32 @@
 """How one field of a state is stored: which codec for which leaf."""
 
 import dataclasses
+import functools
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.boxes import box_path, boxed_blocks
 from microadam_jax.codecs.codec import Codec, as_codec
-from microadam_jax.codecs.plain import Plain
+from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
-from microadam_jax.trees import KeyPath, map_with_path, path_name
+from microadam_jax.trees import (
+    KeyPath,
+    LeafShape,
+    boxed_blocks,
+    leaf_shapes,
+    map_with_path,
+    path_name,
+)
 
 FLOAT32 = Plain("float32")
 # What `STACKED` was at first, of which the labels of stored states have digests.
@@ -28,6 +35,21 @@ FIRST_STACKED = (
 )
 Field = dict[str, dict[str, Any]]
 Slots = tuple[jax.Array, ...]
+Keys = Callable[[], Iterable[jax.Array]]
+
+
+class StoredLeaf(NamedTuple):
+    """Holds the moment of one parameter.
+
+    Attributes:
+        codec: its codec.
+        encoded: the arrays that the codec made of it.
+        key: for the codec's random numbers; None if it draws none.
+    """
+
+    codec: Codec
+    encoded: Any
+    key: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +97,7 @@ class Storage:
         object.__setattr__(self, "rules", rules)
         path_pattern(self.stacked)
 
-    @property
+    @functools.cached_property
     def codecs(self) -> tuple[Codec, ...]:
         """Returns all codecs, that of small leaves last."""
         codecs = map(as_codec, (self.codec, *(codec for _, codec in self.rules)))
@@ -93,7 +115,7 @@ class Storage:
             raise ValueError(f"{field!r} has both signs, which {unsigned[0]} cannot hold.")
         return self
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         """Returns the names of the codecs; with rules or other limits, also a digest of those."""
         names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
@@ -104,99 +126,99 @@ class Storage:
             return names
         return f"{names}_{zlib.crc32(repr(limits).encode()):08x}"
 
-    @property
+    @functools.cached_property
     def slots(self) -> tuple[str, ...]:
         """Returns the names of all arrays of all codecs."""
         return tuple(dict.fromkeys(slot for c in self.codecs for slot in c.Encoded._fields))
 
-    def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
-        """Returns a function from a leaf's path and the leaf to its codec.
+    def assign(self, tree: Any) -> dict[KeyPath, Codec]:
+        """Returns the codec of each leaf of a tree by its path.
 
         Args:
             tree: the tree of the leaves, which tells stacks from single layers.
         """
-        axis_of = layer_axes(tree, self.stacked, self.layer_axis)
+        leaves = leaf_shapes(tree)
+        return dict(zip(leaves, _codecs(self, tuple(leaves.values())), strict=True))
 
-        def codec_of(path: KeyPath, leaf: Any) -> Codec:
-            shape, name = tuple(leaf.shape), path_name(box_path(path))
-            axis = axis_of(path, leaf)
-            if 0 in shape or is_small(shape, axis, self.min_size, self.min_row):
-                return FLOAT32
-            codec = as_codec(next(PathRules(self.rules).matching(name), self.codec))
-            return codec.for_layers(axis) if isinstance(codec, RankOne) else codec
-
-        return codec_of
+    def _codec(self, leaf: LeafShape, axis: int | None) -> Codec:
+        if 0 in leaf.shape or is_small(leaf.shape, axis, self.min_size, self.min_row):
+            return FLOAT32
+        codec = as_codec(next(PathRules(self.rules).matching(leaf.path), self.codec))
+        return codec.for_layers(axis) if isinstance(codec, RankOne) else codec
 
     def zeros(self, tree: Any) -> Field:
         """Returns the field for a tree of zeros, placed as the tree is."""
-        codec_of = self.assign(tree)
+        codecs = self.assign(tree)
 
         def zeros_of(path: KeyPath, leaf: jax.Array) -> Slots:
-            codec = codec_of(path, leaf)
+            codec = codecs[path]
             return self._slots_of(path, codec, codec.zeros(leaf), leaf)
 
         return self._field(map_with_path(zeros_of, len(self.slots), tree), tree)
 
     def encode_tree(self, tree: Any) -> Field:
         """Returns the field for a tree of values, rounded to nearest."""
-        codec_of = self.assign(tree)
+        codecs = self.assign(tree)
 
         def encode(path: KeyPath, leaf: jax.Array) -> Slots:
-            codec = codec_of(path, leaf)
+            codec = codecs[path]
             encoded = codec.encode(leaf.astype(jnp.float32), None)
             return self._slots_of(path, codec, encoded, leaf)
 
         return self._field(map_with_path(encode, len(self.slots), tree), tree)
 
-    def columns(self, field: Field, path: str = "") -> tuple[Any, ...]:
-        """Returns the trees of a field's arrays.
+    def take(
+        self, name: str, field: Field, leaves: Mapping[KeyPath, LeafShape], keys: Keys
+    ) -> list[StoredLeaf]:
+        """Takes a field apart.
+
+        Args:
+            name: of the field.
+            field: from a state.
+            leaves: those that it was made for (:func:`leaf_shapes`).
+            keys: makes a random key for each leaf, in their order.
 
         Raises:
-            ValueError: if the field was stored otherwise.
+            ValueError: if the field was stored otherwise, or for leaves of other shapes.
         """
         if not isinstance(field, dict) or tuple(field) != (self.label,):
             found = ", ".join(map(str, field)) if isinstance(field, dict) else "no codec"
             raise ValueError(
-                f"The state's field {path!r} was stored with {found}, and this optimizer stores it "
+                f"The state's field {name!r} was stored with {found}, and this optimizer stores it "
                 f"with {self.label}. Restore it with the codecs that it was saved with."
             )
-        return tuple(field[self.label][slot] for slot in self.slots)
+        codecs = _codecs(self, tuple(leaves.values()))
+        drawn = keys() if any(codec.needs_key for codec in codecs) else [None] * len(codecs)
+        columns = [jax.tree.leaves(field[self.label][slot]) for slot in self.slots]
+        _require_count(name, columns[0], leaves)
+        rows = zip(leaves.items(), codecs, drawn, zip(*columns, strict=True), strict=True)
+        return [self._leaf(*leaf, codec, key, slots) for leaf, codec, key, slots in rows]
 
-    def field(self, columns: Sequence[Any]) -> Field:
-        """Returns the field that has these trees of arrays."""
-        return {self.label: dict(zip(self.slots, columns, strict=True))}
-
-    def codec_for(self, codec: Codec, slots: Slots) -> Codec:
-        """Returns the leaf's codec: what :meth:`assign` says."""
-        del slots
-        return codec
-
-    def encoded(self, codec: Codec, slots: Slots) -> Any:
-        """Returns those of ``slots`` that the leaf's codec uses, as it made them."""
+    def _leaf(
+        self, path: KeyPath, leaf: LeafShape, codec: Codec, key: Any, slots: Sequence[jax.Array]
+    ) -> StoredLeaf:
         by_name = dict(zip(self.slots, slots, strict=True))
-        return codec.Encoded(*(by_name[slot] for slot in codec.Encoded._fields))
-
-    def replaced(self, slots: Slots, encoded: Any) -> Slots:
-        """Returns ``slots`` with what a codec made."""
-        by_name = dict(zip(encoded._fields, encoded, strict=True))
-        return tuple(
-            by_name.get(slot, before) for slot, before in zip(self.slots, slots, strict=True)
-        )
-
-    def require(self, path: KeyPath, codec: Codec, slots: Slots, leaf: Any) -> None:
-        """Refuses slots that do not hold a leaf of the shape of ``leaf``.
-
-        Raises:
-            ValueError: if shapes or dtypes differ.
-        """
-        expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
-        stored = [(x.shape, str(x.dtype)) for x in self.encoded(codec, slots)]
-        wanted = [(x.shape, str(x.dtype)) for x in expected]
+        encoded = codec.Encoded(*map(by_name.get, codec.Encoded._fields))
+        stored = tuple((x.shape, x.dtype) for x in encoded)
+        wanted = _stored_types(codec, leaf.shape)
         if stored != wanted:
             raise ValueError(
-                f"The state of {path_name(path)!r} holds arrays {stored}; {codec.name} stores a "
-                f"leaf of shape {leaf.shape} in {wanted}. Use the codecs it was made with."
+                f"The state of {path_name(path)!r} holds arrays {_text(stored)}; {codec.name} "
+                f"stores a leaf of shape {leaf.shape} in {_text(wanted)}. Use the codecs it was "
+                "made with."
             )
+        return StoredLeaf(codec, encoded, key if codec.needs_key else None)
+
+    def put(self, field: Field, encoded: Sequence[Any]) -> Field:
+        """Returns ``field`` with what the codecs of its leaves made."""
+        arrays = field[self.label]
+
+        def column(slot: str) -> Any:
+            before, structure = jax.tree.flatten(arrays[slot])
+            pairs = zip(encoded, before, strict=True)
+            return structure.unflatten(getattr(new, slot, old) for new, old in pairs)
+
+        return {self.label: {slot: column(slot) for slot in self.slots}}
 
     def _slots_of(self, path: KeyPath, codec: Codec, encoded: Any, leaf: jax.Array) -> Slots:
         """The arrays of ``encoded``, and next to nothing in the slots of other codecs."""
@@ -212,7 +234,11 @@ class Storage:
         return tuple(by_name[slot] if slot in by_name else unused() for slot in self.slots)
 
     def _field(self, columns: Sequence[Any], tree: Any) -> Field:
-        paths = [path_name(box_path(path)) for path, _ in jax.tree.leaves_with_path(tree)]
+        self._warn_unmatched([leaf.path for leaf in leaf_shapes(tree).values()])
+        boxed = (boxed_blocks(column, tree) for column in columns)
+        return {self.label: dict(zip(self.slots, boxed, strict=True))}
+
+    def _warn_unmatched(self, paths: Sequence[str]) -> None:
         for pattern, _ in self.rules:
             if paths and not any(map(path_pattern(pattern).search, paths)):
                 warnings.warn(
@@ -222,12 +248,37 @@ class Storage:
                     UserWarning,
                     stacklevel=2,
                 )
-        return self.field([boxed_blocks(column, tree) for column in columns])
+
+
+@functools.lru_cache(maxsize=64)
+def _codecs(storage: Storage, leaves: tuple[LeafShape, ...]) -> tuple[Codec, ...]:
+    """Returns the codecs of the leaves of a tree, found once for all steps."""
+    axes = layer_axes(leaves, storage.stacked, storage.layer_axis)
+    return tuple(map(storage._codec, leaves, axes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored_types(codec: Codec, shape: tuple[int, ...]) -> tuple[tuple[Any, Any], ...]:
+    """Returns shape and dtype of each array in which a codec stores a leaf."""
+    arrays = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return tuple((x.shape, x.dtype) for x in arrays)
+
+
+def _require_count(name: str, arrays: Sequence[Any], leaves: Mapping[KeyPath, LeafShape]) -> None:
+    if len(arrays) != len(leaves):
+        raise ValueError(
+            f"The state's field {name!r} holds {len(arrays)} parameters, and the gradients have "
+            f"{len(leaves)}. Give gradients and a state of the same parameters."
+        )
+
+
+def _text(types: tuple[tuple[Any, Any], ...]) -> str:
+    return str([(shape, str(dtype)) for shape, dtype in types])
 
 
 @dataclasses.dataclass(frozen=True)
 class Unstored:
-    """Keeps a field as it is, a tree of arrays, with the methods of :class:`Storage`.
+    """Keeps a field as it is, a tree of arrays; what :class:`Storage` is for codes.
 
     Args:
         dtype: of the arrays that :meth:`zeros` makes.
@@ -235,65 +286,40 @@ class Unstored:
 
     dtype: DTypeLike = jnp.float32
 
-    @property
-    def codecs(self) -> tuple[Codec, ...]:
-        """Returns the one there is."""
-        return (Plain(str(jnp.dtype(self.dtype))),)
-
-    def assign(self, tree: Any) -> Callable[[KeyPath, Any], Codec]:
-        """Returns the codec of every leaf, which is asked for its properties only."""
-        del tree
-        return lambda path, leaf: FLOAT32
-
     def zeros(self, tree: Any) -> Any:
         """Returns zeros placed as the tree is."""
         return jax.tree.map(lambda leaf: state_zeros(leaf, leaf.shape, self.dtype), tree)
 
-    def columns(self, field: Any, path: str = "") -> tuple[Any, ...]:
-        """Returns the one tree there is.
+    def take(
+        self, name: str, field: Any, leaves: Mapping[KeyPath, LeafShape], keys: Keys
+    ) -> list[StoredLeaf]:
+        """Takes a field apart, as :meth:`Storage.take` does; each leaf keeps its dtype.
 
         Raises:
-            ValueError: if the field was stored through a codec.
+            ValueError: if the field was stored through a codec, or for leaves of other shapes.
         """
+        del keys
         if isinstance(field, dict) and len(field) == 1:
             (label, arrays) = next(iter(field.items()))
             if isinstance(arrays, dict) and "codes" in arrays:
                 raise ValueError(
-                    f"The state's field {path!r} was stored with {label}, and this optimizer "
+                    f"The state's field {name!r} was stored with {label}, and this optimizer "
                     "stores it without codec. Restore it with the codec it was saved with."
                 )
-        return (field,)
+        taken, arrays = [], jax.tree.leaves(field)
+        _require_count(name, arrays, leaves)
+        for path, x in zip(leaves, arrays, strict=True):
+            if x.shape != leaves[path].shape:
+                raise ValueError(
+                    f"The state of {path_name(path)!r} has shape {x.shape} where its parameter "
+                    f"has {leaves[path].shape}."
+                )
+            taken.append(StoredLeaf(Plain(str(x.dtype)), PlainValues(x), None))
+        return taken
 
-    def field(self, columns: Sequence[Any]) -> Any:
-        """Returns the field that has this tree."""
-        return columns[0]
-
-    def codec_for(self, codec: Codec, slots: Slots) -> Codec:
-        """Returns the codec that keeps the dtype of the leaf."""
-        del codec
-        return Plain(str(slots[0].dtype))
-
-    def encoded(self, codec: Codec, slots: Slots) -> Any:
-        """Returns the leaf, as that codec makes it."""
-        return codec.Encoded(*slots)
-
-    def replaced(self, slots: Slots, encoded: Any) -> Slots:
-        """Returns the quantized arrays."""
-        del slots
-        return tuple(encoded)
-
-    def require(self, path: KeyPath, codec: Codec, slots: Slots, leaf: Any) -> None:
-        """Refuses an array of another shape than ``leaf``.
-
-        Raises:
-            ValueError: if there is one.
-        """
-        del codec
-        if slots[0].shape != leaf.shape:
-            raise ValueError(
-                f"The state of {path_name(path)!r} has shape {slots[0].shape} where its parameter "
-                f"has {leaf.shape}."
-            )
+    def put(self, field: Any, encoded: Sequence[PlainValues]) -> Any:
+        """Returns ``field`` with other arrays."""
+        return jax.tree.unflatten(jax.tree.structure(field), [new.codes for new in encoded])
 
 
 def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:

@@ -11,6 +11,7 @@ from microadam_jax.compressors.dense import Dense
 from microadam_jax.compressors.low_rank import LowRank
 from microadam_jax.compressors.power_sgd import PowerSGD, power_sgd
 from microadam_jax.compressors.top_k import TopK, top_k
+from microadam_jax.trees import is_compressed
 
 __all__ = [
     "BlockSparse",
@@ -27,8 +28,3 @@ __all__ = [
     "require_compressor",
     "top_k",
 ]
-
-
-def is_compressed(node: object) -> bool:
-    """Returns True if ``node`` is a compressed update; for ``is_leaf`` of tree functions."""
-    return isinstance(node, BlockSparse | LowRank | Deferred)

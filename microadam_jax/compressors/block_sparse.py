@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout, merge
 from microadam_jax.compressors.rows import overwrite_each, per_row, row_of, row_shape
+from microadam_jax.trees import Compressed
 from pallas_kernels.window_update import expand, values_at, written
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockSparse:
+class BlockSparse(Compressed):
     """Holds an update of which each block keeps ``k`` elements: a pytree node, never a state.
 
     Attributes:

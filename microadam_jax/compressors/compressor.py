@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 from jax.typing import DTypeLike
 
-from microadam_jax.trees import KeyPath
+from microadam_jax.trees import Compressed, KeyPath
 
 Row = tuple[jax.Array, jax.Array]
 """A leaf's share of a window: two arrays of several updates, or of one."""
@@ -46,7 +46,7 @@ class Sent(Protocol):
         ...
 
 
-class Deferred:
+class Deferred(Compressed):
     """Defers the compression of an update to the link that reads it: no pytree node."""
 
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from microadam_jax.compressors.rows import overwrite_each, per_row, row_of, row_shape
 from microadam_jax.sharding import contract
+from microadam_jax.trees import Compressed
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(Compressed):
     r"""Holds an update :math:`P Q^\top`, all axes but the last by the last: a pytree node.
 
     The factors keep the axes of the parameter, with size 1 where they have no own, so that its

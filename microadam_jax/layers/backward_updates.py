@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from microadam_jax.boxes import without_boxes
 from microadam_jax.execution import within
 from microadam_jax.layers.state_of_layers import (
     StateParts,
@@ -17,7 +16,7 @@ from microadam_jax.layers.state_of_layers import (
     subtree,
 )
 from microadam_jax.leaf_loops import once
-from microadam_jax.trees import KeyPath
+from microadam_jax.trees import KeyPath, without_boxes
 
 Clip = Literal["value", "layer", "global", "last_global"]
 Params = dict[str, Any]

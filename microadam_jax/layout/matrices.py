@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
-
-import jax
 
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
@@ -80,45 +78,37 @@ class Matrices:
         path_pattern(self.exclude or "")
         object.__setattr__(self, "dimension_numbers", PathRules(self.dimension_numbers))
 
-    def assign(self, params: Any) -> Callable[[KeyPath, Any], "Assigned"]:
-        """Returns a function from a leaf's path and the leaf to how it is seen.
+    def assign(self, params: Any) -> dict[KeyPath, "Assigned"]:
+        """Returns for each leaf of a tree, by its path, how it is seen.
 
         Args:
-            params: the tree of the leaves: its Flax boxes may name the axes.
+            params: the parameters, or their updates; their Flax boxes may name the axes.
 
         Raises:
-            ValueError: from the function, if ``dimension_numbers`` names axes that a leaf does not
-                have.
+            ValueError: if ``dimension_numbers`` names axes that a leaf does not have.
         """
-        assignment_of = (self.partition or Partition()).assign(params)
+        found = (self.partition or Partition()).assign(params)
+        return {path: self._assigned(assignment) for path, assignment in found.items()}
 
-        def assign(path: KeyPath, leaf: Any) -> Assigned:
-            assignment = assignment_of(path, leaf)
-            if 0 in leaf.shape or len(leaf.shape) < 2:
-                return Assigned(assignment, None, "no matrix")
-            if self.exclude is not None and path_pattern(self.exclude).search(assignment.path):
-                return Assigned(assignment, None, "excluded by its name")
-            sides = self._sides(assignment)
-            if sides is None:
-                return Assigned(assignment, None, "no matrix")
-            # What shares a norm is asked of the sharing, which must know the map too.
-            sharing = assignment.sharing
-            if sharing.matrix is None:
-                axes = tuple(((size, True),) for size in assignment.shape)
-                sharing = AxisBlocks(axes, sides)
-            return Assigned(
-                dataclasses.replace(assignment, sharing=sharing),
-                self._view(assignment.shape, sides),
-                "",
-            )
-
-        return assign
+    def _assigned(self, assignment: Assignment) -> "Assigned":
+        shape = assignment.shape
+        if 0 in shape or len(shape) < 2:
+            return Assigned(assignment, None, "no matrix")
+        if self.exclude is not None and path_pattern(self.exclude).search(assignment.path):
+            return Assigned(assignment, None, "excluded by its name")
+        sides = self._sides(assignment)
+        if sides is None:
+            return Assigned(assignment, None, "no matrix")
+        # What shares a norm is asked of the sharing, which must know the map too.
+        if assignment.sharing.matrix is None:
+            sharing = AxisBlocks(tuple(((size, True),) for size in shape), sides)
+            assignment = dataclasses.replace(assignment, sharing=sharing)
+        return Assigned(assignment, self._view(shape, sides), "")
 
     def list(self, params: Any) -> list[tuple[str, MatrixView | None]]:
         """Returns each parameter's path and how it is seen; None where it is left alone."""
-        assign = self.assign(params)
-        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-        return [(path_name(path), assign(path, leaf).view) for path, leaf in leaves]
+        found = self.assign(params).items()
+        return [(path_name(path), assigned.view) for path, assigned in found]
 
     def _sides(self, assignment: Assignment) -> Sides | None:
         for numbers in PathRules(self.dimension_numbers).matching(assignment.path):

@@ -1,23 +1,23 @@
 """Which parameters share a second moment: rules from the names and shapes of a tree."""
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
 from microadam_jax.arguments import require_kind
-from microadam_jax.boxes import box_path
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, one_layer
 from microadam_jax.memory import format_table, is_reporting, remark
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes, path_name
 
 Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
 
@@ -116,40 +116,18 @@ class Partition:
         object.__setattr__(self, "rules", PathRules(parsed))
         path_pattern(self.stacked)
 
-    def assign(self, params: Any) -> Callable[[KeyPath, Any], Assignment]:
-        """Returns a function from a leaf's path and the leaf to what this partition does to it.
+    def assign(self, params: Any) -> dict[KeyPath, Assignment]:
+        """Returns for each leaf of a tree, by its path, what this partition does to it.
 
         Args:
-            params: the tree of the leaves, which tells stacks from single layers and kernels
-                ``(in, out)`` from ``(out, in)``.
+            params: the parameters, or their updates; the whole tree, which tells stacks from
+                single layers and kernels ``(in, out)`` from ``(out, in)``.
 
         Raises:
-            ValueError: from the function, if ``unknown`` is ``"error"`` and the leaf follows no
-                rule.
+            ValueError: if ``unknown`` is ``"error"`` and a leaf follows no rule.
         """
-        axis_of = layer_axes(params, self.stacked, self.layer_axis)
-        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-        known = orientations(
-            {
-                path_name(box_path(path)): one_layer(leaf.shape, axis_of(path, leaf))
-                for path, leaf in leaves
-                if hasattr(leaf, "shape")
-            }
-        )
-
-        def assignment(path: KeyPath, leaf: Any) -> Assignment:
-            name = path_name(box_path(path))
-            orientation = known.get(name, Orientation.IN_OUT)
-            found = self._assignment(name, tuple(leaf.shape), axis_of(path, leaf), orientation)
-            if self.unknown == "error" and found.rule is None and len(found.layer_shape) > 1:
-                raise ValueError(
-                    f"{found.path!r} of shape {found.shape} follows no rule of the partition, "
-                    f"which has unknown='error'. Add a rule, {_rule_to_add(found)}, or choose "
-                    "unknown='elementwise' or, for matrices (in, out), 'output'."
-                )
-            return found
-
-        return assignment
+        leaves = leaf_shapes(params)
+        return dict(zip(leaves, _assignments(self, tuple(leaves.values())), strict=True))
 
     def _assignment(
         self, path: str, shape: Shape, layer_axis: int | None, orientation: Orientation
@@ -193,6 +171,26 @@ class Partition:
             if sharing is not None:
                 return axes, sharing, order
         return None
+
+
+@functools.lru_cache(maxsize=64)
+def _assignments(partition: Partition, leaves: tuple[LeafShape, ...]) -> tuple[Assignment, ...]:
+    """Returns what a partition does to the leaves of a tree, found once for all steps."""
+    axes = layer_axes(leaves, partition.stacked, partition.layer_axis)
+    layers = [one_layer(leaf.shape, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+    known = orientations(dict(zip((leaf.path for leaf in leaves), layers, strict=True)))
+    found = []
+    for leaf, axis in zip(leaves, axes, strict=True):
+        orientation = known.get(leaf.path, Orientation.IN_OUT)
+        one = partition._assignment(leaf.path, leaf.shape, axis, orientation)
+        if partition.unknown == "error" and one.rule is None and len(one.layer_shape) > 1:
+            raise ValueError(
+                f"{one.path!r} of shape {one.shape} follows no rule of the partition, which has "
+                f"unknown='error'. Add a rule, {_rule_to_add(one)}, or choose "
+                "unknown='elementwise' or, for matrices (in, out), 'output'."
+            )
+        found.append(one)
+    return tuple(found)
 
 
 def as_partition(partition: Partition | None) -> Partition:
@@ -267,9 +265,7 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
         >>> print(report.assignments[0].rule, report.unnamed)
         token embed -> token ()
     """
-    assign = as_partition(partition).assign(params)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return PartitionReport(tuple(assign(path, leaf) for path, leaf in leaves))
+    return PartitionReport(tuple(as_partition(partition).assign(params).values()))
 
 
 def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> None:

@@ -4,17 +4,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import jax
-
-from microadam_jax.boxes import axis_names, box_path
 from microadam_jax.layout.names import LORA, NORM
 from microadam_jax.layout.path_rules import path_pattern
-from microadam_jax.trees import KeyPath, path_name
-
-Shape = tuple[int, ...]
+from microadam_jax.trees import KeyPath, LeafShape, Shape, box_path, path_name
 
 # Containers of layers that nn.scan, nnx.vmap and MaxText stack: no number follows them. As a
 # default it also asks the tree, see `layer_axes`.
@@ -36,9 +30,9 @@ _MATRIX = path_pattern(rf"kernel|w|embeddings?|[^/]*{LORA}")
 
 
 def layer_axes(
-    tree: Any, stacked: str = STACKED, layer_axis: int = 0
-) -> Callable[[KeyPath, Any], int | None]:
-    r"""Returns a function from a leaf's path and the leaf to the axis along which it stacks layers.
+    leaves: Sequence[LeafShape], stacked: str = STACKED, layer_axis: int = 0
+) -> list[int | None]:
+    r"""Returns for each leaf of a tree the axis along which it stacks layers; None for none.
 
     A box that names its axes counts first. Otherwise ``stacked`` must match the path of a
     container of the leaf, or of the leaf itself, and what follows must be no index of a layer:
@@ -50,45 +44,35 @@ def layer_axes(
     it takes more to be a stack: a bias or norm scale that has a layer axis as well.
 
     Args:
-        tree: all leaves: parameters, updates or their shapes.
+        leaves: all leaves of the tree.
         stacked: a path pattern (:func:`path_pattern`) such as ``"trunk"`` for what stacks layers.
         layer_axis: the layer axis of those.
 
-    Returns:
-        The function. It gives None where no layers are stacked.
-
     Examples:
-        >>> import jax, jax.numpy as jnp
         >>> from microadam_jax.layout.stacks import layer_axes
-        >>> params = {
-        ...     "blocks": {"block_0": {"kernel": jnp.zeros((4, 2, 2))}},
-        ...     "layers": {"kernel": jnp.zeros((3, 4, 8)), "bias": jnp.zeros((3, 8))},
-        ... }
-        >>> axis_of = layer_axes(params)
-        >>> [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-        [None, 0, 0]
+        >>> from microadam_jax.trees import LeafShape
+        >>> single = LeafShape("blocks/block_0/kernel", (4, 2, 2))
+        >>> layer_axes([single, LeafShape("layers/kernel", (3, 4, 8))])
+        [None, 0]
     """
-    names = dict(axis_names(tree))
     asks_tree = stacked == STACKED
-    found = _stacks(tree, layer_axis) if asks_tree else frozenset()
+    found = _stacks(leaves, layer_axis) if asks_tree else frozenset()
 
-    def axis_of(path: KeyPath, leaf: Any) -> int | None:
-        boxed, rank = box_path(path), len(leaf.shape)
-        named = names.get(boxed, ())
-        if len(named) == rank:
-            axes = [i for i, name in enumerate(named) if name in LAYER_AXIS_NAMES]
+    def axis_of(leaf: LeafShape) -> int | None:
+        rank = len(leaf.shape)
+        if len(leaf.axes) == rank:
+            axes = [i for i, name in enumerate(leaf.axes) if name in LAYER_AXIS_NAMES]
             if axes:
                 return axes[0]
-        name = path_name(boxed)
         if asks_tree:
-            is_stacked = any(container in found for container, _ in _parts(stacked, name))
+            is_stacked = any(container in found for container, _ in _parts(stacked, leaf.path))
         else:
-            is_stacked = bool(path_pattern(stacked).search(name)) or any(
-                not _is_indexed(rest) for _, rest in _parts(stacked, name)
+            is_stacked = bool(path_pattern(stacked).search(leaf.path)) or any(
+                not _is_indexed(rest) for _, rest in _parts(stacked, leaf.path)
             )
         return layer_axis if is_stacked and rank > layer_axis else None
 
-    return axis_of
+    return [axis_of(leaf) for leaf in leaves]
 
 
 def one_layer(shape: Shape, layer_axis: int | None) -> Shape:
@@ -120,9 +104,7 @@ def layer_axis_of(path: KeyPath, shape: Shape, stacked: str) -> int | None:
         shape: its shape.
         stacked: as for :func:`layer_axes`.
     """
-    leaf = jax.ShapeDtypeStruct(shape, "float32")
-    name = path_name(box_path(path))
-    return layer_axes({name: leaf}, stacked)((jax.tree_util.DictKey(name),), leaf)
+    return layer_axes([LeafShape(path_name(box_path(path)), shape)], stacked)[0]
 
 
 @dataclasses.dataclass
@@ -152,14 +134,13 @@ class _Group:
         return True
 
 
-def _stacks(tree: Any, layer_axis: int) -> frozenset[str]:
-    """Returns the containers of ``tree`` that are stacks."""
+def _stacks(leaves: Sequence[LeafShape], layer_axis: int) -> frozenset[str]:
+    """Returns the containers that are stacks."""
     groups: dict[str, _Group] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = path_name(box_path(path))
-        for container, rest in _parts(STACKED, name):
+    for leaf in leaves:
+        for container, rest in _parts(STACKED, leaf.path):
             group = groups.setdefault(container, _Group(container))
-            group.leaves.append((rest, tuple(getattr(leaf, "shape", ()))))
+            group.leaves.append((rest, leaf.shape))
     return frozenset(name for name, group in groups.items() if group.is_stack(layer_axis))
 
 

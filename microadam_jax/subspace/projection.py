@@ -49,8 +49,8 @@ class Projection:
         require_kind(Refresh, refresh=self.refresh)
         require_subspace(self.subspace)
 
-    def assign(self, params: Any) -> Callable[[KeyPath, Any], "Projected"]:
-        """Returns a function from a leaf's path and the leaf to its part in this projection.
+    def assign(self, params: Any) -> dict[KeyPath, "Projected"]:
+        """Returns for each leaf of a tree, by its path, its part in this projection.
 
         Raises:
             ValueError: if a stack is updated layer by layer, and bases would be others than those
@@ -63,21 +63,22 @@ class Projection:
                 "after another. Take a subspace found from the gradient, as GaLore does, and "
                 "Refresh without stagger."
             )
-        assign = self.matrices.assign(params)
-        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-        assigned = {path: assign(path, leaf) for path, leaf in leaves}
+        assigned = self.matrices.assign(params)
         projected = [path for path, each in assigned.items() if each.view is not None]
         offsets = {
             path: self.refresh.offset(index, len(projected)) for index, path in enumerate(projected)
         }
-        return lambda path, leaf: Projected(self, path, assigned[path], offsets.get(path, 0))
+        return {
+            path: Projected(self, path, each, offsets.get(path, 0))
+            for path, each in assigned.items()
+        }
 
     def zeros(self, params: Any) -> tuple[Any, ...]:
         """A tree for each array that is kept of a basis."""
-        assign = self.assign(params)
+        leaves = self.assign(params)
 
         def of(path: KeyPath, parameter: Any) -> Arrays:
-            leaf = assign(path, parameter)
+            leaf = leaves[path]
             leaf.remark(parameter)
             return leaf.zeros(parameter, self.slots(leaf.assigned.view))
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.layout.axes import Shape
 from microadam_jax.layout.partition import Assignment, Partition, as_partition, require_shape
 from microadam_jax.memory import warn_of_more_than_adam
@@ -21,7 +20,7 @@ from microadam_jax.transforms.factors import (
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
 class ScaleByCameState(NamedTuple):
@@ -120,10 +119,10 @@ def scale_by_came(
     mu_dtype = moment_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByCameState:
-        assign = partition.assign(params)
+        assignments = partition.assign(params)
 
         def zeros(path: KeyPath, parameter: jax.Array) -> tuple[jax.Array, ...]:
-            assignment = assign(path, parameter)
+            assignment = assignments[path]
             return (
                 state_zeros(parameter, parameter.shape, mu_dtype),
                 *(moment_zeros(parameter, s, jnp.float32) for s in _state_shapes(assignment)),
@@ -141,12 +140,12 @@ def scale_by_came(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByCameState]:
         del extra_args
-        assign = partition.assign(updates)
+        assignments = partition.assign(updates)
 
         def scale(
             path: KeyPath, g: jax.Array, target: jax.Array, mu: jax.Array, *stored: jax.Array
         ) -> tuple[jax.Array, ...]:
-            assignment = assign(path, g)
+            assignment = assignments[path]
             for moment, shape in zip(stored, _state_shapes(assignment), strict=True):
                 require_shape(path, moment, shape)
             nu_row, nu_col, instability_row, instability_col = stored

@@ -1,6 +1,7 @@
 """Decay, learning rate and the new parameters in the same pass as the link before them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeGuard
 
@@ -16,7 +17,7 @@ from microadam_jax.transforms.decay import (
     require_number,
     scale_by_learning_rate,
 )
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.trees import is_compressed
 from pallas_kernels.window_update import descent
 
 
@@ -51,13 +52,15 @@ def as_it_is(u: jax.Array) -> jax.Array:
     return u
 
 
-def finishes(
-    finish: Any, updates: optax.Updates, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
-    """A tree with a function for each leaf of ``updates``: ``finish``, or :func:`as_it_is`."""
+# From the targets of updates to a tree with a function for each, from its update to the result.
+Finish = Callable[[Any], Any]
+
+
+def finishes(finish: Finish | None, targets: Any) -> Any:
+    """The functions that ``finish`` makes for the leaves of ``targets``, or :func:`as_it_is`."""
     if finish is not None:
-        return finish
-    return jax.tree.map(lambda _: as_it_is, updates, is_leaf=is_leaf)
+        return finish(targets)
+    return jax.tree.map(lambda _: as_it_is, targets, is_leaf=is_compressed)
 
 
 def read_by(finish: Callable[..., jax.Array], parameter: Any) -> tuple[Any, ...]:
@@ -102,8 +105,8 @@ def descend(
     write all of :math:`u_t` before it reads it again.
 
     Args:
-        *links: transformations, of which the update of the last takes the argument ``finish``: a
-            tree of functions, one for each leaf, from a part of :math:`u_t` and of
+        *links: transformations, of which the update of the last takes the argument ``finish``. It
+            makes a tree of functions, one for each parameter, from a part of :math:`u_t` and of
             :math:`\theta_t` to the result.
         learning_rate: :math:`\eta_t`, a number or a schedule.
         weight_decay: :math:`\lambda`.
@@ -132,28 +135,32 @@ def descend(
     ) -> tuple[optax.Updates, Any]:
         if params is None and (decays_at_all or apply):
             raise ValueError(NEEDS_PARAMS)
-        targets = updates if params is None else params
         *link_states, decay_state, scale_state = state
+        decays = True if mask is None else mask(updates) if _is_function(mask) else mask
 
-        def finish(decays: bool, p: jax.Array) -> Descent:
+        def finish_of(decays: bool, p: jax.Array) -> Descent:
             # As arrays of the dtypes in which Optax multiplies.
             one = jnp.ones((), p.dtype)
             decay = weight_decay * one if decays and decays_at_all else None
             one = one if decay is None else jnp.ones((), decay.dtype)
             return Descent(jnp.asarray(scale.update(one, scale_state)[0]), decay, apply)
 
-        decays = True if mask is None else mask(updates) if _is_function(mask) else mask
-        each = jax.tree.map(
-            lambda decays, part: jax.tree.map(lambda p: finish(decays, p), part), decays, targets
-        )
+        def finish(targets: Any) -> Any:
+            def below(decays: bool, part: Any) -> Any:
+                return jax.tree.map(
+                    functools.partial(finish_of, decays), part, is_leaf=is_compressed
+                )
+
+            return jax.tree.map(below, decays, targets)
+
         results: Any = chained.update(
-            updates, tuple(link_states), params, finish=each, **extra_args
+            updates, tuple(link_states), params, finish=finish, **extra_args
         )
         updates, link_states = results
         _, scale_state = scale.update(jnp.zeros(0), scale_state)
         return updates, (*link_states, decay_state, scale_state)
 
-    return transformation(chain.init, update, kind=Fusable)
+    return Fusable(chain.init, update)
 
 
 def _is_function(mask: Any) -> bool:

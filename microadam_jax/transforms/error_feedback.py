@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_like
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, TopK, require_compressor, top_k
 from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
@@ -25,7 +24,7 @@ from microadam_jax.transforms.top_k_feedback import (
     require_unnamed,
 )
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, columns_of, leaf_key, map_with_path, rows_of
+from microadam_jax.trees import KeyPath, boxed_like, columns_of, leaf_key, map_with_path, rows_of
 
 
 class ErrorFeedbackState(NamedTuple):

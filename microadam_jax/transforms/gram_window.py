@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.boxes import boxed_blocks, boxed_like
 from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed, require_compressor
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window
-from microadam_jax.trees import KeyPath, map_with_path, path_name
+from microadam_jax.trees import KeyPath, boxed_blocks, boxed_like, map_with_path, path_name
 
 Coefficients = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -147,17 +147,16 @@ def matrix_momentum(
         finish: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, MatrixMomentumState]:
-        assign = matrices.assign(updates)
-        seen = {path: assign(path, g) for path, g in jax.tree.leaves_with_path(updates)}
+        seen = matrices.assign(updates)
         targets = updates if params is None else params
-        finish = finishes(finish, updates)
+        ends = finishes(finish, targets)
 
         def of_others(path: KeyPath, g: jax.Array, end: Any) -> tuple[Any]:
             del g
             return (end if seen[path].view is None else as_it_is,)
 
-        (early,) = map_with_path(of_others, 1, updates, finish)
-        found: Any = momentum.update(updates, state, params, finish=early, **extra_args)
+        (early,) = map_with_path(of_others, 1, updates, ends)
+        found: Any = momentum.update(updates, state, params, finish=lambda _: early, **extra_args)
         moved, state = found
         kinds, leaves = [], []
         for path, n in jax.tree.leaves_with_path(moved):
@@ -174,7 +173,7 @@ def matrix_momentum(
             u = next(turned).astype(target.dtype)
             return (end(u, *read_by(end, target)),)
 
-        (scaled,) = map_with_path(scale, 1, moved, targets, finish)
+        (scaled,) = map_with_path(scale, 1, moved, targets, ends)
         return scaled, state
 
     return transformation(momentum.init, update, consistent_rms=consistent_rms)

@@ -1,6 +1,6 @@
 """Any transformation in a subspace of each gradient matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.view import WHOLE, Layout, MatrixView
@@ -29,7 +28,7 @@ from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import one_minus_power
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 FIRST_MOMENTS = ("mu", "trace")
 
@@ -141,10 +140,10 @@ def project_gradients(
     rules = _Rules(projection, complement, scale, b1, b2)
 
     def init(params: optax.Params) -> ProjectGradientsState:
-        assign = rules.projection.assign(params)
+        leaves = rules.projection.assign(params)
 
         def low(path: KeyPath, parameter: jax.Array) -> Arrays:
-            view = assign(path, parameter).assigned.view
+            view = leaves[path].assigned.view
             if view is None:
                 return (state_zeros(parameter, parameter.shape, jnp.float32),)
             return (view.zeros(parameter, rules.low(view), jnp.float32),)
@@ -152,7 +151,7 @@ def project_gradients(
         batch = scope().micro_batch if complement.feeds_back else None
 
         def rest(path: KeyPath, parameter: jax.Array) -> Arrays:
-            leaf = assign(path, parameter)
+            leaf = leaves[path]
             if batch is not None:
                 batch.taken.append(path)
                 if leaf.assigned.view is None:
@@ -180,12 +179,12 @@ def project_gradients(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectGradientsState]:
-        assign = rules.projection.assign(updates)
+        leaves = rules.projection.assign(updates)
         targets = updates if params is None else params
         batch = scope().micro_batch
         if batch is not None and complement.feeds_back:
             (residual,) = state.complement
-            updates, residual = _with_residual(batch, assign, updates, residual)
+            updates, residual = _with_residual(batch, leaves, updates, residual)
             state = state._replace(complement=complement.Kept(residual))
             if not batch.completes:
                 return updates, state
@@ -194,7 +193,7 @@ def project_gradients(
         entered: list[_Entered | None] = []
 
         def enter(path: KeyPath, g: jax.Array, *stored: jax.Array) -> Arrays:
-            leaf, view = assign(path, g), assign(path, g).assigned.view
+            leaf, view = leaves[path], leaves[path].assigned.view
             if view is None:
                 entered.append(None)
                 return jnp.asarray(False), float32(g), *stored[: width + bases]
@@ -249,7 +248,7 @@ def project_gradients(
 
 def _with_residual(
     batch: MicroBatch,
-    assign: Callable[[KeyPath, Any], Projected],
+    leaves: Mapping[KeyPath, Projected],
     updates: optax.Updates,
     residual: Any,
 ) -> tuple[optax.Updates, Any]:
@@ -261,7 +260,7 @@ def _with_residual(
         total = kept + share
         if not batch.completes:
             return g, total.astype(kept.dtype)
-        if assign(path, g).assigned.view is None:
+        if leaves[path].assigned.view is None:
             return total.astype(g.dtype), jnp.zeros_like(kept)
         return share, kept
 

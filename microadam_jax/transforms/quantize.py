@@ -1,6 +1,6 @@
 """Any optimizer with its state in few bits."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,21 +9,22 @@ import optax
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_like, without_boxes
-from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
 from microadam_jax.execution import scope
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
-from microadam_jax.transforms.stored_step import (
-    Arrays,
-    LeafStep,
-    Rule,
-    StoredField,
-    split,
-    step_fields,
-)
+from microadam_jax.transforms.stored_step import Arrays, Rule, StoredStep, stored_steps
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, columns_of, leaf_key, leaf_keys, map_with_path, rows_of
+from microadam_jax.trees import (
+    KeyPath,
+    columns_of,
+    leaf_keys,
+    leaf_shapes,
+    map_with_path,
+    rows_of,
+    turned,
+    without_boxes,
+)
 from pallas_kernels.dispatch import names_kernel
 
 SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
@@ -135,7 +136,7 @@ def quantize_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizedState]:
         targets = updates if params is None else params
-        finish = finishes(finish, updates)
+        finish = finishes(finish, targets)
         step = _Step(inner, storages, state, targets, finish, seed, extra_args)
         if not elementwise:
             _require_unnamed(scope().implementation)
@@ -163,9 +164,15 @@ class _Step(NamedTuple):
         """The shapes of the inner state."""
         return jax.eval_shape(self.inner.init, self.targets)
 
-    def key(self, name: str, path: KeyPath) -> jax.Array:
-        """The random key of a leaf of a field."""
-        return leaf_key(self.seed, self.state.count, (GetAttrKey(name), *path))
+    def taken(
+        self, name: str, storage: Storage | Unstored, shapes: Any, stored: Any
+    ) -> list[StoredLeaf]:
+        """The leaves of a field that has ``shapes``."""
+
+        def keys() -> Iterable[jax.Array]:
+            return leaf_keys(self.seed, self.state.count, shapes, (GetAttrKey(name),)).values()
+
+        return storage.take(name, stored, leaf_shapes(shapes), keys)
 
     def at_once(self, gradients: Any, params: Any) -> tuple[Any, Any]:
         """Decodes the whole state, updates, and encodes it."""
@@ -174,32 +181,23 @@ class _Step(NamedTuple):
             storage = self.storages.get(name)
             if storage is None:
                 return _map_fields(decode, shapes, stored)
-            codec_of = storage.assign(shapes)
-
-            def decode_leaf(path: KeyPath, leaf: Any, *slots: jax.Array) -> tuple[jax.Array]:
-                codec = codec_of(path, leaf)
-                storage.require(path, codec, slots, leaf)
-                return (codec.decode(storage.encoded(codec, slots), leaf.shape),)
-
-            columns = storage.columns(stored, name)
-            return map_with_path(decode_leaf, 1, shapes, *columns)[0]
+            leaves = self.taken(name, storage, shapes, stored)
+            like, structure = jax.tree.flatten(shapes)
+            return structure.unflatten(
+                one.codec.decode(one.encoded, leaf.shape)
+                for one, leaf in zip(leaves, like, strict=True)
+            )
 
         def encode(name: str, shapes: Any, stored: Any, new: Any) -> Any:
             storage = self.storages.get(name)
             if storage is None:
                 return _map_fields(encode, shapes, stored, new, leaf=_cast)
-            codec_of = storage.assign(shapes)
-
-            def encode_leaf(path: KeyPath, leaf: Any, x: jax.Array, *slots: jax.Array) -> Arrays:
-                codec = codec_of(path, leaf)
-                key = self.key(name, path) if codec.needs_key else None
-                return storage.replaced(slots, codec.encode(x.astype(jnp.float32), key))
-
-            columns = storage.columns(stored, name)
-            new_columns = map_with_path(encode_leaf, len(columns), shapes, new, *columns)
-            return storage.field(
-                [boxed_like(new, before) for new, before in zip(new_columns, columns, strict=True)]
-            )
+            leaves = self.taken(name, storage, shapes, stored)
+            encoded = [
+                one.codec.encode(x.astype(jnp.float32), one.key)
+                for one, x in zip(leaves, jax.tree.leaves(new), strict=True)
+            ]
+            return storage.put(stored, encoded)
 
         stored = self.state.inner_state
         inner_state = _map_fields(decode, self.shapes, stored)
@@ -221,7 +219,7 @@ class _Step(NamedTuple):
         """Updates each leaf by itself, in chunks."""
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
-        fields: list[StoredField] = []
+        fields: list[tuple[Storage | Unstored, Any, list[StoredLeaf]]] = []
 
         def per_leaf(name: str, value: Any) -> bool:
             if name in self.storages:
@@ -233,14 +231,12 @@ class _Step(NamedTuple):
                 and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
             )
 
-        def keys(name: str) -> dict[KeyPath, jax.Array]:
-            return leaf_keys(self.seed, self.state.count, gradients, (GetAttrKey(name),))
-
         def find(name: str, shapes: Any, stored: Any) -> Any:
             if not per_leaf(name, shapes):
                 return _map_fields(find, shapes, stored)
             storage = self.storages.get(name, Unstored())
-            fields.append(StoredField.of(storage, shapes, stored, name, lambda: keys(name)))
+            leaves = self.taken(name, storage, shapes, stored)
+            fields.append((storage, stored, leaves))
             return None
 
         def with_leaves(values: Iterator[Any]) -> Any:
@@ -278,30 +274,28 @@ class _Step(NamedTuple):
 
             return rules.setdefault((kind_of(finish), jnp.dtype(target.dtype)), run)
 
-        columns = [column for field in fields for column in field.columns]
         others = gradients if params is None else params
-        treedef, rows = rows_of(gradients, others, self.finish, *columns)
+        treedef, rows = rows_of(gradients, others, self.finish)
         placed = scope().shardings_by_path(gradients)
+        moments = zip(*(leaves for *_, leaves in fields), strict=True)
         steps = [
-            LeafStep(
-                path,
-                rule_for(finish, p),
-                (g, p),
-                tuple(slots),
-                replaced_by(finish),
-                placed.get(path),
+            StoredStep.of(
+                rule_for(finish, p), of_leaf, (g, p), replaced_by(finish), placed.get(path)
             )
-            for path, g, p, finish, *slots in rows
+            for (path, g, p, finish), of_leaf in zip(rows, moments, strict=True)
         ]
-        stepped = step_fields(fields, steps, scope().implementation_for("quantize_state"))
-        scaled, *new = columns_of(treedef, stepped, 1 + len(columns))
-        by_field = split(new, fields)
+        stepped = stored_steps(steps, scope().implementation_for("quantize_state"))
+        (scaled,) = columns_of(treedef, [(u,) for u, _ in stepped], 1)
+        encoded = turned([own for _, own in stepped], len(fields))
         # What is not kept for each leaf, such as the step count, follows from any leaf.
         nothing = jnp.zeros(0)
         _, shared = self.inner.update(
             nothing, with_leaves(iter([nothing] * len(fields))), nothing, **self.extra_args
         )
-        values = iter(field.tree(own) for field, own in zip(fields, by_field, strict=True))
+        values = (
+            storage.put(stored, own)
+            for (storage, stored, _), own in zip(fields, encoded, strict=True)
+        )
 
         def assemble(name: str, shapes: Any, new: Any) -> Any:
             if per_leaf(name, shapes):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.boxes import boxed_blocks, boxed_like
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.codecs.rounding import bfloat16_stochastic
 from microadam_jax.codecs.split import Split
@@ -17,7 +16,16 @@ from microadam_jax.sharding import unused_factor
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.first_moment import FirstMoment
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, columns_of, leaf_keys, map_with_path, path_name, rows_of
+from microadam_jax.trees import (
+    KeyPath,
+    boxed_blocks,
+    boxed_like,
+    columns_of,
+    leaf_keys,
+    map_with_path,
+    path_name,
+    rows_of,
+)
 
 Rounding = Literal["stochastic", "compensated", "momentum"]
 

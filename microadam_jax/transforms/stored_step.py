@@ -1,149 +1,22 @@
 """An element-wise step on leaves, some moments of which are stored through codecs."""
 
-import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from microadam_jax.boxes import boxed_like
 from microadam_jax.chunks import Chunks
-from microadam_jax.codecs import Codec, Plain, Storage, Unstored
+from microadam_jax.codecs import Codec, Plain, StoredLeaf
 from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
-from microadam_jax.trees import KeyPath
 from pallas_kernels.blockwise_codec import blockwise_step, step
 from pallas_kernels.dispatch import names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
-
-
-class StoredField(NamedTuple):
-    """A moment of all leaves, as one update finds it.
-
-    Attributes:
-        name: of the field.
-        storage: how it is stored.
-        codec_of: from a leaf's path and the leaf to its codec.
-        columns: the trees of its arrays.
-        keys: by path the random keys, if its codecs draw.
-    """
-
-    name: str
-    storage: Storage | Unstored
-    codec_of: Callable[[KeyPath, Any], Codec]
-    columns: tuple[Any, ...]
-    keys: Mapping[KeyPath, jax.Array]
-
-    @classmethod
-    def of(
-        cls,
-        storage: Storage | Unstored,
-        tree: Any,
-        field: Any,
-        name: str,
-        keys: Callable[[], Mapping[KeyPath, jax.Array]],
-    ) -> "StoredField":
-        """The field of a state, for leaves like those of ``tree``.
-
-        Raises:
-            ValueError: if it was stored otherwise.
-        """
-        columns = storage.columns(field, name)
-        draws = any(codec.needs_key for codec in storage.codecs)
-        return cls(
-            name,
-            storage,
-            storage.assign(tree),
-            columns,
-            keys() if draws else {},
-        )
-
-    def of_leaf(
-        self, path: KeyPath, leaf: Any, slots: Arrays
-    ) -> tuple[Codec, Any, jax.Array | None]:
-        """The codec of a leaf, the arrays that it made of the moment, and its random key.
-
-        Args:
-            path: the leaf's.
-            leaf: of the moment's shape.
-            slots: the leaf's arrays in the columns.
-
-        Raises:
-            ValueError: if the arrays do not hold a leaf of this shape.
-        """
-        codec = self.codec_of(path, leaf)
-        self.storage.require(path, codec, slots, leaf)
-        codec = self.storage.codec_for(codec, slots)
-        key = self.keys[path] if codec.needs_key else None
-        return codec, self.storage.encoded(codec, slots), key
-
-    def tree(self, columns: Sequence[Any]) -> Any:
-        """The field with other arrays."""
-        boxed = map(boxed_like, columns, self.columns)
-        return self.storage.field(list(boxed))
-
-
-class LeafStep(NamedTuple):
-    """A step on one leaf of several fields.
-
-    Attributes:
-        path: the leaf's.
-        rule: see :class:`StoredStep`.
-        inputs: the gradient, and arrays that broadcast against it.
-        slots: the leaf's arrays in the columns of all fields.
-        replaces: the input whose place the output takes.
-        sharding: how the leaf is sharded, if that was said.
-    """
-
-    path: KeyPath
-    rule: Rule
-    inputs: Arrays
-    slots: Arrays
-    replaces: int = 0
-    sharding: NamedSharding | None = None
-
-
-def step_fields(
-    fields: Sequence[StoredField], leaves: Sequence[LeafStep], implementation: str | None
-) -> list[Arrays]:
-    """Takes a step on each leaf of some fields.
-
-    Args:
-        fields: the moments.
-        leaves: the steps.
-        implementation: see :func:`stored_steps`.
-
-    Returns:
-        For each leaf the output and its new arrays in the columns of all fields.
-
-    Raises:
-        NotImplementedError: if the named implementation cannot run.
-        ValueError: if arrays do not hold a leaf of its shape.
-    """
-    steps, parts = [], []
-    for path, rule, inputs, slots, replaces, sharding in leaves:
-        leaf = inputs[0]
-        parts.append(split(slots, fields))
-        ready = [f.of_leaf(path, leaf, own) for f, own in zip(fields, parts[-1], strict=True)]
-        codecs, encoded, keys = (tuple(column) for column in zip(*ready, strict=True))
-        steps.append(StoredStep(rule, codecs, encoded, inputs, keys, replaces, sharding))
-    results: list[Arrays] = []
-    for slots, (output, encoded) in zip(parts, stored_steps(steps, implementation), strict=True):
-        new = (f.storage.replaced(*own) for f, *own in zip(fields, slots, encoded, strict=True))
-        results.append((output, *itertools.chain(*new)))
-    return results
-
-
-def split(values: Sequence[Any], fields: Sequence[StoredField]) -> list[tuple[Any, ...]]:
-    """The values of each field's columns, from those of all."""
-    ends = list(itertools.accumulate(len(field.columns) for field in fields))
-    starts = [0, *ends]
-    return [tuple(values[start:end]) for start, end in zip(starts, ends, strict=False)]
 
 
 class StoredStep(NamedTuple):
@@ -167,6 +40,19 @@ class StoredStep(NamedTuple):
     keys: tuple[jax.Array | None, ...]
     replaces: int = 0
     sharding: NamedSharding | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rule: Rule,
+        moments: Sequence[StoredLeaf],
+        inputs: Arrays,
+        replaces: int,
+        sharding: NamedSharding | None,
+    ) -> "StoredStep":
+        """The step on one leaf of several fields; ``moments`` are the leaf's in each of them."""
+        codecs, encoded, keys = zip(*moments, strict=True)
+        return cls(rule, codecs, encoded, inputs, keys, replaces, sharding)
 
     @property
     def arrays(self) -> Any:
@@ -311,10 +197,6 @@ class _CodecOfRows(NamedTuple):
     codec: Codec
     before: jax.Array | None
     after: jax.Array | None
-
-    @property
-    def needs_key(self) -> bool:
-        return self.codec.needs_key
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         return self.codec.decode(_whole(self.codec, encoded, self.before), shape)

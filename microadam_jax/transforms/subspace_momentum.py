@@ -8,7 +8,6 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.arguments import require_kind
-from microadam_jax.boxes import boxed_like, boxed_moments
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.sharding import moment_zeros
@@ -20,7 +19,7 @@ from microadam_jax.transforms.moments import moving_average
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.subset_norm import correction, subset_norms
 from microadam_jax.transforms.transformation import transformation
-from microadam_jax.trees import KeyPath, map_with_path
+from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
 class SubspaceMomentumState(NamedTuple):
@@ -111,10 +110,10 @@ def subspace_momentum(
     momentum = project_gradients(_average(b1), subspace, refresh, RawRest(), matrices=matrices)
 
     def init(params: optax.Params) -> SubspaceMomentumState:
-        assign = matrices.assign(params)
+        assigned = matrices.assign(params)
 
         def zeros(path: KeyPath, parameter: jax.Array) -> Arrays:
-            shape = subsets.of(assign(path, parameter).assignment).moment_shape
+            shape = subsets.of(assigned[path].assignment).moment_shape
             return (moment_zeros(parameter, shape, jnp.float32),)
 
         projected: Any = momentum.init(params)
@@ -136,12 +135,12 @@ def subspace_momentum(
         )
         numerators, projected = found
         bias = correction(b1, b2, projected.count)
-        assign = matrices.assign(updates)
+        assigned = matrices.assign(updates)
 
         def scale(
             path: KeyPath, g: jax.Array, target: jax.Array, n: jax.Array, nu: jax.Array
         ) -> Arrays:
-            assignment = assign(path, g).assignment
+            assignment = assigned[path].assignment
             nu, norm = subset_norms(subsets, assignment, path, g, nu, b2)
             return (bias * n / (norm + eps)).astype(target.dtype), nu
 
@@ -161,9 +160,15 @@ class _AverageState(NamedTuple):
 def _average(b1: ArrayLike) -> optax.GradientTransformation:
     """A moving average that starts at zero, without correction of its bias."""
 
-    def update(updates: Any, state: _AverageState, params: Any = None) -> tuple[Any, Any]:
-        del params
-        mu = jax.tree.map(lambda m, g: moving_average(b1, m, g), state.mu, updates)
-        return mu, _AverageState(mu)
+    def init(params: optax.Params) -> _AverageState:
+        return _AverageState(params)
 
-    return optax.GradientTransformation(_AverageState, update)
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        assert isinstance(state, _AverageState)
+        (mu,) = map_with_path(lambda _, g, m: (moving_average(b1, m, g),), 1, updates, state.mu)
+        return mu, _AverageState(boxed_like(mu, state.mu))
+
+    return optax.GradientTransformation(init, update)

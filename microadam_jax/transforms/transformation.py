@@ -9,8 +9,7 @@ import numpy as np
 import optax
 from jax.tree_util import KeyPath
 
-from microadam_jax.compressors import is_compressed
-from microadam_jax.trees import path_name
+from microadam_jax.trees import is_compressed, path_name
 
 
 def transformation(

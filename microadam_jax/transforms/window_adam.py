@@ -239,10 +239,11 @@ def scale_by_window_adam(
                 "with the same Top-K compressor."
             )
 
+        targets = updates if params is None else params
         treedef, rows = rows_of(
             updates,
-            updates if params is None else params,
-            finishes(finish, updates, is_leaf=is_compressed),
+            targets,
+            finishes(finish, targets),
             state.window_values,
             state.window_indices,
             is_leaf=is_compressed,

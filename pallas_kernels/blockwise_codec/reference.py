@@ -25,13 +25,13 @@ def step(
         codecs: those of the moments.
         encoded: what they made.
         inputs: the gradient, and arrays that broadcast against it.
-        keys: what each codec draws random numbers from; not used by those that draw none.
+        keys: what each codec draws random numbers from; None for those that draw none.
     """
     shape = inputs[0].shape
     moments = (codec.decode(x, shape) for codec, x in zip(codecs, encoded, strict=True))
     output, new = rule(tuple(moments), tuple(inputs))
     stored = (
-        codec.encode(x.astype(jnp.float32), key if codec.needs_key else None)
+        codec.encode(x.astype(jnp.float32), key)
         for codec, x, key in zip(codecs, new, keys, strict=True)
     )
     return output, tuple(stored)

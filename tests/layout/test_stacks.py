@@ -16,7 +16,7 @@ from microadam_jax.compressors import power_sgd
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.stacks import STACKED, layer_axes
 from microadam_jax.layout.subsets import Subsets
-from microadam_jax.trees import path_name
+from microadam_jax.trees import leaf_shapes, path_name
 
 Shape = tuple[int, ...]
 
@@ -26,9 +26,9 @@ def tree(**shapes: Shape) -> dict[str, Any]:
 
 
 def axes(params: Any, **options: Any) -> dict[str, int | None]:
-    axis_of = layer_axes(params, **options)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {path_name(path): axis_of(path, leaf) for path, leaf in leaves}
+    leaves = leaf_shapes(params)
+    found = layer_axes(tuple(leaves.values()), **options)
+    return dict(zip(map(path_name, leaves), found, strict=True))
 
 
 def moments(params: Any, partition: Partition | None = None) -> dict[str, Shape]:
@@ -175,9 +175,9 @@ SINGLE = tree(**{"blocks/block_0/query/kernel": (64, 8, 64), "blocks/block_0/mlp
 def test_sizes_of_storage_and_top_k_count_the_whole_layer() -> None:
     """A row of 512 would be too small for either."""
     leaves = jax.tree_util.tree_leaves_with_path(SINGLE)
-    codec_of = Storage(rank1_linear4()).assign(SINGLE)
+    codecs = Storage(rank1_linear4()).assign(SINGLE)
     for path, leaf in leaves:
-        assert codec_of(path, leaf) == rank1_linear4()
+        assert codecs[path] == rank1_linear4()
         for pattern in (STACKED, "blocks"):
             assert not top_k(stacked=pattern).keeps_dense(path, leaf)
         assert top_k(stacked="blocks/block_0").keeps_dense(path, leaf)
@@ -200,11 +200,8 @@ def test_subspaces_and_subsets_see_the_matrix_of_a_single_layer() -> None:
     mlp = views["blocks/block_0/mlp"]
     assert mlp is not None
     assert (mlp.rows, mlp.columns) == (64, 128)
-    assign = Partition().assign(SINGLE)
-    runs = {
-        path_name(path): Subsets("runs", size=64).of(assign(path, leaf)).moment_shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(SINGLE)
-    }
+    subsets = Subsets("runs", size=64)
+    runs = {a.path: subsets.of(a).moment_shape for a in Partition().assign(SINGLE).values()}
     assert runs["blocks/block_0/query/kernel"] == (64, 8, 1)
 
 

@@ -32,10 +32,10 @@ def low_bit(name: str, shapes: Any) -> Callable[..., bool]:
         for key in ("mu_codec", "nu_codec")
         if key in parameters
     }
-    codecs_of = [as_storage(codec).assign(shapes) for codec in defaults.values()]
+    assigned = [as_storage(codec).assign(shapes) for codec in defaults.values()]
 
     def taken(path: Any, leaf: Any) -> bool:
-        return takes([codec_of(path, leaf) for codec_of in codecs_of], leaf)
+        return takes([codecs[path] for codecs in assigned], leaf)
 
     return taken
 

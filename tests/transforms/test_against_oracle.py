@@ -39,6 +39,9 @@ SHAPES = {
     "short rows": (6, 7),
     "scalar": (),
     "empty": (0, 8),
+    "GPT-2's vocabulary": (3, 50257),
+    "Llama-2's MLP": (2, 11008),
+    "GPT-2's width": (20, 768),
 }
 
 

@@ -1,0 +1,46 @@
+"""A gradient's way through the library: files that an update runs through, and changes of file."""
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from microadam_jax.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = tuple(str(ROOT / package) for package in ("microadam_jax", "pallas_kernels"))
+
+
+def way(name: str) -> list[str]:
+    """The files of the functions that are called, one after another, in the update of a kernel."""
+    tx = METHODS[name].factory(1e-3)
+    params = {"mlp": {"kernel": jnp.ones((256, 512))}}
+    state = tx.init(params)
+    files: list[str] = []
+
+    def called(frame: FrameType, event: str, argument: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(PACKAGES) and file != (files or [""])[-1]:
+            files.append(file)
+
+    update = jax.jit(tx.update)
+    sys.setprofile(called)
+    try:
+        update.trace(params, state, params)
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "changes"),
+    [("adam_mini", 15, 50), ("adam_mini4bit", 29, 170), ("microadam", 33, 150)],
+)
+def test_the_way_gets_no_longer(name: str, files: int, changes: int) -> None:
+    found = way(name)
+    assert len(set(found)) <= files
+    assert len(found) - 1 <= changes
