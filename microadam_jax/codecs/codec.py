@@ -49,13 +49,6 @@ class Codec(Protocol):
         """Encodes the float32 tensor ``x``."""
         ...
 
-    def encode_rows(self, x: jax.Array, key: jax.Array | Draw | None) -> tuple[jax.Array, ...]:
-        """Encodes some rows of a tensor; :class:`RankOne` is also given what all rows share.
-
-        Arrays may keep apart what :meth:`encode` joins into one axis.
-        """
-        ...
-
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         ...

@@ -11,6 +11,7 @@ from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, StoredLeaf
 from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
+from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
 from pallas_kernels.blockwise_codec import blockwise_step, step
@@ -202,9 +203,11 @@ class _CodecOfRows(NamedTuple):
         return self.codec.decode(_whole(self.codec, encoded, self.before), shape)
 
     def encode(self, x: jax.Array, key: Any) -> Any:
-        if isinstance(self.codec, RankOne):
+        if isinstance(self.codec, RankOne) and self.after is not None:
             return _by_row(self.codec, self.codec.encode_rows(x, key, self.after))
-        return self.codec.encode_rows(x, key)
+        if isinstance(self.codec, RowByRow):
+            return self.codec.encode_rows(x, key)
+        return self.codec.encode(x, key)
 
 
 def _shared_arrays(steps: Sequence[StoredStep], run: Run) -> list[tuple[jax.Array | None, ...]]:
