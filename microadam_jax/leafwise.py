@@ -158,7 +158,9 @@ def leafwise(
             reduced.append(new)
             run, read = rule_for(end, target, len(inputs)), (g, *inputs, *read_by(end, target))
             steps.append(StoredStep.of(run, of_leaf, read, replaced_by(end), placed.get(path)))
-        implementation = scope().implementation_for(State.__name__.removesuffix("State"))
+        implementation = None
+        if any(isinstance(storage, Storage) for storage in storages):  # nothing else has a kernel
+            implementation = scope().implementation_for(State.__name__.removesuffix("State"))
         stepped = stored_steps(steps, implementation)
         results = [(u, *new) for (u, _), new in zip(stepped, reduced, strict=True)]
         scaled, *new = columns_of(treedef, results, 1 + small)

@@ -83,11 +83,6 @@ class Affine4(RowByRow):
         """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
-    def for_layers(self, axis: int | None) -> "Affine4":
-        """Returns itself: buckets lie within a row, so layers share nothing."""
-        del axis
-        return self
-
     def zeros(self, parameter: jax.Array) -> AffineCodes:
         """Returns the encoding of zeros: every level 0, every bucket from 0 to 0.
 

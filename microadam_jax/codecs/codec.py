@@ -37,17 +37,8 @@ class Codec(Protocol):
         ...
 
     @property
-    def shared(self) -> str | None:
-        """Returns the array of ``Encoded`` that belongs to all rows together, if there is one."""
-        ...
-
-    @property
     def needs_key(self) -> bool:
         """Returns True if ``encode`` rounds stochastically and must be given a key."""
-        ...
-
-    def for_layers(self, axis: int | None) -> "Codec":
-        """Returns the codec for a tensor whose layers are stacked along ``axis``."""
         ...
 
     def zeros(self, parameter: jax.Array) -> tuple[jax.Array, ...]:
@@ -56,25 +47,6 @@ class Codec(Protocol):
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None) -> tuple[jax.Array, ...]:
         """Encodes the float32 tensor ``x``."""
-        ...
-
-    def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array | None:
-        """Returns the shared array of ``x``; None if nothing is shared.
-
-        Args:
-            x: some rows of a tensor, or all.
-            runs: into how many runs of rows to cut each axis but the last: the result has a part
-                for each of them, and the shared array of all is that of the largest parts.
-        """
-        ...
-
-    def encode_rows(
-        self, x: jax.Array, key: jax.Array | Draw | None, shared: Any
-    ) -> tuple[jax.Array, ...]:
-        """Encodes some rows of a tensor whose shared array is ``shared``.
-
-        Arrays may keep apart what :meth:`encode` joins into one axis.
-        """
         ...
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -113,11 +113,6 @@ class Float8(RowByRow):
         """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
-    def for_layers(self, axis: int | None) -> "Float8":
-        """Returns itself: blocks lie within a row, so layers share nothing."""
-        del axis
-        return self
-
     def zeros(self, parameter: jax.Array) -> Any:
         """Returns the encoding of zeros: all bytes zero.
 

@@ -46,11 +46,6 @@ class Plain(RowByRow):
         """Returns the dtype."""
         return self.dtype
 
-    def for_layers(self, axis: int | None) -> "Plain":
-        """Returns itself: elements share nothing."""
-        del axis
-        return self
-
     def zeros(self, parameter: jax.Array) -> PlainValues:
         """Returns zeros like ``parameter``."""
         return PlainValues(state_zeros(parameter, parameter.shape, self.dtype))

@@ -67,7 +67,6 @@ class RankOne:
     """
 
     Encoded = RankOneCodes
-    shared = "columns"
     map: Map
     blocks: Blocks
     rounding: str = "nearest"
@@ -121,7 +120,13 @@ class RankOne:
         return RankOneCodes(as_row(codes), rows, columns)
 
     def maxima(self, x: jax.Array, runs: tuple[int, ...] = ()) -> jax.Array:
-        """Returns the largest magnitudes of the columns, in each of ``runs`` runs of rows."""
+        """Returns the largest magnitudes of the columns, which all rows share.
+
+        Args:
+            x: some rows of a tensor, or all.
+            runs: into how many runs of rows to cut each axis but the last: the result has a part
+                for each of them, and the maxima of all are those of the largest parts.
+        """
         if self._is_vector(x.shape):
             return jnp.zeros((1,) * x.ndim, jnp.float32)
         columns = magnitudes(x)
@@ -134,24 +139,24 @@ class RankOne:
         return columns
 
     def encode_rows(
-        self, x: jax.Array, key: jax.Array | Draw | None, shared: jax.Array
+        self, x: jax.Array, key: jax.Array | Draw | None, columns: jax.Array
     ) -> RankOneCodes:
-        """Encodes some rows of a tensor whose columns have the largest magnitudes ``shared``.
+        """Encodes some rows of a tensor whose columns have the largest magnitudes ``columns``.
 
         Codes keep the axis of blocks.
         """
         if self._is_vector(x.shape):
-            return RankOneCodes(*self._by_block.encode_rows(x, key, None), shared)
+            return RankOneCodes(*self._by_block.encode_rows(x, key), columns)
         xi = None if key is None else dither(key, x.shape)
         rows = jnp.max(magnitudes(x), axis=-1, keepdims=True, initial=0)
         layout = self.blocks.layout_of(x)
         codes = encode_scaled(
             self.map,
             split(x, layout),
-            split(jnp.minimum(rows, shared), layout),
+            split(jnp.minimum(rows, columns), layout),
             None if xi is None else split(xi, layout),
         )
-        return RankOneCodes(codes, rows, shared)
+        return RankOneCodes(codes, rows, columns)
 
     def decode(self, encoded: RankOneCodes, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""

@@ -110,11 +110,6 @@ class Scaled(RowByRow):
         """Returns True if ``encode`` must be given a key."""
         return self.rounding == "stochastic"
 
-    def for_layers(self, axis: int | None) -> "Scaled":
-        """Returns itself: blocks lie within a row, so layers share nothing."""
-        del axis
-        return self
-
     def zeros(self, parameter: jax.Array) -> ScaledCodes:
         """Returns the encoding of zeros: all bytes zero.
 
@@ -132,12 +127,11 @@ class Scaled(RowByRow):
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None = None) -> ScaledCodes:
         """Encodes the float32 tensor ``x``; ``key`` is used by stochastic rounding only."""
-        codes, scales = self.encode_rows(x, key, None)
+        codes, scales = self.encode_rows(x, key)
         return ScaledCodes(as_row(codes), scales)
 
-    def encode_rows(self, x: jax.Array, key: jax.Array | Draw | None, shared: None) -> ScaledCodes:
+    def encode_rows(self, x: jax.Array, key: jax.Array | Draw | None) -> ScaledCodes:
         """Encodes some rows of a tensor; codes keep the axis of blocks."""
-        del shared
         layout = self.blocks.layout_of(x)
         block = split(x, layout)
         (scale,) = self.measure(block)

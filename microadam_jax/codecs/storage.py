@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain, PlainValues
+from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
 from microadam_jax.memory import remark
@@ -142,8 +143,8 @@ class Storage:
     def _codec(self, leaf: LeafShape, axis: int | None) -> Codec:
         if 0 in leaf.shape or is_small(leaf.shape, axis, self.min_size, self.min_row):
             return FLOAT32
-        codec = next(PathRules(self.rules).matching(leaf.path), self.codec)
-        return as_codec(codec).for_layers(axis)
+        codec = as_codec(next(PathRules(self.rules).matching(leaf.path), self.codec))
+        return codec.for_layers(axis) if isinstance(codec, RankOne) else codec
 
     def zeros(self, tree: Any) -> Field:
         """Returns the field for a tree of zeros, placed as the tree is."""

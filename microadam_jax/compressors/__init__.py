@@ -1,6 +1,6 @@
 """What of a gradient reaches the state."""
 
-from microadam_jax.compressors.block_sparse import BlockSparse, is_block_sparse
+from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.compressors.compressor import (
     Compressor,
     Deferred,
@@ -22,7 +22,6 @@ __all__ = [
     "PowerSGD",
     "Sent",
     "TopK",
-    "is_block_sparse",
     "is_compressed",
     "power_sgd",
     "require_compressor",

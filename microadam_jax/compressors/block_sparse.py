@@ -93,8 +93,3 @@ class BlockSparse(Compressed):
         values = values.astype(jnp.float32) * per_row(coefficients, values)
         blocks = expand(values, indices, self.layout.size)
         return merge(written(blocks), self.layout, self.shape)
-
-
-def is_block_sparse(node: object) -> bool:
-    """Returns True if ``node`` is a :class:`BlockSparse`; for the ``is_leaf`` of tree functions."""
-    return isinstance(node, BlockSparse)

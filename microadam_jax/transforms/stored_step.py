@@ -9,7 +9,9 @@ from jax.sharding import NamedSharding
 
 from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, StoredLeaf
+from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
+from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
 from microadam_jax.sharding import state_zeros
 from pallas_kernels.blockwise_codec import blockwise_step, step
@@ -201,14 +203,16 @@ class _CodecOfRows(NamedTuple):
         return self.codec.decode(_whole(self.codec, encoded, self.before), shape)
 
     def encode(self, x: jax.Array, key: Any) -> Any:
-        return _by_row(self.codec, self.codec.encode_rows(x, key, self.after))
+        if isinstance(self.codec, RankOne) and self.after is not None:
+            return _by_row(self.codec, self.codec.encode_rows(x, key, self.after))
+        if isinstance(self.codec, RowByRow):
+            return self.codec.encode_rows(x, key)
+        return self.codec.encode(x, key)
 
 
 def _shared_arrays(steps: Sequence[StoredStep], run: Run) -> list[tuple[jax.Array | None, ...]]:
     """For each leaf and codec the array that all rows will share: a loop of its own finds it."""
-    sharing = [
-        i for i, one in enumerate(steps) if any(codec.shared is not None for codec in one.codecs)
-    ]
+    sharing = [i for i, one in enumerate(steps) if any(isinstance(c, RankOne) for c in one.codecs)]
     works = []
     for one in (steps[i] for i in sharing):
         read, reading = jax.tree.flatten((one.inputs, one.encoded))
@@ -221,7 +225,7 @@ def _shared_arrays(steps: Sequence[StoredStep], run: Run) -> list[tuple[jax.Arra
     results = []
     for i, one in enumerate(steps):
         largest = iter(found.get(i, ()))
-        shared = (None if c.shared is None else c.maxima(next(largest)) for c in one.codecs)
+        shared = (c.maxima(next(largest)) if isinstance(c, RankOne) else None for c in one.codecs)
         results.append(tuple(shared))
     return results
 
@@ -252,15 +256,15 @@ class _Measure(NamedTuple):
         shape = inputs[0].shape
         moments = tuple(c.decode(x, shape) for c, x in zip(self.codecs, encoded, strict=True))
         _, new = self.rule(moments, inputs)
-        found = (
+        return tuple(
             codec.maxima(x.astype(jnp.float32), self.shards)
             for codec, x in zip(self.codecs, new, strict=True)
+            if isinstance(codec, RankOne)
         )
-        return tuple(x for x in found if x is not None)
 
 
 def _shared_array(codec: Codec, encoded: Any) -> jax.Array | None:
-    return None if codec.shared is None else getattr(encoded, codec.shared)
+    return encoded.columns if isinstance(codec, RankOne) else None
 
 
 def _by_row(codec: Codec, encoded: Any) -> Any:
@@ -270,4 +274,4 @@ def _by_row(codec: Codec, encoded: Any) -> Any:
 
 def _whole(codec: Codec, encoded: Any, shared: jax.Array | None) -> Any:
     """Returns quantized arrays with the one that all rows share."""
-    return encoded if codec.shared is None else encoded._replace(**{codec.shared: shared})
+    return encoded._replace(columns=shared) if isinstance(codec, RankOne) else encoded

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import Blocks, adamw8bit, quantize_state, run_with
+from microadam_jax import Blocks, adam_mini, adam_sn, adamw8bit, quantize_state, run_with
 from microadam_jax.codecs import dynamic4, dynamic8, float8, linear4
 from pallas_kernels.blockwise_codec import blockwise_step
 from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
@@ -240,6 +240,7 @@ def test_named_kernels_need_a_step_that_has_one() -> None:
     tx = run_with(quantize_state(optax.adam(1e-3), {"mu": "dynamic8"}), implementation="mosaic_tpu")
     with pytest.raises(ValueError, match=r"needs quantize_state\(..., elementwise=True\)"):
         tx.update(params, tx.init(params), params)
-    tx = run_with(optax.adam(1e-3), implementation="triton")
-    with pytest.raises(ValueError, match="'triton' names kernels, and no transformation in this"):
-        tx.update(params, tx.init(params), params)
+    for inner in (optax.adam(1e-3), adam_mini(1e-3), adam_sn(1e-3)):
+        tx = run_with(inner, implementation="triton")
+        with pytest.raises(ValueError, match="'triton' names kernels, and no transformation in"):
+            tx.update(params, tx.init(params), params)
