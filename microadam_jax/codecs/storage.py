@@ -268,7 +268,8 @@ def _require_count(name: str, arrays: Sequence[Any], leaves: Mapping[KeyPath, Le
     if len(arrays) != len(leaves):
         raise ValueError(
             f"The state's field {name!r} holds {len(arrays)} parameters, and the gradients have "
-            f"{len(leaves)}. Give gradients and a state of the same parameters."
+            f"{len(leaves)}: their structures differ, as where a gradient is None. Give gradients "
+            "and a state of the same parameters."
         )
 
 
