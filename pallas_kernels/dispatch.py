@@ -51,7 +51,7 @@ def run(
     operation: str,
     implementation: str | None,
     xla: Callable[..., Any],
-    kernels: Mapping[str, tuple[Callable[..., Any], str | None]],
+    kernels: Callable[[], Mapping[str, tuple[Callable[..., Any], str | None]]],
     arrays: tuple[jax.Array, ...],
     scalars: tuple[jax.Array, ...] = (),
     *,
@@ -67,7 +67,7 @@ def run(
             ``xla`` where there is none, where it does not take the shapes, or where the arrays
             may be sharded in a way that only the compiler knows.
         xla: the reference; it takes ``(*arrays, *scalars)``.
-        kernels: by implementation: the kernel, which takes the same, and the reason why it
+        kernels: tells by implementation the kernel, which takes the same, and the reason why it
             cannot take these shapes, or None.
         arrays: the axes of each lie as those of the first, unless they have size 1.
         scalars: the same on every device.
@@ -79,14 +79,13 @@ def run(
         NotImplementedError: if a named implementation cannot run; says why.
         ValueError: if there is no implementation of this name.
     """
-    check_implementation(operation, implementation)
-    if implementation == "xla":
+    if only_xla(operation, implementation):
         return xla(*arrays, *scalars)
     place = _placement(arrays[0], sharding, named=implementation is not None)
     if padded and isinstance(place, NamedSharding) and any(place.spec[rank - 1 :]):
         place = "the last axis is sharded and its last block padded, so shards cut blocks"
     if implementation is not None:
-        kernel, reason = kernels.get(implementation, (xla, "there is no such kernel"))
+        kernel, reason = kernels().get(implementation, (xla, "there is no such kernel"))
         reason = reason or (place if isinstance(place, str) else None)
         if reason is not None:
             raise NotImplementedError(
@@ -94,22 +93,25 @@ def run(
                 "falls back on 'xla' in such a case."
             )
         return _mapped(kernel, place, arrays, scalars)
-    able = {
-        platform: kernels[name][0]
-        for platform, name in (("tpu", "mosaic_tpu"),)
-        if name in kernels and kernels[name][1] is None
-    }
-    if isinstance(place, str) or not able or not compiles_for_tpus():
+    kernel, reason = kernels().get("mosaic_tpu", (xla, "there is no such kernel"))
+    if isinstance(place, str) or reason is not None:
         return xla(*arrays, *scalars)
 
-    def bind(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*operands: jax.Array) -> Any:
-            return _mapped(kernel, place, operands[: len(arrays)], operands[len(arrays) :])
+    def on_tpu(*operands: jax.Array) -> Any:
+        return _mapped(kernel, place, operands[: len(arrays)], operands[len(arrays) :])
 
-        return run
+    return jax.lax.platform_dependent(*arrays, *scalars, tpu=on_tpu, default=xla)
 
-    branches = {platform: bind(kernel) for platform, kernel in able.items()}
-    return jax.lax.platform_dependent(*arrays, *scalars, **branches, default=xla)
+
+def only_xla(operation: str, implementation: str | None) -> bool:
+    """Returns True if no kernel is named, and none can be chosen where this process compiles for.
+
+    Raises:
+        NotImplementedError: if the named implementation was tried and left out; says why.
+        ValueError: if there is no implementation of this name.
+    """
+    check_implementation(operation, implementation)
+    return implementation == "xla" or (implementation is None and not compiles_for_tpus())
 
 
 @functools.cache

@@ -250,7 +250,7 @@ class Storage:
                 )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _codecs(storage: Storage, leaves: tuple[LeafShape, ...]) -> tuple[Codec, ...]:
     """Returns the codecs of the leaves of a tree, found once for all steps."""
     axes = layer_axes(leaves, storage.stacked, storage.layer_axis)

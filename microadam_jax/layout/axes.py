@@ -336,6 +336,9 @@ class Fused:
     shares: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))  # hashable, if lists were given
+        if self.shares is not None:
+            object.__setattr__(self, "shares", tuple(self.shares))
         if self.shares is not None and len(self.shares) != len(self.parts):
             raise AxesError(f"Fused got {len(self.parts)} parts and shares {self.shares}.")
 

@@ -173,7 +173,7 @@ class Partition:
         return None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _assignments(partition: Partition, leaves: tuple[LeafShape, ...]) -> tuple[Assignment, ...]:
     """Returns what a partition does to the leaves of a tree, found once for all steps."""
     axes = layer_axes(leaves, partition.stacked, partition.layer_axis)

@@ -84,12 +84,21 @@ def blockwise_step(
     """
     codecs, leaf = tuple(codecs), inputs[0]
     own, structure = jax.tree.flatten((tuple(inputs), tuple(encoded)))
+
+    def run_xla(*operands: jax.Array) -> Any:
+        inputs, encoded = jax.tree.unflatten(structure, operands[: len(own)])
+        if xla is not None:
+            return xla(encoded, inputs)
+        return reference.step(rule, codecs, encoded, inputs, keys)
+
+    if dispatch.only_xla("blockwise_codec", implementation):
+        return run_xla(*own)
     name = implementation if implementation in KERNELS else "mosaic_tpu"
     chosen = KERNELS[name]
     reason = chosen.unsupported(codecs, inputs)
     made: Rule | None = None
     places, words = (), ()
-    if reason is None and implementation != "xla":
+    if reason is None:
         made = Rule(
             lambda *tiles: _flat(rule(tiles[: len(codecs)], tiles[len(codecs) :])),
             chosen.tiles(codecs, inputs),
@@ -98,12 +107,6 @@ def blockwise_step(
         drawn = [key for codec, key in zip(codecs, keys, strict=True) if codec.needs_key]
         words = tuple(map(key_words, drawn))
         places = _places(leaf) if drawn else ()
-
-    def run_xla(*operands: jax.Array) -> Any:
-        inputs, encoded = jax.tree.unflatten(structure, operands[: len(own)])
-        if xla is not None:
-            return xla(encoded, inputs)
-        return reference.step(rule, codecs, encoded, inputs, keys)
 
     def run_kernel(*operands: jax.Array) -> Any:
         assert made is not None
@@ -126,7 +129,7 @@ def blockwise_step(
         "blockwise_codec",
         implementation,
         run_xla,
-        {name: (run_kernel, reason)},
+        lambda: {name: (run_kernel, reason)},
         (*own, *places),
         (*words, *(() if made is None else made.scalars)),
         rank=leaf.ndim,

@@ -78,7 +78,7 @@ def topk_compress(
         "topk_compress",
         implementation,
         functools.partial(_xla, k=k),
-        {
+        lambda: {
             name: (
                 functools.partial(kernel.compress, k=k, interpret=interpret),
                 kernel.unsupported(gradient.shape, size, k),

@@ -84,7 +84,7 @@ def window_update(
         "window_update",
         implementation,
         functools.partial(reference.window_update, size=size, n=n, dtype=dtype),
-        {
+        lambda: {
             "mosaic_tpu": (
                 local(functools.partial(mosaic_tpu.window_update, size=size)),
                 mosaic_tpu.unsupported(shape, size, entries),

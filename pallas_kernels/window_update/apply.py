@@ -81,7 +81,7 @@ def window_apply(
         "window_apply",
         implementation,
         functools.partial(reference.window_apply, size=size),
-        {
+        lambda: {
             "mosaic_tpu": (
                 functools.partial(mosaic_tpu.window_apply, size=size, interpret=interpret),
                 mosaic_tpu.unsupported(params.shape, size, entries)

@@ -43,7 +43,8 @@ def keep(moments: Any, inputs: Any) -> Any:
 
 def run(rule: Any, codecs: Any, inputs: Any, stored: Any, **how: Any) -> Any:
     encoded = [codec.encode(x) for codec, x in zip(codecs, stored, strict=True)]
-    keys = [jax.random.key(which) for which in range(len(codecs))]
+    drawn = enumerate(codec.needs_key for codec in codecs)
+    keys = [jax.random.key(which) if draws else None for which, draws in drawn]
     step = functools.partial(blockwise_step, rule, codecs, keys=keys, **how)
     return jax.jit(step)(encoded, inputs)
 
