@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.scale import shapes_of
 from microadam_jax import Matrices, Partition, Storage, explain_partition, top_k
 from microadam_jax.codecs import rank1_linear4
 from microadam_jax.compressors import power_sgd
 from microadam_jax.layout.names import transformer_rules
-from microadam_jax.layout.stacks import STACKED, layer_axes
+from microadam_jax.layout.stacks import STACKED, layer_axes, layer_axis_of
 from microadam_jax.layout.subsets import Subsets
+from microadam_jax.models import MODELS
 from microadam_jax.trees import leaf_shapes, path_name
 
 Shape = tuple[int, ...]
@@ -190,6 +192,15 @@ def test_each_layer_is_a_matrix_of_its_own_only_in_a_stack() -> None:
     for pattern in (STACKED, "layers"):
         assert power_sgd(stacked=pattern).first(path, leaf).right.shape == (1, 1, 16, 4)
     assert power_sgd(stacked="layer_0").first(path, leaf).right.shape == (8, 1, 16, 4)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_leaf_alone_says_of_real_models_what_the_tree_says(model: str, stacked: bool) -> None:
+    """Compressors see one leaf at a time."""
+    leaves = leaf_shapes(shapes_of(model, stacked))
+    alone = [layer_axis_of(path, leaf.shape, STACKED) for path, leaf in leaves.items()]
+    assert alone == layer_axes(tuple(leaves.values()))
 
 
 def test_subspaces_and_subsets_see_the_matrix_of_a_single_layer() -> None:
