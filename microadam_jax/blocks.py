@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.arguments import if_traced
+from microadam_jax.sharding import explicit_sharding, shards_along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +111,21 @@ def blocked_shape(shape: tuple[int, ...], layout: BlockLayout, *block: int) -> t
 
 
 def split(x: jax.Array, layout: BlockLayout) -> jax.Array:
-    """Cuts ``x`` of shape ``(*lead, row)`` into ``(*lead, count, size)``, padding with zeros."""
+    """Cuts ``x`` of shape ``(*lead, row)`` into ``(*lead, count, size)``, padding with zeros.
+
+    Raises:
+        ValueError: if mesh axes are Explicit and cut through a block.
+    """
     if x.ndim == 0:
         x = x[None]
+    sharding = explicit_sharding(x)
+    if sharding and layout.count % shards_along(sharding.mesh, sharding.spec[-1]):
+        raise ValueError(
+            f"The last axis of an array of shape {x.shape} is sharded over {sharding.spec[-1]!r} "
+            f"of {dict(sharding.mesh.shape)}, which does not divide its {layout.count} blocks of "
+            f"{layout.size} elements. Shard another axis, take smaller blocks, or a mesh whose "
+            "axes are Auto, where blocks that straddle devices cost communication."
+        )
     if layout.padding:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, layout.padding)])
     return x.reshape(blocked_shape(x.shape, layout, layout.size))

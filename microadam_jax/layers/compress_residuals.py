@@ -12,7 +12,7 @@ from jax.extend import core
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.layers.fp8_activation import Fp8Activation
 from microadam_jax.layers.known_values import UNKNOWN, known_outputs
-from microadam_jax.layers.saved_codes import when_needed, with_codes
+from microadam_jax.layers.saved_codes import in_turn, when_needed, with_codes
 
 CODED = ("float32", "bfloat16", "float16")
 
@@ -207,6 +207,8 @@ def _forward(
             continue
         if variable not in place:
             place[variable] = len(stored)
+            if stored:
+                residual, stored[-1] = in_turn(residual, stored[-1])
             stored.append(plan.store(residual, key, len(stored)))
         sources.append(place[variable])
     outputs, stored = with_codes(outputs, stored)

@@ -114,19 +114,19 @@ class Fp8Activation:
         layout = self._layout(x.shape)
         groups = split(x, layout)
         scales = bfloat16_above(self._scale(jnp.max(magnitudes(groups), axis=-1, initial=0)))
+        scales = scales.astype(jnp.bfloat16)
         xi = None if xi is None else split(xi, layout)
-        codes = merge(self._codes(groups, scales[..., None], xi), layout, x.shape)
-        return Fp8ActivationCodes(codes, scales.astype(jnp.bfloat16))
+        codes = merge(self._codes(groups, _of_each(scales, groups), xi), layout, x.shape)
+        return Fp8ActivationCodes(codes, scales)
 
     def decode(self, encoded: Fp8ActivationCodes, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 array of ``shape`` that the codes stand for."""
         codes, scales = encoded
-        scales = scales.astype(jnp.float32)
         if self.group is None:
             return self.number.decode(codes) * scales
         layout = self._layout(shape)
-        values = self.number.decode(split(codes, layout)) * scales[..., None]
-        return merge(values, layout, shape)
+        groups = split(codes, layout)
+        return merge(self.number.decode(groups) * _of_each(scales, groups), layout, shape)
 
     def _layout(self, shape: tuple[int, ...]) -> BlockLayout:
         row = shape[-1] if shape else 1
@@ -138,11 +138,16 @@ class Fp8Activation:
         return jnp.where(jnp.isfinite(largest), jnp.where(largest == 0, 0, scale), jnp.nan)
 
     def _codes(self, x: jax.Array, scale: jax.Array, xi: jax.Array | None) -> jax.Array:
-        usable = scale > 0
-        y = jnp.where(usable, x / jnp.where(usable, scale, 1), 0)
+        # Of a scale of zero all elements are zero; with NaN for a scale codes mean nothing.
+        y = x / jnp.where(scale > 0, scale, 1)
         y = jnp.clip(y, -self.number.largest, self.number.largest)
         y = y if xi is None else self.number.dithered(y, xi)
         return self.number.encode(y).astype(jnp.uint8)
+
+
+def _of_each(scales: jax.Array, groups: jax.Array) -> jax.Array:
+    """The float32 scale of each element. TPUs keep what is broadcast, in half the bytes here."""
+    return jnp.broadcast_to(scales[..., None], groups.shape).astype(jnp.float32)
 
 
 def fp8_activation(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes
 from microadam_jax.layers.saved_codes import when_needed, with_codes
+from microadam_jax.sharding import place_on
 
 GROUPS = Fp8Activation("e4m3", group=16)
 
@@ -178,6 +179,7 @@ def _rms_norm_backward(epsilon: float, saved: Any, dy: jax.Array) -> tuple[jax.A
     dscale = jnp.sum(dy32 * normed, axis=tuple(range(dy.ndim - 1)))
     slope = dy32 * scale.astype(jnp.float32)
     dx = r * (slope - normed * jnp.mean(slope * normed, axis=-1, keepdims=True))
+    dscale = place_on(dscale, scale, (0,))
     return dx.astype(dy.dtype), dscale.astype(scale.dtype)
 
 

@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes
 from microadam_jax.layers.saved_codes import when_needed, with_codes
@@ -14,14 +15,20 @@ FORWARD, BACKWARD = Fp8Activation("e4m3", group=None), Fp8Activation("e5m2", gro
 DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 Contraction = tuple[tuple[int, ...], tuple[int, ...]]  # axes of the one and of the other operand
+Placement = NamedSharding | PartitionSpec | None
 
 
 @overload
-def fp8_linear(x: jax.Array, kernel: jax.Array) -> jax.Array: ...
+def fp8_linear(x: jax.Array, kernel: jax.Array, *, out_sharding: Placement = ...) -> jax.Array: ...
 @overload
-def fp8_linear(x: jax.Array, kernel: Sequence[jax.Array]) -> tuple[jax.Array, ...]: ...
 def fp8_linear(
-    x: jax.Array, kernel: jax.Array | Sequence[jax.Array]
+    x: jax.Array, kernel: Sequence[jax.Array], *, out_sharding: Placement = ...
+) -> tuple[jax.Array, ...]: ...
+def fp8_linear(
+    x: jax.Array,
+    kernel: jax.Array | Sequence[jax.Array],
+    *,
+    out_sharding: Placement = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     r"""Multiplies by a matrix in FP8, and saves the input as codes.
 
@@ -45,6 +52,8 @@ def fp8_linear(
     Args:
         x: inputs ``(..., in)``, of any float dtype.
         kernel: weights ``(in, out)``, such as float32 masters, or a sequence of them.
+        out_sharding: of the outputs, as for ``jnp.dot``: needed where mesh axes are Explicit and
+            the ``in`` axis is sharded.
 
     Returns:
         The outputs ``(..., out)`` in the dtype of ``x``; for a sequence a tuple of them.
@@ -71,37 +80,45 @@ def fp8_linear(
                 f"fp8_linear multiplies (..., in) by (in, out); got inputs of shape {x.shape} and "
                 f"a kernel of shape {each.shape}. Reshape kernels of more axes to matrices."
             )
-    outputs = _linear(x, kernels)
+    outputs = _linear(out_sharding, x, kernels)
     return outputs if isinstance(kernel, Sequence) else outputs[0]
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return _products(FORWARD.encode(x), kernels, x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(
+    out_sharding: Placement, x: jax.Array, kernels: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    return _products(FORWARD.encode(x), kernels, x.dtype, out_sharding)
 
 
 def _forward(
-    x: jax.Array, kernels: tuple[jax.Array, ...]
+    out_sharding: Placement, x: jax.Array, kernels: tuple[jax.Array, ...]
 ) -> tuple[tuple[jax.Array, ...], tuple[Any, tuple[jax.Array, ...]]]:
     codes = FORWARD.encode(x)
-    outputs, codes = with_codes(_products(codes, kernels, x.dtype), codes)
+    outputs, codes = with_codes(_products(codes, kernels, x.dtype, out_sharding), codes)
     return outputs, (codes, kernels)
 
 
 def _backward(
-    saved: tuple[Any, tuple[jax.Array, ...]], cotangents: tuple[jax.Array, ...]
+    out_sharding: Placement,
+    saved: tuple[Any, tuple[jax.Array, ...]],
+    cotangents: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    del out_sharding
     x, kernels = saved
     cotangents, x = when_needed(cotangents, x)
     rows = tuple(range(x.codes.ndim - 1))
     outputs = (x.codes.ndim - 1,)
     slopes = [BACKWARD.encode(dy) for dy in cotangents]
+    as_x = jax.typeof(x.codes).sharding
     dx = sum(
-        _product(dy, BACKWARD, FORWARD.encode(kernel), FORWARD, (outputs, (1,)))
+        _product(dy, BACKWARD, FORWARD.encode(kernel), FORWARD, (outputs, (1,)), as_x)
         for dy, kernel in zip(slopes, kernels, strict=True)
     )
     dkernels = tuple(
-        _product(x, FORWARD, dy, BACKWARD, (rows, rows)).astype(kernel.dtype)
+        _product(x, FORWARD, dy, BACKWARD, (rows, rows), jax.typeof(kernel).sharding).astype(
+            kernel.dtype
+        )
         for dy, kernel in zip(slopes, kernels, strict=True)
     )
     return jnp.asarray(dx, cotangents[0].dtype), dkernels
@@ -111,11 +128,11 @@ _linear.defvjp(_forward, _backward)
 
 
 def _products(
-    x: Fp8ActivationCodes, kernels: tuple[jax.Array, ...], dtype: Any
+    x: Fp8ActivationCodes, kernels: tuple[jax.Array, ...], dtype: Any, out_sharding: Placement
 ) -> tuple[jax.Array, ...]:
     axes = ((x.codes.ndim - 1,), (0,))
     return tuple(
-        _product(x, FORWARD, FORWARD.encode(kernel), FORWARD, axes).astype(dtype)
+        _product(x, FORWARD, FORWARD.encode(kernel), FORWARD, axes, out_sharding).astype(dtype)
         for kernel in kernels
     )
 
@@ -126,12 +143,17 @@ def _product(
     right: Fp8ActivationCodes,
     right_format: Fp8Activation,
     axes: Contraction,
+    out_sharding: Placement,
 ) -> jax.Array:
     """The float32 product of two tensors in codes, contracted along ``axes``."""
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
         return jax.lax.dot_general(
-            left, right, (axes, ((), ())), preferred_element_type=jnp.float32
+            left,
+            right,
+            (axes, ((), ())),
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
         )
 
     def in_fp8(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from microadam_jax.layers.fp8_elementwise import fp8_rms_norm, fp8_silu_gate
 from microadam_jax.layers.fp8_linear import fp8_linear
@@ -47,16 +48,16 @@ class Fp8Linear(nnx.Linear):
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
 
-    def __call__(self, inputs: jax.Array, out_sharding: None = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
+    ) -> jax.Array:
         """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one.
 
         Raises:
-            ValueError: if ``out_sharding`` is given, or the last axis of ``inputs`` is not ``in``.
+            ValueError: if the last axis of ``inputs`` is not ``in``.
         """
-        if out_sharding is not None:
-            raise ValueError("Fp8Linear takes no out_sharding; constrain its output instead.")
         x = inputs.astype(self.dtype or jnp.result_type(inputs, self.kernel[...]))
-        y = fp8_linear(x, self.kernel[...])
+        y = fp8_linear(x, self.kernel[...], out_sharding=out_sharding)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

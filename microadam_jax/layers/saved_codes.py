@@ -17,6 +17,15 @@ def with_codes(outputs: Any, codes: Any) -> tuple[Any, Any]:
     return outputs, checkpoint_name(codes, RESIDUALS)
 
 
+def in_turn(array: Any, codes: Any) -> tuple[Any, Any]:
+    """Returns an array that is not encoded before some codes are there, and these codes.
+
+    Otherwise XLA for TPUs encodes arrays of one shape together, and keeps for all of them at once
+    a float32 copy and the broadcast scales.
+    """
+    return jax.lax.optimization_barrier((array, codes))
+
+
 def when_needed(cotangents: Any, codes: Any) -> tuple[Any, Any]:
     """Returns a backward pass's cotangents, and codes that are not read before these are there.
 

@@ -147,6 +147,33 @@ def test_sharded_inputs_give_the_numbers_of_one_device(devices: int) -> None:
     assert_near(actual, tuple(value_and_slopes(f, *args)), 2e-2)
 
 
+def test_explicit_axes_give_gradients_sharded_as_their_arguments() -> None:
+    def layer(*args: jax.Array, out_sharding: Any = None) -> jax.Array:
+        x, scale, gate, up, down = args
+        h = fp8_silu_gate(*fp8_linear(fp8_rms_norm(x, scale), (gate, up)))
+        return fp8_linear(h, down, out_sharding=out_sharding)
+
+    wide = [normal(seed, 64, 128) / 8 for seed in (17, 18)]
+    args = (normal(19, 4, 64), 1 + normal(20, 64) / 10, *wide, normal(21, 128, 64) / 11)
+    specs = jax.P("data", None), jax.P(None), *[jax.P(None, "model")] * 2, jax.P("model", None)
+    expected = value_and_slopes(layer, args[0], *args)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        there = [jax.device_put(a, spec) for a, spec in zip(args, specs, strict=True)]
+        value, pull = jax.vjp(lambda *args: layer(*args, out_sharding=specs[0]), *there)
+        slopes = jax.jit(pull)(there[0])
+        with pytest.raises(Exception, match=r"ambiguous.*out_sharding"):
+            layer(*there)
+    assert [slope.sharding.spec for slope in slopes] == list(specs)
+    # Sums over a sharded axis have another order.
+    assert_near(float64(value, *slopes), tuple(expected), 2e-2)
+    linear = Fp8Linear(128, 64, rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        linear.kernel[...] = jax.device_put(linear.kernel[...], specs[-1])
+        x = jax.device_put(normal(22, 4, 128), jax.P("data", "model"))
+        assert jax.typeof(linear(x, out_sharding=specs[0])).sharding.spec == specs[0]
+
+
 def test_modules_of_nnx_have_the_parameters_of_its_own() -> None:
     x = normal(16, 8, 40)
     for ours, theirs, most in [
@@ -185,7 +212,6 @@ def test_functions_in_linen() -> None:
         (lambda: fp8_rms_norm(X, SCALE[:3]), r"scale of shape \(n,\)"),
         (lambda: fp8_multiply(GATE, UP[:1]), "of one shape and dtype"),
         (lambda: fp8_silu_gate(GATE, UP.astype("bfloat16")), "Broadcast or cast"),
-        (lambda: Fp8Linear(4, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 4)), jax.P()), "out_sharding"),
         (
             lambda: Fp8RMSNorm(4, use_scale=False, rngs=nnx.Rngs(0))(jnp.ones((2, 4))),
             "Use nnx.RMSNorm for others",

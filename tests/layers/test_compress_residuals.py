@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from microadam_jax import Blocks
 from microadam_jax.codecs import float8
 from microadam_jax.layers import compress_residuals, fp8_activation, saved_bytes
+from tests.contracts.meshes import AXES
 from tests.oracles.fp8_activations import quantized
 
 KEY = jax.random.key(0)
@@ -253,14 +254,26 @@ def test_outputs_of_any_structure_and_dtype() -> None:
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("codec", [fp8_activation(), fp8_activation(group=None)], ids=str)
-def test_a_sharded_last_axis_gives_the_numbers_of_one_device(devices: int, codec: Any) -> None:
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_a_sharded_last_axis_gives_the_numbers_of_one_device(
+    devices: int, codec: Any, mode: str
+) -> None:
     """Sums within a row are cut otherwise there, so the last bits of the products differ."""
-    mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AXES[mode],))
     place = lambda a: jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.P(None, "x")))  # noqa: E731
     w = jnp.linspace(0.5, 2, 128 * 128).reshape(128, 128)
     x = jax.random.normal(KEY, (128, 128))
     slope = jax.jit(jax.grad(compress_residuals(lambda w, x: jnp.sum(jnp.sin(w * x)), codec=codec)))
-    np.testing.assert_array_equal(slope(place(w), place(x)), slope(w, x))
+    expected = slope(w, x)
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(slope(place(w), place(x)), expected)
+
+
+def test_explicit_axes_that_cut_through_a_block_are_refused() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AXES["explicit"],))
+    coded = compress_residuals(lambda w, x: jnp.sin(w * x), codec="dynamic8")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="does not divide its 1 blocks of 128"):
+        jax.vjp(coded, jnp.ones(128), jax.device_put(jnp.ones((128, 128)), jax.P(None, "x")))
 
 
 def test_linen_apply() -> None:
