@@ -26,6 +26,8 @@ class Scope:
         asked: where the transformations that ask for ``implementation`` leave their names, or None.
         layer: the index of the layer that each leaf is, where a stack is updated layer by layer:
             stochastic rounding then draws what it would for the stack. None for whole leaves.
+        parameters: the shapes of all parameters, where they are updated one at a time; see
+            :func:`all_parameters`.
         micro_batch: the part of a step's gradient that comes in; None if it is all of it.
         observed: where :func:`with_diagnostics` collects what error feedback did, or None.
         notes: where :func:`memory_report` collects notes about leaves, or None.
@@ -36,6 +38,7 @@ class Scope:
     shardings: Any = None
     asked: list[str] | None = None
     layer: Any = None
+    parameters: Any = None
     micro_batch: Any = None
     observed: Any = None
     notes: dict[str, list[str]] | None = None
@@ -70,6 +73,16 @@ _scope: contextvars.ContextVar[Scope] = contextvars.ContextVar("scope")
 def scope() -> Scope:
     """Returns the innermost scope."""
     return _scope.get(_NONE)
+
+
+def all_parameters(tree: Any) -> Any:
+    """Returns what to ask whether a leaf stacks layers, and how its kernels are stored.
+
+    Args:
+        tree: parameters or updates. Where these are updated one at a time, it holds one of them
+            and does not tell; the scope then has all.
+    """
+    return tree if scope().parameters is None else scope().parameters
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from microadam_jax.boxes import box_path
+from microadam_jax.execution import all_parameters
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
@@ -127,7 +128,7 @@ class Partition:
                 rule.
         """
         axis_of = layer_axes(params, self.stacked, self.layer_axis)
-        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        leaves = jax.tree_util.tree_flatten_with_path(all_parameters(params))[0]
         known = orientations(
             {
                 path_name(box_path(path)): one_layer(leaf.shape, axis_of(path, leaf))

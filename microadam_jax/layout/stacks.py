@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from microadam_jax.boxes import axis_names, box_path
+from microadam_jax.execution import all_parameters
 from microadam_jax.layout.names import LORA, NORM
 from microadam_jax.layout.path_rules import path_pattern
 from microadam_jax.trees import KeyPath, path_name
@@ -68,6 +69,7 @@ def layer_axes(
         >>> [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
         [None, 0, 0]
     """
+    tree = all_parameters(tree)
     names = dict(axis_names(tree))
     asks_tree = stacked == STACKED
     found = _stacks(tree, layer_axis) if asks_tree else frozenset()
