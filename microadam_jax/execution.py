@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import optax
@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath
 
 from microadam_jax.sharding import require_named, shardings_by_path
+from microadam_jax.trees import LeafShape, leaf_shapes
 from pallas_kernels.dispatch import check_implementation, names_kernel
 
 
@@ -26,6 +27,8 @@ class Scope:
         asked: where the transformations that ask for ``implementation`` leave their names, or None.
         layer: the index of the layer that each leaf is, where a stack is updated layer by layer:
             stochastic rounding then draws what it would for the stack. None for whole leaves.
+        parameters: the shapes of all parameters, where they are updated one at a time; see
+            :func:`all_leaves`.
         micro_batch: the part of a step's gradient that comes in; None if it is all of it.
         observed: where :func:`with_diagnostics` collects what error feedback did, or None.
         notes: where :func:`memory_report` collects notes about leaves, or None.
@@ -36,6 +39,7 @@ class Scope:
     shardings: Any = None
     asked: list[str] | None = None
     layer: Any = None
+    parameters: Any = None
     micro_batch: Any = None
     observed: Any = None
     notes: dict[str, list[str]] | None = None
@@ -70,6 +74,17 @@ _scope: contextvars.ContextVar[Scope] = contextvars.ContextVar("scope")
 def scope() -> Scope:
     """Returns the innermost scope."""
     return _scope.get(_NONE)
+
+
+def all_leaves(leaves: Mapping[KeyPath, LeafShape]) -> tuple[LeafShape, ...]:
+    """Returns the leaves to ask whether one stacks layers, and how its kernels are stored.
+
+    Args:
+        leaves: of parameters or updates. Where these are updated one at a time, it is one of them
+            and does not tell; the scope then has all.
+    """
+    parameters = scope().parameters
+    return tuple((leaves if parameters is None else leaf_shapes(parameters)).values())
 
 
 @contextlib.contextmanager

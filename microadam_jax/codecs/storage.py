@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne
+from microadam_jax.execution import all_leaves
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
 from microadam_jax.memory import remark
@@ -138,7 +139,8 @@ class Storage:
             tree: the tree of the leaves, which tells stacks from single layers.
         """
         leaves = leaf_shapes(tree)
-        return dict(zip(leaves, _codecs(self, tuple(leaves.values())), strict=True))
+        codecs = _codecs(self, tuple(leaves.values()), all_leaves(leaves))
+        return dict(zip(leaves, codecs, strict=True))
 
     def _codec(self, leaf: LeafShape, axis: int | None) -> Codec:
         if 0 in leaf.shape or is_small(leaf.shape, axis, self.min_size, self.min_row):
@@ -187,7 +189,7 @@ class Storage:
                 f"The state's field {name!r} was stored with {found}, and this optimizer stores it "
                 f"with {self.label}. Restore it with the codecs that it was saved with."
             )
-        codecs = _codecs(self, tuple(leaves.values()))
+        codecs = _codecs(self, tuple(leaves.values()), all_leaves(leaves))
         drawn = keys() if any(codec.needs_key for codec in codecs) else [None] * len(codecs)
         columns = [jax.tree.leaves(field[self.label][slot]) for slot in self.slots]
         _require_count(name, columns[0], leaves)
@@ -251,10 +253,13 @@ class Storage:
 
 
 @functools.lru_cache(maxsize=16)
-def _codecs(storage: Storage, leaves: tuple[LeafShape, ...]) -> tuple[Codec, ...]:
-    """Returns the codecs of the leaves of a tree, found once for all steps."""
-    axes = layer_axes(leaves, storage.stacked, storage.layer_axis)
-    return tuple(map(storage._codec, leaves, axes))
+def _codecs(
+    storage: Storage, leaves: tuple[LeafShape, ...], among: tuple[LeafShape, ...]
+) -> tuple[Codec, ...]:
+    """Returns the codecs of leaves among others, found once for all steps."""
+    axes = layer_axes(among, storage.stacked, storage.layer_axis)
+    axis_of = {leaf.path: axis for leaf, axis in zip(among, axes, strict=True)}
+    return tuple(storage._codec(leaf, axis_of[leaf.path]) for leaf in leaves)
 
 
 @functools.lru_cache(maxsize=4096)

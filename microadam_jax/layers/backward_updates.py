@@ -16,7 +16,7 @@ from microadam_jax.layers.state_of_layers import (
     subtree,
 )
 from microadam_jax.leaf_loops import once
-from microadam_jax.trees import KeyPath, without_boxes
+from microadam_jax.trees import KeyPath, path_name, without_boxes
 
 Clip = Literal["value", "layer", "global", "last_global"]
 Params = dict[str, Any]
@@ -185,8 +185,8 @@ class _Step(NamedTuple):
         loss, out = jax.vjp(lambda rest, x: self.after(rest, x, batch), rest, x)
         d_after, dx = out(jnp.ones_like(loss))
         used_before, used_after = self._used(rest, batch, x)
-        nothing = jax.tree.map(lambda _: None, params)
-        run = _Backward(self, parts, nothing, inputs, {"value": loss.astype(jnp.float32)})
+        shapes = jax.eval_shape(lambda params: params, params)
+        run = _Backward(self, parts, shapes, inputs, {"value": loss.astype(jnp.float32)})
         squares = jnp.zeros([], jnp.float32)
         norm: jax.Array | None = last_norm
 
@@ -210,21 +210,17 @@ class _Step(NamedTuple):
         # What the loss alone reads is updated first, so that its gradient does not outlive it.
         gradients = subtree(d_after, lambda path: path in early)
         squares = _squares(gradients)
-        moved, leaves = run.rest(gradients, leaves, rest, early, norm)
+        moved, leaves = run.rest(gradients, leaves, rest, norm)
         # Else a compiler may update the head after the layers, and keep its gradient until then.
         dx, moved, leaves = jax.lax.optimization_barrier((dx, moved, leaves))
         stack, leaves, dx, of_layers = run.stack(stack, leaves, dx, norm)
         late = {path for path, _ in jax.tree.leaves_with_path(rest)} - early
         gradients = of_rest(into(dx)[0], lambda path: path in late)
         squares = squares + of_layers + _squares(gradients)
-        last, leaves = run.rest(gradients, leaves, rest, late, norm, ends=True)
-        rest = jax.tree.map(
-            lambda old, one, other: other if one is None else one,
-            rest,
-            moved,
-            last,
-            is_leaf=lambda x: x is None,
-        )
+        last, leaves = run.rest(gradients, leaves, rest, norm)
+        leaves = run.counted(leaves)
+        moved |= last
+        rest = jax.tree.map_with_path(lambda path, _: moved[path_name(path)], rest)
         new = {name: stack if name == self.layers else rest[name] for name in params}
         return new, parts.structure.unflatten(leaves), loss, jnp.sqrt(squares)
 
@@ -281,14 +277,14 @@ class _Backward(NamedTuple):
     Attributes:
         step: the step.
         parts: of the state.
-        nothing: the parameters, all of them None.
+        shapes: of all parameters.
         inputs: of the layers, stacked.
         extra_args: of the optimizer.
     """
 
     step: _Step
     parts: StateParts
-    nothing: Params
+    shapes: Params
     inputs: Any
     extra_args: dict[str, Any]
 
@@ -311,63 +307,87 @@ class _Backward(NamedTuple):
 
         def body(turn: jax.Array, carry: Any) -> Any:
             stack, own, dx, squares = carry
-            i = self._layer(turn)
-            weights = _at(stack, i)
-            gradients, dx = self._gradients(weights, turn, dx)
+            gradients, dx = self._gradients(_at(stack, self._layer(turn)), turn, dx)
             squares = squares + _squares(gradients)
             gradients = self.step.clipped(gradients, norm)
-            given = list(leaves)
-            for place, array in zip(places, own, strict=True):
-                given[place] = jax.lax.dynamic_slice_in_dim(array, i, 1)
-            # In the place of the stack, with one layer: paths and layer axes are what they were.
-            with within(layer=i):
-                moved, new = self._updated(
-                    {name: _stacked(gradients)},
-                    given,
-                    {name: _stacked(weights)},
-                    self.parts.stacked,
-                )
-            written = moved[name], [new[place] for place in places]
-            stack, own = _put((stack, own), written, i, turn)
-            return stack, own, dx, squares
 
-        carry = (stack, [leaves[i] for i in places], dx, jnp.zeros([], jnp.float32))
+            def move(path: KeyPath, weights: jax.Array, gradient: jax.Array) -> jax.Array:
+                path = (jax.tree_util.DictKey(name), *path)
+                mine = [place for place in own if self.parts.owners[place] == path]
+
+                def update(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                    own = dict(zip(mine, before[1:], strict=True))
+                    return self._of_layer(turn, path, gradient[None], leaves, before[0], own)
+
+                # A loop of its own, so that its temporaries are gone before the next one has any.
+                before = weights, *(own[place] for place in mine)
+                weights, *arrays = once(turn >= 0, update, before)
+                own.update(zip(mine, arrays, strict=True))
+                return weights
+
+            return jax.tree.map_with_path(move, stack, gradients), own, dx, squares
+
+        carry = (stack, {i: leaves[i] for i in places}, dx, jnp.zeros([], jnp.float32))
         stack, own, dx, squares = jax.lax.fori_loop(0, self._count, body, carry)
-        new = list(leaves)
-        for place, array in zip(places, own, strict=True):
-            new[place] = array
-        return stack, new, dx, squares
+        return stack, [own.get(i, leaf) for i, leaf in enumerate(leaves)], dx, squares
+
+    def _of_layer(
+        self,
+        turn: jax.Array,
+        path: KeyPath,
+        gradient: jax.Array,
+        leaves: list[Any],
+        weights: jax.Array,
+        own: dict[int, jax.Array],
+    ) -> tuple[jax.Array, ...]:
+        """Stacked weights and state of a parameter, after the update of one layer's."""
+        i = self._layer(turn)
+        given = list(leaves)
+        for place, array in own.items():
+            given[place] = jax.lax.dynamic_slice_in_dim(array, i, 1)
+        # In the place of the stack, with one layer: paths and layer axes are what they were.
+        with within(layer=i):
+            weight = jax.lax.dynamic_slice_in_dim(weights, i, 1)
+            moved, new = self._updated(path, gradient, given, weight)
+        written = moved, *(new[place] for place in own)
+        return tuple(
+            _put(stack, layer, i, turn)
+            for stack, layer in zip((weights, *own.values()), written, strict=True)
+        )
 
     def rest(
-        self,
-        gradients: Any,
-        leaves: list[Any],
-        rest: Params,
-        paths: set[KeyPath],
-        norm: jax.Array | None,
-        ends: bool = False,
-    ) -> tuple[Any, list[Any]]:
-        """Some of the parameters outside of the layers after their update, and the state."""
-        own = subtree(rest, lambda path: path in paths)
-        gradients = self.step.clipped(gradients, norm)
-        moved, new = self._updated(gradients, leaves, own, paths)
-        after = list(leaves)
-        for place, array in new.items():
-            # What belongs to no parameter, such as the step count, goes on once.
-            if ends or self.parts.owners[place] is not None:
-                after[place] = array
-        return {name: moved[name] for name in rest}, after
+        self, gradients: Any, leaves: list[Any], rest: Params, norm: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], list[Any]]:
+        """The parameters that have gradients after their update, by name, and the state."""
+        params, moved = dict(jax.tree.leaves_with_path(rest)), {}
+        leaves = list(leaves)
+        for path, gradient in jax.tree.leaves_with_path(self.step.clipped(gradients, norm)):
+            moved[path_name(path)], new = self._updated(path, gradient, leaves, params[path])
+            for place, array in new.items():
+                leaves[place] = array
+        return moved, leaves
+
+    def counted(self, leaves: list[Any]) -> list[Any]:
+        """The state after what belongs to no parameter, such as the step count, took its step."""
+        nothing = subtree(self.shapes, lambda path: False)
+        _, new = self.parts.update(self.step.tx, nothing, leaves, nothing, (), self.extra_args)
+        return [new.get(i, leaf) for i, leaf in enumerate(leaves)]
 
     def _updated(
-        self, gradients: Params, leaves: list[Any], params: Params, paths: Any
-    ) -> tuple[Params, dict[int, jax.Array]]:
-        """Some parameters after their update, and their new arrays of the state."""
-        gradients, params = self.nothing | gradients, self.nothing | params
-        updates, new = self.parts.update(
-            self.step.tx, gradients, leaves, params, paths, self.extra_args
-        )
-        moved: Any = optax.apply_updates(params, updates)
-        return moved, new
+        self, path: KeyPath, gradient: jax.Array, leaves: list[Any], parameter: jax.Array
+    ) -> tuple[jax.Array, dict[int, jax.Array]]:
+        """A parameter after its update, and its new arrays of the state."""
+
+        def alone(leaf: jax.Array) -> Any:
+            return jax.tree.map_with_path(lambda p, _: leaf if p == path else None, self.shapes)
+
+        params = alone(parameter)
+        with within(parameters=self.shapes):
+            updates, new = self.parts.update(
+                self.step.tx, alone(gradient), leaves, params, (path,), self.extra_args
+            )
+        (moved,) = jax.tree.leaves(optax.apply_updates(params, updates))
+        return moved, {place: x for place, x in new.items() if self.parts.owners[place] == path}
 
     def _gradients(self, weights: Any, turn: jax.Array, dx: Any) -> tuple[Any, Any]:
         x = _at(self.inputs, self._layer(turn))
@@ -393,20 +413,12 @@ def _at(stack: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 
 
-def _stacked(weights: Any) -> Any:
-    return jax.tree.map(lambda x: x[None], weights)
-
-
-def _put(stacks: Any, new: Any, i: jax.Array, turn: jax.Array) -> Any:
+def _put(stack: jax.Array, layer: jax.Array, i: jax.Array, turn: jax.Array) -> jax.Array:
     """Writes a layer in place."""
 
-    def write(stack: jax.Array, layer: jax.Array) -> jax.Array:
-        def put(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            return (jax.lax.dynamic_update_slice_in_dim(before[0], layer, i, 0),)
+    def put(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return (jax.lax.dynamic_update_slice_in_dim(before[0], layer, i, 0),)
 
-        # Always true, which the compiler cannot know: a CPU's would fuse what reads a layer with
-        # what writes it, and copy all layers to do so. Each array by itself, so that what is
-        # written need not wait for the rest.
-        return once(turn >= 0, put, (stack,))[0]
-
-    return jax.tree.map(write, stacks, new)
+    # Always true, which the compiler cannot know: a CPU's would fuse what reads a layer with what
+    # writes it, and copy all layers to do so.
+    return once(turn >= 0, put, (stack,))[0]

@@ -69,8 +69,7 @@ class StateParts:
         for (path, leaf), owner, one in zip(named, owners, others, strict=True):
             is_cut = owner in stacked and leaf.shape == (count, *one.shape[1:]) != ()
             # Arrays that a leaf does not need hold one element; `require_unused` looks at them.
-            single_element = leaf.size == 1 and leaf.shape == one.shape
-            if owner in stacked and not (is_cut and one.shape[:1] == (1,)) and not single_element:
+            if owner in stacked and not (is_cut and one.shape[:1] == (1,)) and leaf.size != 1:
                 raise ValueError(
                     _shares(
                         path_name(path),

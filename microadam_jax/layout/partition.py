@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 
 from microadam_jax.arguments import require_kind
+from microadam_jax.execution import all_leaves
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
@@ -127,7 +128,8 @@ class Partition:
             ValueError: if ``unknown`` is ``"error"`` and a leaf follows no rule.
         """
         leaves = leaf_shapes(params)
-        return dict(zip(leaves, _assignments(self, tuple(leaves.values())), strict=True))
+        found = _assignments(self, tuple(leaves.values()), all_leaves(leaves))
+        return dict(zip(leaves, found, strict=True))
 
     def _assignment(
         self, path: str, shape: Shape, layer_axis: int | None, orientation: Orientation
@@ -174,15 +176,17 @@ class Partition:
 
 
 @functools.lru_cache(maxsize=16)
-def _assignments(partition: Partition, leaves: tuple[LeafShape, ...]) -> tuple[Assignment, ...]:
-    """Returns what a partition does to the leaves of a tree, found once for all steps."""
-    axes = layer_axes(leaves, partition.stacked, partition.layer_axis)
-    layers = [one_layer(leaf.shape, axis) for leaf, axis in zip(leaves, axes, strict=True)]
-    known = orientations(dict(zip((leaf.path for leaf in leaves), layers, strict=True)))
+def _assignments(
+    partition: Partition, leaves: tuple[LeafShape, ...], among: tuple[LeafShape, ...]
+) -> tuple[Assignment, ...]:
+    """Returns what a partition does to leaves among others, found once for all steps."""
+    axes = layer_axes(among, partition.stacked, partition.layer_axis)
+    axis_of = {leaf.path: axis for leaf, axis in zip(among, axes, strict=True)}
+    known = orientations({leaf.path: one_layer(leaf.shape, axis_of[leaf.path]) for leaf in among})
     found = []
-    for leaf, axis in zip(leaves, axes, strict=True):
+    for leaf in leaves:
         orientation = known.get(leaf.path, Orientation.IN_OUT)
-        one = partition._assignment(leaf.path, leaf.shape, axis, orientation)
+        one = partition._assignment(leaf.path, leaf.shape, axis_of[leaf.path], orientation)
         if partition.unknown == "error" and one.rule is None and len(one.layer_shape) > 1:
             raise ValueError(
                 f"{one.path!r} of shape {one.shape} follows no rule of the partition, which has "

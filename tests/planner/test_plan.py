@@ -15,7 +15,14 @@ from microadam_jax import memory_report, microadam
 from microadam_jax.__main__ import main
 from microadam_jax.memory import GIB
 from microadam_jax.optimizer_names import optimizer
-from microadam_jax.planner import arithmetic_plan, compiled_plan, parse_mesh, stacked_model
+from microadam_jax.planner import (
+    CompiledPlan,
+    arithmetic_plan,
+    command,
+    compiled_plan,
+    parse_mesh,
+    stacked_model,
+)
 from microadam_jax.planner.compiled import needed_and_available
 from microadam_jax.planner.llama import loss, pieces
 
@@ -128,6 +135,28 @@ def test_layers_updated_in_the_backward_pass_leave_one_gradient(
     all_gradients, less = capsys.readouterr().out.splitlines()[-2].split()[2:4]
     assert all_gradients == f"{2 * 58_073_600 / GIB:.2f}"
     assert float(state) - float(less) == pytest.approx(58_073_600 / GIB, abs=0.01)
+
+
+def test_remat_is_for_the_compiled_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does to the step is a matter of tests/targets, which have a compiler."""
+
+    def compiled(model: Any, tx: Any, mesh: Any, *rest: Any, **options: Any) -> CompiledPlan:
+        given.append(options["remat"])
+        return CompiledPlan(arithmetic_plan(model, tx, mesh), GIB, 2 * GIB, None, {})
+
+    given: list[bool] = []
+    monkeypatch.setattr(command, "compiled_plan", compiled)
+    for flags in ([], ["--remat", "layer"], ["--remat", "none"]):
+        main([*PLAN, "--optimizer", "adamw", "--topology", "h200:1", *flags])
+    assert given == [True, True, False]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compiled")]
+    assert [line.partition("step, ")[2] for line in said] == [
+        "each layer recomputed in the backward pass",
+        "each layer recomputed in the backward pass",
+        "all activations kept for the backward pass",
+    ]
 
 
 def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
