@@ -219,13 +219,9 @@ def _backward(plan: _Plan, saved: _Saved, cotangents: list[Any]) -> tuple[Any, A
     linear = saved.linear
     unknown = [UNKNOWN] * (len(linear.traced.in_avals) - len(saved.kept))
     known = known_outputs(linear.traced, [*saved.kept, *unknown])[len(cotangents) :]
-    integers = [c.dtype == jax.dtypes.float0 for c in cotangents]
-    floats = [c for c, integer in zip(cotangents, integers, strict=True) if not integer]
-    floats, stored = when_needed(floats, saved.stored)
-    remaining = iter(floats)
-    cotangents = [
-        c if integer else next(remaining) for c, integer in zip(cotangents, integers, strict=True)
-    ]
+    floats = [c for c in cotangents if c.dtype != jax.dtypes.float0]
+    # Each on its own, so that not all codes of a layer have to be there for the first.
+    stored = [when_needed(floats, codes)[1] for codes in saved.stored]
     shapes = linear.traced.out_avals[len(cotangents) :]
     residuals = [
         value if source is None else plan.restored(stored[source], shape)

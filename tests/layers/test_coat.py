@@ -169,7 +169,7 @@ def test_explicit_axes_give_gradients_sharded_as_their_arguments() -> None:
     assert_near(float64(value, *slopes), tuple(expected), 2e-2)
     linear = Fp8Linear(128, 64, rngs=nnx.Rngs(0))
     with jax.set_mesh(mesh):
-        linear.kernel[...] = jax.device_put(linear.kernel[...], specs[-1])
+        linear.kernel = nnx.Param(jax.device_put(linear.kernel[...], specs[-1]))
         x = jax.device_put(normal(22, 4, 128), jax.P("data", "model"))
         assert jax.typeof(linear(x, out_sharding=specs[0])).sharding.spec == specs[0]
 
