@@ -98,8 +98,9 @@ def main() -> None:
         state = jax.jit(training.init)(params)
         program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
         runs[name] = [program, params, state]
-        memory = program.memory_analysis().temp_size_in_bytes / 2**20
-        print(f"{options.optimizer}, {name}: temporaries {memory:.0f} MiB", flush=True)
+        memory: Any = program.memory_analysis()
+        size = memory.temp_size_in_bytes / 2**20
+        print(f"{options.optimizer}, {name}: temporaries {size:.0f} MiB", flush=True)
     for turn in range(1 + options.steps):
         for name, run in runs.items():
             program, params, state = run

@@ -72,7 +72,8 @@ def update_in_backward(
 
     so that no more than one layer's gradient :math:`\bar \theta_l` is there at a time. Parameters
     and state are what the loop carries: donated, they are updated in place. State and numbers are
-    those of a step with ``jax.grad`` and ``tx.update``, so that a run can go on with either.
+    those of a step with ``jax.grad`` and ``tx.update``, but for last bits that a compiler rounds
+    otherwise, so that a run can go on with either. A layer's parameters are updated one by one.
 
     Args:
         tx: any optimizer that updates each leaf by itself; of the stack each layer counts as a

@@ -187,7 +187,7 @@ def test_what_a_layer_is_in_the_whole_tells_one_of_its_parameters() -> None:
 @pytest.mark.parametrize("name", ["adamw", "adam_mini4bit"])
 def test_a_step_keeps_less_than_the_gradients_of_two_layers(name: str) -> None:
     """By a CPU's compiler; the activations of eight tokens are next to nothing."""
-    width, kernels = 256, 6
+    width = 256
 
     def shape(*axes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, jnp.float32)
@@ -199,7 +199,7 @@ def test_a_step_keeps_less_than_the_gradients_of_two_layers(name: str) -> None:
 
     # All biases together are not too small for a codec, and one layer's are.
     linear = {"kernel": shape(16, width, width), "bias": shape(16, width)}
-    stack = {f"linear_{letter}": linear for letter in "abcdef"[:kernels]}
+    stack = {f"linear_{letter}": linear for letter in "abcdef"}
     params = {
         "embed": {"embedding": shape(8, width)},
         "layers": stack,
@@ -211,9 +211,10 @@ def test_a_step_keeps_less_than_the_gradients_of_two_layers(name: str) -> None:
     state = jax.eval_shape(training.init, params)
     jitted = jax.jit(training.step, donate_argnums=(0, 1))
     program = jitted.lower(params, state, jax.ShapeDtypeStruct((1, 9), jnp.int32)).compile()
+    memory: Any = program.memory_analysis()
     of_layer = sum(leaf.size * 4 for leaf in jax.tree.leaves(stack)) / 16
-    # 1.4 and 1.6 were measured.
-    assert program.memory_analysis().temp_size_in_bytes < 2 * of_layer
+    # 1.3 and 1.6 without biases; 1.9 if all parameters of a layer are updated together.
+    assert memory.temp_size_in_bytes < 1.75 * of_layer
 
 
 def test_tied_embeddings() -> None:
