@@ -1,6 +1,7 @@
 """How one field of a state is stored: which codec for which leaf."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -186,9 +187,8 @@ class Storage:
         Raises:
             ValueError: if shapes or dtypes differ.
         """
-        expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
         stored = [(x.shape, str(x.dtype)) for x in self.encoded(codec, slots)]
-        wanted = [(x.shape, str(x.dtype)) for x in expected]
+        wanted = _types_of(codec, leaf.shape)
         if stored != wanted:
             raise ValueError(
                 f"The state of {path_name(path)!r} holds arrays {stored}; {codec.name} stores a "
@@ -281,6 +281,13 @@ class Unstored:
                 f"The state of {path_name(path)!r} has shape {slots[0].shape} where its parameter "
                 f"has {leaf.shape}."
             )
+
+
+@functools.cache
+def _types_of(codec: Codec, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of what a codec makes of a leaf: large trees have many of few shapes."""
+    expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return [(x.shape, str(x.dtype)) for x in expected]
 
 
 def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:
