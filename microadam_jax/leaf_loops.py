@@ -19,7 +19,7 @@ from microadam_jax.sharding import explicit_sharding
 
 PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 128  # of a large tree, about
-TOGETHER = 128  # leaves in a loop, each of which is asked in every round whether it is its turn
+TOGETHER = 128  # leaves in a loop, each of which is asked at each turn whether it is its own
 ALONE = 4096  # elements from which leaves share a loop
 SHARE = (
     32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
