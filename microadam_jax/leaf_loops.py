@@ -19,7 +19,7 @@ from microadam_jax.sharding import explicit_sharding
 
 PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 128  # of a large tree, about
-TOGETHER = 64  # leaves in a loop, each of which is asked in every round whether it is its turn
+TOGETHER = 128  # leaves in a loop, each of which is asked at each turn whether it is its own
 ALONE = 4096  # elements from which leaves share a loop
 SHARE = (
     32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
@@ -212,10 +212,10 @@ def once(condition: jax.Array, update: Callable[[Arrays], Arrays], before: Array
 class _Loop:
     """A loop over leaves of one kind, and in it one over the chunks of a leaf.
 
-    So the compiler sees the step once. What it sees of each leaf are branches that read and loops
-    of no round or one that write: those update in place where a branch would copy. Of large
-    arrays they read and write a chunk. All others are copied from the state of a leaf, and back
-    after its chunks, for which the compiler needs no code.
+    So the compiler sees the step once. What it sees of each leaf is a branch that copies the leaf
+    from the state and a loop of no round or one that copies it back, in place where a branch would
+    copy all leaves: for copies of whole arrays no code is generated, as it is for those of chunks.
+    One leaf alone is not copied.
 
     Args:
         chunks: of each leaf.
@@ -228,102 +228,40 @@ class _Loop:
         """Cuts the arrays."""
         self.fuses = fuses
         like = works[0]
-        alone = len(works) == 1
         self.chunks, self.step = chunks, like.step
-        self.wholes = [x.shape for x in like.carried]
-        self.read = [x.shape for x in like.inputs]
-        self.large = [alone or _is_large(x, chunks) for x in like.carried]
-        self.reads_large = [alone or _is_large(x, chunks) for x in like.inputs]
+        self.carried_shapes = [x.shape for x in like.carried]
+        self.input_shapes = [x.shape for x in like.inputs]
         self.carried = [tuple(map(chunks.cut, work.carried)) for work in works]
         self.inputs = [tuple(map(chunks.cut, work.inputs)) for work in works]
 
     def run(self) -> list[Arrays]:
         """The new ``carried`` of each leaf."""
-        state = [_parted(own, self.large) for own in self.carried]
-        if len(state) == 1:
-            ((large, _),) = state
-            rounds = functools.partial(self._round, jnp.zeros((), jnp.int32), ())
-            (large,), _ = jax.lax.fori_loop(0, self.chunks.total, rounds, ([large], ()))
-            state = [(large, ())]
+        if len(self.carried) == 1:
+            state = [self._all_chunks(self.carried[0], self.inputs[0])]
         else:
-            larges, smalls = ([*column] for column in zip(*state, strict=True))
-            larges, smalls = jax.lax.fori_loop(0, len(state), self._leaf, (larges, smalls))
-            state = list(zip(larges, smalls, strict=True))
-        carried = (_joined(*own, self.large) for own in state)
-        return [tuple(map(jnp.reshape, own, self.wholes)) for own in carried]
+            state = jax.lax.fori_loop(0, len(self.carried), self._leaf, self.carried)
+        return [tuple(map(jnp.reshape, own, self.carried_shapes)) for own in state]
 
-    def _leaf(
-        self, turn: jax.Array, state: tuple[list[Arrays], list[Arrays]]
-    ) -> tuple[list[Arrays], list[Arrays]]:
+    def _leaf(self, turn: jax.Array, state: list[Arrays]) -> list[Arrays]:
         """All chunks of the leaf whose turn it is."""
-        larges, smalls = state
-        read = [_parted(own, self.reads_large)[1] for own in self.inputs]
-        branches = [functools.partial(_both, smalls[i], read[i]) for i in range(len(smalls))]
-        own, inputs = jax.lax.switch(turn, branches)
-        rounds = functools.partial(self._round, turn, inputs)
-        larges, own = jax.lax.fori_loop(0, self.chunks.total, rounds, (larges, own))
-        return larges, [once(turn == i, lambda _: own, before) for i, before in enumerate(smalls)]
+        leaves = zip(state, self.inputs, strict=True)
+        new = self._all_chunks(*jax.lax.switch(turn, [lambda own=own: own for own in leaves]))
+        return [once(turn == i, lambda _: new, before) for i, before in enumerate(state)]
 
-    def _round(
-        self,
-        turn: jax.Array,
-        inputs: Arrays,
-        chunk: jax.Array,
-        state: tuple[list[Arrays], Arrays],
-    ) -> tuple[list[Arrays], Arrays]:
-        """A chunk of a leaf, of which ``state`` and ``inputs`` hold all but the large arrays."""
-        larges, own = state
+    def _all_chunks(self, carried: Arrays, inputs: Arrays) -> Arrays:
+        chunk = functools.partial(self._chunk, inputs)
+        return jax.lax.fori_loop(0, self.chunks.total, chunk, carried)
+
+    def _chunk(self, inputs: Arrays, chunk: jax.Array, carried: Arrays) -> Arrays:
+        """``carried`` after the step on a chunk."""
         numbers = self.chunks.numbers(chunk)
         take = functools.partial(self.chunks.take, numbers=numbers)
         put = functools.partial(self.chunks.put, numbers=numbers)
-        wholes, whole_inputs = (
-            _parted(self.wholes, self.large),
-            _parted(self.read, self.reads_large),
-        )
+        own, read = map(take, carried, self.carried_shapes), map(take, inputs, self.input_shapes)
+        new = self.step(self.chunks.rows(numbers), tuple(own), tuple(read))
 
-        def part(i: int) -> tuple[Arrays, Arrays]:
-            large, _ = _parted(self.inputs[i], self.reads_large)
-            return tuple(map(take, larges[i], wholes[0])), tuple(map(take, large, whole_inputs[0]))
+        def put_all(before: Arrays) -> Arrays:
+            return tuple(map(put, before, self.carried_shapes, new))
 
-        branches = [functools.partial(part, i) for i in range(len(larges))]
-        part_of_larges, part_of_inputs = jax.lax.switch(turn, branches)
-        small, small_inputs = map(take, own, wholes[1]), map(take, inputs, whole_inputs[1])
-        carried = _joined(part_of_larges, tuple(small), self.large)
-        read = _joined(part_of_inputs, tuple(small_inputs), self.reads_large)
-        new = _parted(self.step(self.chunks.rows(numbers), carried, read), self.large)
-
-        def put_all(which: int, before: Arrays) -> Arrays:
-            return tuple(map(put, before, wholes[which], new[which]))
-
-        if self.fuses:
-            return [put_all(0, larges[0])], own
         # Always true, which the compiler cannot know.
-        own = once(chunk >= 0, functools.partial(put_all, 1), own)
-        turns = [chunk >= 0] if len(larges) == 1 else [turn == i for i in range(len(larges))]
-        return [
-            once(its, functools.partial(put_all, 0), before)
-            for its, before in zip(turns, larges, strict=True)
-        ], own
-
-
-def _is_large(x: jax.Array, chunks: Chunks) -> bool:
-    """True of arrays of the leaf's shape, unless they hold bytes."""
-    return x.shape == chunks.shape and x.dtype.itemsize > 1
-
-
-def _both(one: Arrays, other: Arrays) -> tuple[Arrays, Arrays]:
-    return one, other
-
-
-def _parted(
-    values: Sequence[Any], first: Sequence[bool]
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The values that are ``first``, and the others."""
-    pairs = list(zip(values, first, strict=True))
-    return tuple(x for x, of in pairs if of), tuple(x for x, of in pairs if not of)
-
-
-def _joined(some: Sequence[Any], others: Sequence[Any], first: Sequence[bool]) -> tuple[Any, ...]:
-    """The inverse of :func:`_parted`."""
-    left, right = iter(some), iter(others)
-    return tuple(next(left if of else right) for of in first)
+        return put_all(carried) if self.fuses else once(chunk >= 0, put_all, carried)

@@ -141,9 +141,14 @@ class Scaled(RowByRow):
 
     def decode(self, encoded: ScaledCodes, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
-        codes = unpacked(self.map, as_blocks_of(encoded.codes, encoded.scales.shape[-1]))
         layout = self.blocks.layout(shape[-1] if shape else 1)
-        return merge(self.values_of(codes, (encoded.scales[..., None],)), layout, shape)
+        count = encoded.scales.shape[-1]
+        if self.bits == 8:
+            # Cut last: XLA moves a reshape behind each operation in a round of all its passes.
+            numbers = as_blocks_of(decode_numbers(self.map, encoded.codes), count)
+        else:
+            numbers = decode_numbers(self.map, as_blocks_of(encoded.codes, count))
+        return merge(numbers * encoded.scales[..., None], layout, shape)
 
     @functools.cached_property
     def bits(self) -> int:

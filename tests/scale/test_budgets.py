@@ -1,0 +1,47 @@
+"""What it takes to compile an optimizer, beside AdamW in the same process."""
+
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from benchmarks.scale import BASE, NOISE, allowed, build, compiled_beside, shapes_of
+from microadam_jax.methods import METHODS
+
+LARGE_CONSTANT = re.compile(r"= \w+\[(?!1(,1)*\])\d[^\]]*\]\S* constant\(")
+SAMPLES = "microadam", "adamw8bit", "adamw_fp8", "adam_mini4bit"
+
+
+def init_seconds(name: str, shapes: Any) -> tuple[float, str]:
+    """Processor seconds to compile ``init``, the least of three, and the program."""
+    seconds, program = [], ""
+    for _ in range(3):
+        tx: optax.GradientTransformation = build(name)
+        start = time.process_time()
+        program = jax.jit(tx.init).lower(shapes).compile().as_text() or ""
+        seconds.append(time.process_time() - start)
+    return min(seconds), program
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in SAMPLES else pytest.param(n, marks=pytest.mark.matrix) for n in METHODS]
+)
+def test_init_of_a_large_leaf_is_cheap(name: str) -> None:
+    """Zeros that are encoded in the program would be folded, element by element."""
+    shapes = {"mlp": {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}}
+    base, _ = init_seconds(BASE, shapes)
+    own, program = init_seconds(name, shapes)
+    assert not LARGE_CONSTANT.search(program)
+    assert own <= 2 * base * NOISE, f"{own:.3f} s, AdamW's {base:.3f} s"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["microadam", "adamw8bit"])
+def test_the_step_of_gpt2_compiles_within_its_budget(name: str) -> None:
+    """``make scale`` in CI asks the same of six optimizers, and of all with Llama-2 7B by hand."""
+    ratio = compiled_beside(name, shapes_of("gpt2", stacked=False)).ratio
+    assert ratio <= allowed(name) * NOISE
