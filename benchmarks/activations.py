@@ -6,15 +6,15 @@ python -m benchmarks.activations --out benchmarks/results/activations.csv --seed
 import optax
 
 from benchmarks.frontier import evenly
-from benchmarks.sweep import Trial, sweep
+from benchmarks.sweep import sweep
 from microadam_jax import adamw_fp8
 
-EXACT = Trial(evenly(optax.adamw), (2e-3,))
+EXACT = evenly(optax.adamw, (2e-3,))
 TRIALS = {
     "exact": EXACT,
     "fp8": EXACT._replace(config={"activations": "fp8"}),
     "coat": EXACT._replace(config={"activations": "coat"}),
-    "coat, adamw_fp8": Trial(evenly(adamw_fp8), (2e-3,), {"activations": "coat"}),
+    "coat, adamw_fp8": evenly(adamw_fp8, (2e-3,))._replace(config={"activations": "coat"}),
 }
 
 if __name__ == "__main__":

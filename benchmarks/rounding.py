@@ -11,11 +11,11 @@ from typing import get_args
 import optax
 
 from benchmarks.frontier import evenly
-from benchmarks.sweep import Trial, sweep
+from benchmarks.sweep import sweep
 from microadam_jax import round_updates
 from microadam_jax.transforms.round_updates import Rounding
 
-ADAMW = Trial(evenly(optax.adamw), (2e-3,))
+ADAMW = evenly(optax.adamw, (2e-3,))
 BFLOAT16 = ADAMW._replace(config={"param_dtype": "bfloat16"})
 TRIALS = {
     "float32": ADAMW,

@@ -114,8 +114,6 @@ BLOCKS = {
     "norm/scale": by((12,)),
     "mlp/kernel": by((6, 5), 1),
     "embed_tokens/embedding": by((7, 4), 0),
-    "wte/embedding": by((50257, 2), 0),
-    "gpt/mlp/kernel": by((2, 11008), 1),
     "pos_embedding": by((1, 5, 4), 1),
     "query/kernel": by((6, 3, 4), 1),
     "value/kernel": by((6, 3, 4), 1, 2),
