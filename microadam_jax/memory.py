@@ -143,18 +143,17 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     Returns:
         Their paths and the bytes of their states.
     """
-    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    leaves = leaf_shapes(params)
     taken: Counter[KeyPath] = Counter()
     for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
         owner = owner_of(path, leaves)
         if owner is not None:
             taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
-    shapes = leaf_shapes(params)
-    axes = layer_axes(tuple(shapes.values()))
+    axes = layer_axes(tuple(leaves.values()))
     found = []
-    for (path, leaf), axis in zip(shapes.items(), axes, strict=True):
+    for path, leaf in leaves.items():
         size = math.prod(leaf.shape)
-        if not is_small(leaf.shape, axis) and taken[path] > ADAM_BYTES * size + ROUNDING:
+        if not is_small(leaf.shape, axes[leaf.path]) and taken[path] > ADAM_BYTES * size + ROUNDING:
             found.append((path, taken[path]))
     return found
 

@@ -258,8 +258,7 @@ def _codecs(
 ) -> tuple[Codec, ...]:
     """Returns the codecs of leaves among others, found once for all steps."""
     axes = layer_axes(among, storage.stacked, storage.layer_axis)
-    axis_of = {leaf.path: axis for leaf, axis in zip(among, axes, strict=True)}
-    return tuple(storage._codec(leaf, axis_of[leaf.path]) for leaf in leaves)
+    return tuple(storage._codec(leaf, axes[leaf.path]) for leaf in leaves)
 
 
 @functools.lru_cache(maxsize=4096)

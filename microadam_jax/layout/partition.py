@@ -181,12 +181,11 @@ def _assignments(
 ) -> tuple[Assignment, ...]:
     """Returns what a partition does to leaves among others, found once for all steps."""
     axes = layer_axes(among, partition.stacked, partition.layer_axis)
-    axis_of = {leaf.path: axis for leaf, axis in zip(among, axes, strict=True)}
-    known = orientations({leaf.path: one_layer(leaf.shape, axis_of[leaf.path]) for leaf in among})
+    known = orientations({leaf.path: one_layer(leaf.shape, axes[leaf.path]) for leaf in among})
     found = []
     for leaf in leaves:
         orientation = known.get(leaf.path, Orientation.IN_OUT)
-        one = partition._assignment(leaf.path, leaf.shape, axis_of[leaf.path], orientation)
+        one = partition._assignment(leaf.path, leaf.shape, axes[leaf.path], orientation)
         if partition.unknown == "error" and one.rule is None and len(one.layer_shape) > 1:
             raise ValueError(
                 f"{one.path!r} of shape {one.shape} follows no rule of the partition, which has "

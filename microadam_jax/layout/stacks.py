@@ -31,8 +31,8 @@ _MATRIX = path_pattern(rf"kernel|w|embeddings?|[^/]*{LORA}")
 
 def layer_axes(
     leaves: Sequence[LeafShape], stacked: str = STACKED, layer_axis: int = 0
-) -> list[int | None]:
-    r"""Returns for each leaf of a tree the axis along which it stacks layers; None for none.
+) -> dict[str, int | None]:
+    r"""Returns by path the axis along which each leaf of a tree stacks layers; None for none.
 
     A box that names its axes counts first. Otherwise ``stacked`` must match the path of a
     container of the leaf, or of the leaf itself, and what follows must be no index of a layer:
@@ -53,7 +53,7 @@ def layer_axes(
         >>> from microadam_jax.trees import LeafShape
         >>> single = LeafShape("blocks/block_0/kernel", (4, 2, 2))
         >>> layer_axes([single, LeafShape("layers/kernel", (3, 4, 8))])
-        [None, 0]
+        {'blocks/block_0/kernel': None, 'layers/kernel': 0}
     """
     asks_tree = stacked == STACKED
     found = _stacks(leaves, layer_axis) if asks_tree else frozenset()
@@ -72,7 +72,7 @@ def layer_axes(
             )
         return layer_axis if is_stacked and rank > layer_axis else None
 
-    return [axis_of(leaf) for leaf in leaves]
+    return {leaf.path: axis_of(leaf) for leaf in leaves}
 
 
 def one_layer(shape: Shape, layer_axis: int | None) -> Shape:
@@ -104,7 +104,8 @@ def layer_axis_of(path: KeyPath, shape: Shape, stacked: str) -> int | None:
         shape: its shape.
         stacked: as for :func:`layer_axes`.
     """
-    return layer_axes([LeafShape(path_name(box_path(path)), shape)], stacked)[0]
+    name = path_name(box_path(path))
+    return layer_axes([LeafShape(name, shape)], stacked)[name]
 
 
 @dataclasses.dataclass

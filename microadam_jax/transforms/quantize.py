@@ -176,31 +176,32 @@ class _Step(NamedTuple):
 
     def at_once(self, gradients: Any, params: Any) -> tuple[Any, Any]:
         """Decodes the whole state, updates, and encodes it."""
+        fields: list[list[StoredLeaf]] = []
 
         def decode(name: str, shapes: Any, stored: Any) -> Any:
             storage = self.storages.get(name)
             if storage is None:
                 return _map_fields(decode, shapes, stored)
-            leaves = self.taken(name, storage, shapes, stored)
+            fields.append(self.taken(name, storage, shapes, stored))
             like, structure = jax.tree.flatten(shapes)
             return structure.unflatten(
                 one.codec.decode(one.encoded, leaf.shape)
-                for one, leaf in zip(leaves, like, strict=True)
+                for one, leaf in zip(fields[-1], like, strict=True)
             )
 
         def encode(name: str, shapes: Any, stored: Any, new: Any) -> Any:
             storage = self.storages.get(name)
             if storage is None:
                 return _map_fields(encode, shapes, stored, new, leaf=_cast)
-            leaves = self.taken(name, storage, shapes, stored)
             encoded = [
                 one.codec.encode(x.astype(jnp.float32), one.key)
-                for one, x in zip(leaves, jax.tree.leaves(new), strict=True)
+                for one, x in zip(next(taken), jax.tree.leaves(new), strict=True)
             ]
             return storage.put(stored, encoded)
 
-        stored = self.state.inner_state
-        inner_state = _map_fields(decode, self.shapes, stored)
+        shapes, stored = self.shapes, self.state.inner_state
+        inner_state = _map_fields(decode, shapes, stored)
+        taken = iter(fields)
         # Branches that keep a field, or take the parameters, match those that compute in float32.
         if any(_is_narrow(leaf) for leaf in jax.tree.leaves(inner_state)):
             inner_state, params = jax.tree.map(_at_least_float32, (inner_state, params))
@@ -213,7 +214,7 @@ class _Step(NamedTuple):
             return (finish(u.astype(target.dtype), *read_by(finish, target)),)
 
         (scaled,) = map_with_path(cast_and_finish, 1, scaled, self.targets, self.finish)
-        return scaled, _map_fields(encode, self.shapes, stored, new, leaf=_cast)
+        return scaled, _map_fields(encode, shapes, stored, new, leaf=_cast)
 
     def leaf_by_leaf(self, gradients: Any, params: Any) -> tuple[Any, Any]:
         """Updates each leaf by itself, in chunks."""

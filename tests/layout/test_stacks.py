@@ -30,7 +30,7 @@ def tree(**shapes: Shape) -> dict[str, Any]:
 def axes(params: Any, **options: Any) -> dict[str, int | None]:
     leaves = leaf_shapes(params)
     found = layer_axes(tuple(leaves.values()), **options)
-    return dict(zip(map(path_name, leaves), found, strict=True))
+    return {path_name(path): found[leaf.path] for path, leaf in leaves.items()}
 
 
 def moments(params: Any, partition: Partition | None = None) -> dict[str, Shape]:
@@ -199,7 +199,7 @@ def test_each_layer_is_a_matrix_of_its_own_only_in_a_stack() -> None:
 def test_a_leaf_alone_says_of_real_models_what_the_tree_says(model: str, stacked: bool) -> None:
     """Compressors see one leaf at a time."""
     leaves = leaf_shapes(shapes_of(model, stacked))
-    alone = [layer_axis_of(path, leaf.shape, STACKED) for path, leaf in leaves.items()]
+    alone = {leaf.path: layer_axis_of(path, leaf.shape, STACKED) for path, leaf in leaves.items()}
     assert alone == layer_axes(tuple(leaves.values()))
 
 

@@ -140,7 +140,7 @@ def test_layers_updated_in_the_backward_pass_leave_one_gradient(
 def test_remat_is_for_the_compiled_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it does to the step is a matter of tests/targets, which have a compiler."""
+    """Leaves what it does to the step to tests/targets, which have a compiler."""
 
     def compiled(model: Any, tx: Any, mesh: Any, *rest: Any, **options: Any) -> CompiledPlan:
         given.append(options["remat"])

@@ -1,4 +1,4 @@
-"""What it takes to compile an optimizer, beside AdamW in the same process."""
+"""Compares the cost of compiling an optimizer with AdamW's in the same process."""
 
 import re
 import time
