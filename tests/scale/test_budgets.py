@@ -31,12 +31,15 @@ def init_seconds(name: str, shapes: Any) -> tuple[float, str]:
     "name", [n if n in SAMPLES else pytest.param(n, marks=pytest.mark.matrix) for n in METHODS]
 )
 def test_init_of_a_large_leaf_is_cheap(name: str) -> None:
-    """Zeros that are encoded in the program would be folded, element by element."""
+    """Zeros that are encoded in the program would be folded, element by element.
+
+    A ratio would compare two times of a few hundredths; folding this leaf takes minutes.
+    """
     shapes = {"mlp": {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}}
     base, _ = init_seconds(BASE, shapes)
     own, program = init_seconds(name, shapes)
     assert not LARGE_CONSTANT.search(program)
-    assert own <= 2 * base * NOISE, f"{own:.3f} s, AdamW's {base:.3f} s"
+    assert own <= base + 1, f"{own:.3f} s, AdamW's {base:.3f} s"
 
 
 @pytest.mark.slow
