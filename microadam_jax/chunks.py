@@ -2,7 +2,7 @@
 
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ TILES = (32, 8)  # rows of bytes, and of float32, that an accelerator moves toge
 
 
 Numbers = tuple[jax.Array | int, ...]
+ArrayType = Any  # of shape and dtype, as of jax.typeof
 
 
 class Chunks(NamedTuple):
@@ -89,30 +90,42 @@ class Chunks(NamedTuple):
 
     def cut(self, x: jax.Array) -> jax.Array:
         """``x``, which has the leaf's axes or size 1 instead, with its cut axes in three."""
-        return x.reshape([n for n, _, _ in self._axes(x.shape)])
+        return self._stored(x).reshape([n for n, _, _ in self._axes(x.shape)])
 
-    def take(self, x: jax.Array, whole: tuple[int, ...], numbers: Numbers) -> jax.Array:
-        """A chunk of what was cut from an array of shape ``whole``."""
-        cuts = self._cuts_of(whole)
-        if math.prod(cuts) == 1:
-            return x
-        starts, sizes = self._place(whole, numbers)
-        part = [n // cut for n, cut in zip(whole, cuts, strict=True)]
-        taken = jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
-        return taken.reshape(part)
+    def joined(self, x: jax.Array, whole: ArrayType) -> jax.Array:
+        """The inverse of :meth:`cut`, for an array of type ``whole``."""
+        return _viewed(x, whole.dtype).reshape(whole.shape)
 
-    def put(
-        self, x: jax.Array, whole: tuple[int, ...], part: jax.Array, numbers: Numbers
-    ) -> jax.Array:
+    def take(self, x: jax.Array, whole: ArrayType, numbers: Numbers) -> jax.Array:
+        """A chunk of what was cut from an array of type ``whole``."""
+        cuts = self._cuts_of(whole.shape)
+        if math.prod(cuts) > 1:
+            starts, sizes = self._place(whole.shape, numbers)
+            part = [n // cut for n, cut in zip(whole.shape, cuts, strict=True)]
+            x = jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+            x = x.reshape(part)
+        return _viewed(x, whole.dtype)
+
+    def put(self, x: jax.Array, whole: ArrayType, part: jax.Array, numbers: Numbers) -> jax.Array:
         """``x`` with a chunk replaced."""
-        cuts = self._cuts_of(whole)
+        cuts = self._cuts_of(whole.shape)
         # Joined first: axes of a sharded array can be joined or parted, not both at once.
-        part = part.reshape([n // cut for n, cut in zip(whole, cuts, strict=True)])
+        part = part.reshape([n // cut for n, cut in zip(whole.shape, cuts, strict=True)])
+        part = self._stored(part)
         if math.prod(cuts) == 1:
             return part
-        starts, sizes = self._place(whole, numbers)
+        starts, sizes = self._place(whole.shape, numbers)
         part = part.reshape(sizes)
         return jax.lax.dynamic_update_slice(x, part, starts, allow_negative_indices=False)
+
+    def _stored(self, x: jax.Array) -> jax.Array:
+        """``x`` as loops carry it: on CPUs as integers if it is a float of less than 32 bits.
+
+        CPUs' compiler widens such an array as a whole to update a chunk of it.
+        """
+        bits = 8 * x.dtype.itemsize
+        narrow = self.slices and jnp.issubdtype(x.dtype, jnp.floating) and bits < 32
+        return _viewed(x, jnp.dtype(f"uint{bits}")) if narrow else x
 
     def _cuts_of(self, whole: tuple[int, ...]) -> list[int]:
         """Into how many chunks each axis of an array is cut: the leaf's axes, unless of size 1."""
@@ -146,6 +159,11 @@ class Chunks(NamedTuple):
         axes = self._axes(whole)
         starts = [0 if axis is None else numbers[axis] * length for _, axis, length in axes]
         return starts, [length for _, _, length in axes]
+
+
+def _viewed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The bits of ``x`` as another type of the same width."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _shards(leaf: jax.Array, axis: int) -> int:

@@ -192,10 +192,30 @@ def apart(function: Callable[[jax.Array], jax.Array], x: jax.Array, t: jax.Array
         return function(x)
 
     def on_cpu(x: jax.Array, t: jax.Array) -> jax.Array:
-        zeros = jnp.zeros_like(jax.eval_shape(function, x))
-        return once(t >= 0, lambda _: (function(x),), (zeros,))[0]
+        return _in_a_pass(t >= 0, lambda: (function(x),))[0]
 
     return jax.lax.platform_dependent(x, t, cpu=on_cpu, default=lambda x, t: function(x))
+
+
+def written(rows: Rows, compute: Callable[[], Arrays]) -> Arrays:
+    """Computes arrays of a chunk, on CPUs in one pass, apart from those that read them.
+
+    There the compiler would compute them again in each of these: moments, dequantized and moved,
+    once for their scales and twice for codes of four bits.
+
+    Args:
+        rows: the chunk's.
+        compute: the computation.
+
+    Returns:
+        What ``compute`` returns.
+    """
+    return compute() if rows.holds is None else _in_a_pass(rows.holds, compute)
+
+
+def _in_a_pass(condition: jax.Array, compute: Callable[[], Arrays]) -> Arrays:
+    zeros = tuple(map(jnp.zeros_like, jax.eval_shape(compute)))
+    return once(condition, lambda _: compute(), zeros)
 
 
 def once(condition: jax.Array, update: Callable[[Arrays], Arrays], before: Arrays) -> Arrays:
@@ -226,11 +246,12 @@ class _Loop:
 
     def __init__(self, chunks: Chunks, works: Sequence[Work], fuses: bool = False) -> None:
         """Cuts the arrays."""
-        self.fuses = fuses
         like = works[0]
+        placed = any(map(explicit_sharding, (*like.carried, *like.inputs)))
+        self.fuses, self.writes = fuses, not (fuses or placed)
         self.chunks, self.step = chunks, like.step
-        self.carried_shapes = [x.shape for x in like.carried]
-        self.input_shapes = [x.shape for x in like.inputs]
+        self.carried_types = list(map(jax.typeof, like.carried))
+        self.input_types = list(map(jax.typeof, like.inputs))
         self.carried = [tuple(map(chunks.cut, work.carried)) for work in works]
         self.inputs = [tuple(map(chunks.cut, work.inputs)) for work in works]
 
@@ -240,7 +261,7 @@ class _Loop:
             state = [self._all_chunks(self.carried[0], self.inputs[0])]
         else:
             state = jax.lax.fori_loop(0, len(self.carried), self._leaf, self.carried)
-        return [tuple(map(jnp.reshape, own, self.carried_shapes)) for own in state]
+        return [tuple(map(self.chunks.joined, own, self.carried_types)) for own in state]
 
     def _leaf(self, turn: jax.Array, state: list[Arrays]) -> list[Arrays]:
         """All chunks of the leaf whose turn it is."""
@@ -257,11 +278,13 @@ class _Loop:
         numbers = self.chunks.numbers(chunk)
         take = functools.partial(self.chunks.take, numbers=numbers)
         put = functools.partial(self.chunks.put, numbers=numbers)
-        own, read = map(take, carried, self.carried_shapes), map(take, inputs, self.input_shapes)
-        new = self.step(self.chunks.rows(numbers), tuple(own), tuple(read))
+        own, read = map(take, carried, self.carried_types), map(take, inputs, self.input_types)
+        # Always true, which the compiler cannot know.
+        holds = chunk >= 0
+        rows = self.chunks.rows(numbers)._replace(holds=holds if self.writes else None)
+        new = self.step(rows, tuple(own), tuple(read))
 
         def put_all(before: Arrays) -> Arrays:
-            return tuple(map(put, before, self.carried_shapes, new))
+            return tuple(map(put, before, self.carried_types, new))
 
-        # Always true, which the compiler cannot know.
-        return put_all(carried) if self.fuses else once(chunk >= 0, put_all, carried)
+        return put_all(carried) if self.fuses else once(holds, put_all, carried)

@@ -25,12 +25,15 @@ class Rows(NamedTuple):
         starts: int32 scalars, where the first run begins.
         lengths: how many rows a run has.
         steps: the distances from run to run.
+        holds: boolean scalar, always true, which the compiler cannot know, where what is computed
+            of the chunk may be written before it is read; see ``leaf_loops.written``.
     """
 
     sizes: tuple[int, ...] = ()
     starts: tuple[jax.Array | int, ...] = ()
     lengths: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
+    holds: jax.Array | None = None
 
     @property
     def runs(self) -> tuple[int, ...]:

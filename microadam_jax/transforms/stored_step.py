@@ -12,9 +12,17 @@ from microadam_jax.codecs import Codec, Plain, StoredLeaf
 from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_accelerator, on_cpu, piece_of
+from microadam_jax.leaf_loops import (
+    Arrays,
+    Work,
+    each_kind,
+    on_accelerator,
+    on_cpu,
+    piece_of,
+    written,
+)
 from microadam_jax.sharding import state_zeros
-from pallas_kernels.blockwise_codec import blockwise_step, step
+from pallas_kernels.blockwise_codec import blockwise_step, moved, step, stored
 from pallas_kernels.dispatch import names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
@@ -182,8 +190,9 @@ class _OfRows(NamedTuple):
         inputs, before, after, keys = self.reading.unflatten(read)
         draws = [None if key is None else Draw(key, rows) for key in keys]
         given = list(map(_CodecOfRows, self.codecs, before, after))
-        output, new = step(self.rule, given, self.structure.unflatten(carried), inputs, draws)
-        return output, *jax.tree.leaves(new)
+        encoded = self.structure.unflatten(carried)
+        output, *new = written(rows, lambda: moved(self.rule, given, encoded, inputs))
+        return output, *jax.tree.leaves(stored(given, new, draws))
 
 
 class _CodecOfRows(NamedTuple):

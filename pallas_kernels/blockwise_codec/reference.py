@@ -27,14 +27,25 @@ def step(
         inputs: the gradient, and arrays that broadcast against it.
         keys: what each codec draws random numbers from; None for those that draw none.
     """
+    output, *new = moved(rule, codecs, encoded, inputs)
+    return output, stored(codecs, new, keys)
+
+
+def moved(
+    rule: Step, codecs: Sequence[Any], encoded: Sequence[Any], inputs: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+    """The output of ``rule``, and the new moments in float32."""
     shape = inputs[0].shape
     moments = (codec.decode(x, shape) for codec, x in zip(codecs, encoded, strict=True))
     output, new = rule(tuple(moments), tuple(inputs))
-    stored = (
-        codec.encode(x.astype(jnp.float32), key)
-        for codec, x, key in zip(codecs, new, keys, strict=True)
-    )
-    return output, tuple(stored)
+    return output, *(x.astype(jnp.float32) for x in new)
+
+
+def stored(
+    codecs: Sequence[Any], moments: Sequence[jax.Array], keys: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Moments as their codecs store them."""
+    return tuple(codec.encode(x, key) for codec, x, key in zip(codecs, moments, keys, strict=True))
 
 
 def codecs_unsupported(codecs: Sequence[Any]) -> str | None:
