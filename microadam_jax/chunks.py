@@ -90,7 +90,7 @@ class Chunks(NamedTuple):
 
     def cut(self, x: jax.Array) -> jax.Array:
         """``x``, which has the leaf's axes or size 1 instead, with its cut axes in three."""
-        return self._stored(x).reshape([n for n, _, _ in self._axes(x.shape)])
+        return self._as_carried(x).reshape([n for n, _, _ in self._axes(x.shape)])
 
     def joined(self, x: jax.Array, whole: ArrayType) -> jax.Array:
         """The inverse of :meth:`cut`, for an array of type ``whole``."""
@@ -111,14 +111,14 @@ class Chunks(NamedTuple):
         cuts = self._cuts_of(whole.shape)
         # Joined first: axes of a sharded array can be joined or parted, not both at once.
         part = part.reshape([n // cut for n, cut in zip(whole.shape, cuts, strict=True)])
-        part = self._stored(part)
+        part = self._as_carried(part)
         if math.prod(cuts) == 1:
             return part
         starts, sizes = self._place(whole.shape, numbers)
         part = part.reshape(sizes)
         return jax.lax.dynamic_update_slice(x, part, starts, allow_negative_indices=False)
 
-    def _stored(self, x: jax.Array) -> jax.Array:
+    def _as_carried(self, x: jax.Array) -> jax.Array:
         """``x`` as loops carry it: on CPUs as integers if it is a float of less than 32 bits.
 
         CPUs' compiler widens such an array as a whole to update a chunk of it.

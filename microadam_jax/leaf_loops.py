@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from microadam_jax.chunks import CACHED, Chunks
 from microadam_jax.codecs.rounding import Rows
-from microadam_jax.sharding import explicit_sharding
+from microadam_jax.sharding import explicit_sharding, state_zeros
 
 PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 128  # of a large tree, about
@@ -214,7 +214,8 @@ def written(rows: Rows, compute: Callable[[], Arrays]) -> Arrays:
 
 
 def _in_a_pass(condition: jax.Array, compute: Callable[[], Arrays]) -> Arrays:
-    zeros = tuple(map(jnp.zeros_like, jax.eval_shape(compute)))
+    shapes = jax.eval_shape(compute)
+    zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
     return once(condition, lambda _: compute(), zeros)
 
 
@@ -247,8 +248,7 @@ class _Loop:
     def __init__(self, chunks: Chunks, works: Sequence[Work], fuses: bool = False) -> None:
         """Cuts the arrays."""
         like = works[0]
-        placed = any(map(explicit_sharding, (*like.carried, *like.inputs)))
-        self.fuses, self.writes = fuses, not (fuses or placed)
+        self.fuses = fuses
         self.chunks, self.step = chunks, like.step
         self.carried_types = list(map(jax.typeof, like.carried))
         self.input_types = list(map(jax.typeof, like.inputs))
@@ -280,11 +280,11 @@ class _Loop:
         put = functools.partial(self.chunks.put, numbers=numbers)
         own, read = map(take, carried, self.carried_types), map(take, inputs, self.input_types)
         # Always true, which the compiler cannot know.
-        holds = chunk >= 0
-        rows = self.chunks.rows(numbers)._replace(holds=holds if self.writes else None)
+        holds = None if self.fuses else chunk >= 0
+        rows = self.chunks.rows(numbers)._replace(holds=holds)
         new = self.step(rows, tuple(own), tuple(read))
 
         def put_all(before: Arrays) -> Arrays:
             return tuple(map(put, before, self.carried_types, new))
 
-        return put_all(carried) if self.fuses else once(holds, put_all, carried)
+        return put_all(carried) if holds is None else once(holds, put_all, carried)
