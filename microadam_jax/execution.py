@@ -3,15 +3,15 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath
 
-from microadam_jax.sharding import require_named, shardings_by_path
-from microadam_jax.trees import LeafShape, leaf_shapes
+from microadam_jax.trees import LeafShape, leaf_shapes, without_boxes
 from pallas_kernels.dispatch import check_implementation, names_kernel
 
 
@@ -33,6 +33,7 @@ class Scope:
         observed: where :func:`with_diagnostics` collects what error feedback did, or None.
         notes: where :func:`memory_report` collects notes about leaves, or None.
         settings: where :func:`state_format` collects what states depend on, or None.
+        zeros: the arrays of zeros of the program that ``init`` is traced into; None outside of it.
     """
 
     implementation: str | None = None
@@ -44,6 +45,7 @@ class Scope:
     observed: Any = None
     notes: dict[str, list[str]] | None = None
     settings: dict[str, str] | None = None
+    zeros: dict[Hashable, list[tuple[Any, jax.Array]]] | None = None
 
     def implementation_for(self, transformation: str) -> str | None:
         """Returns the implementation for a transformation whose operations have kernels.
@@ -64,7 +66,7 @@ class Scope:
             tree: parameters, or their updates.
             is_leaf: what to treat as a leaf of ``tree``.
         """
-        return {} if self.shardings is None else shardings_by_path(self.shardings, tree, is_leaf)
+        return {} if self.shardings is None else _by_path(self.shardings, tree, is_leaf)
 
 
 _NONE = Scope()
@@ -142,7 +144,7 @@ def run_with(
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
     check_implementation("run_with", implementation)
-    require_named(shardings)
+    _require_named(shardings)
     inner = optax.with_extra_args_support(tx)
     changes: dict[str, Any] = {"implementation": implementation, "shardings": shardings}
 
@@ -166,3 +168,32 @@ def run_with(
         return results
 
     return type(inner)(init, update)
+
+
+def _require_named(shardings: Any) -> None:
+    """Raises TypeError unless the leaves of the tree ``shardings`` are ``NamedSharding``."""
+    for path, sharding in jax.tree.leaves_with_path(without_boxes(shardings)):
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"shardings must be a tree of NamedSharding, or a prefix of one, that says where "
+                f"the parameters lie; at {jax.tree_util.keystr(path) or 'its root'} it has "
+                f"{sharding!r}. Give NamedSharding(mesh, spec)."
+            )
+
+
+def _by_path(
+    shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[KeyPath, NamedSharding]:
+    """Maps the path of each leaf of ``tree`` to its sharding.
+
+    Args:
+        shardings: a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
+        tree: parameters, or their updates.
+        is_leaf: what to treat as a leaf of ``tree``.
+    """
+    each = jax.tree.map(
+        lambda sharding, part: jax.tree.map(lambda _: sharding, part, is_leaf=is_leaf),
+        without_boxes(shardings),
+        tree,
+    )
+    return dict(jax.tree.leaves_with_path(each))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from microadam_jax.chunks import CACHED, Chunks
 from microadam_jax.codecs.rounding import Rows
-from microadam_jax.sharding import explicit_sharding, state_zeros
+from microadam_jax.sharding import explicit_sharding
 
 PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 128  # of a large tree, about
@@ -215,7 +215,7 @@ def written(rows: Rows, compute: Callable[[], Arrays]) -> Arrays:
 
 def _in_a_pass(condition: jax.Array, compute: Callable[[], Arrays]) -> Arrays:
     shapes = jax.eval_shape(compute)
-    zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
+    zeros = tuple(jax.lax.full_like(x, 0) for x in shapes)
     return once(condition, lambda _: compute(), zeros)
 
 

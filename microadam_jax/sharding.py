@@ -1,11 +1,12 @@
 """State arrays that are placed as their parameter is."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import (
     AbstractMesh,
     Mesh,
@@ -14,10 +15,9 @@ from jax.sharding import (
     Sharding,
     SingleDeviceSharding,
 )
-from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
-from microadam_jax.trees import without_boxes
+from microadam_jax.execution import scope
 
 
 def state_zeros(
@@ -38,7 +38,26 @@ def state_zeros(
         ValueError: if the parameter's sharding does not divide the state array.
     """
     require_whole(parameter, shape)
-    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=known_sharding(parameter))
+    return _zeros(shape, dtype, known_sharding(parameter))
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
+    """Zeros; while ``init`` is traced, one array for all of a kind.
+
+    The compiler would make one of equal arrays, but takes longer over thousands of them than over
+    all else in an ``init``.
+    """
+    shared = scope().zeros
+    kind, now = (shape, jnp.dtype(dtype), sharding), get_opaque_trace_state()
+    known = [] if shared is None else shared.setdefault(kind, [])
+    for trace, zeros in known:
+        if trace == now:
+            return zeros
+    zeros = jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+    # Arrays outside of a program are donated one by one, and have to be apart.
+    if isinstance(zeros, jax.core.Tracer):
+        known.append((now, zeros))
+    return zeros
 
 
 def require_whole(
@@ -85,7 +104,7 @@ def moment_zeros(
     sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         sharding = fitted(sharding, shape)
-    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+    return _zeros(shape, dtype, sharding)
 
 
 def place_moment(x: jax.Array, parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
@@ -141,7 +160,7 @@ def zeros_sharded_on(
     sharding = known_sharding(parameter)
     if isinstance(sharding, NamedSharding):
         sharding = _only_on(sharding, len(shape), axes)
-    return jax.lax.full(shape, 0, jnp.dtype(dtype), sharding=sharding)
+    return _zeros(shape, dtype, sharding)
 
 
 def place_on(x: jax.Array, parameter: jax.Array, axes: Collection[int]) -> jax.Array:
@@ -202,35 +221,6 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
         if size % shards_along(sharding.mesh, spec[axis]) or size == 1:
             spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
-
-
-def require_named(shardings: Any) -> None:
-    """Raises TypeError unless the leaves of the tree ``shardings`` are ``NamedSharding``."""
-    for path, sharding in jax.tree.leaves_with_path(without_boxes(shardings)):
-        if not isinstance(sharding, NamedSharding):
-            raise TypeError(
-                f"shardings must be a tree of NamedSharding, or a prefix of one, that says where "
-                f"the parameters lie; at {jax.tree_util.keystr(path) or 'its root'} it has "
-                f"{sharding!r}. Give NamedSharding(mesh, spec)."
-            )
-
-
-def shardings_by_path(
-    shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> dict[KeyPath, NamedSharding]:
-    """Maps the path of each leaf of ``tree`` to its sharding.
-
-    Args:
-        shardings: a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
-        tree: parameters, or their updates.
-        is_leaf: what to treat as a leaf of ``tree``.
-    """
-    each = jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda _: sharding, part, is_leaf=is_leaf),
-        without_boxes(shardings),
-        tree,
-    )
-    return dict(jax.tree.leaves_with_path(each))
 
 
 def shards_along(mesh: Mesh | AbstractMesh, entry: Any) -> int:

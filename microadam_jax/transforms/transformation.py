@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.tree_util import KeyPath
 
+from microadam_jax.execution import scope, within
 from microadam_jax.trees import is_compressed, path_name
 
 
@@ -49,7 +50,9 @@ def transformation(
     require_float32(**hyperparameters)
 
     def checked_init(params: optax.Params) -> Any:
-        return init(_arrays(params))
+        shared = scope().zeros
+        with within(zeros={} if shared is None else shared):
+            return init(_arrays(params))
 
     def checked_update(
         updates: optax.Updates,
@@ -59,7 +62,7 @@ def transformation(
     ) -> Any:
         if params is not None:
             params = _arrays(_where_updated(updates, params))
-        return update(_arrays(updates), _on_device(state), params, **extra_args)
+        return update(_arrays(updates, is_compressed), _on_device(state), params, **extra_args)
 
     return kind(checked_init, checked_update)
 
@@ -83,19 +86,22 @@ def require_float32(**hyperparameters: Any) -> None:
             )
 
 
-def _arrays(tree: Any) -> Any:
+def _arrays(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """``tree`` with arrays for Python floats and NumPy arrays.
+
+    Args:
+        tree: of parameters or updates.
+        is_leaf: True for what is left as it is.
 
     Raises:
         TypeError: for leaves of other kinds.
     """
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_compressed)
     unlike = False
-    for path, leaf in leaves:
-        if not is_compressed(leaf):
+    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
+        if is_leaf is None or not is_leaf(leaf):
             _require_real(path, leaf)
             unlike |= isinstance(leaf, float | np.ndarray | np.generic)
-    return jax.tree.map(_as_array, tree, is_leaf=is_compressed) if unlike else tree
+    return jax.tree.map(_as_array, tree, is_leaf=is_leaf) if unlike else tree
 
 
 def _as_array(leaf: Any) -> Any:
