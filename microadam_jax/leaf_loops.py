@@ -155,13 +155,20 @@ def each_kind(
     Returns:
         The results.
     """
+    call = by_kind(function)
+    return [call(kind, *leaf) for kind, leaf in zip(kinds, leaves, strict=True)]
+
+
+def by_kind(function: Callable[[Any, Any], Any]) -> Callable[[Hashable, Any, Any], Any]:
+    """Returns a function of a kind and the arguments of :func:`each_kind`'s, traced likewise."""
     jitted: dict[Hashable, Any] = {}
-    results = []
-    for kind, (static, arrays) in zip(kinds, leaves, strict=True):
+
+    def call(kind: Hashable, static: Any, arrays: Any) -> Any:
         if kind not in jitted:
             jitted[kind] = jax.jit(functools.partial(function, static))
-        results.append(jitted[kind](arrays))
-    return results
+        return jitted[kind](arrays)
+
+    return call
 
 
 def _together(works: Sequence[Work]) -> list[Arrays]:

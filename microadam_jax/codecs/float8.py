@@ -157,14 +157,25 @@ class Float8(RowByRow):
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
         """Returns scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
-        magnitude = magnitudes(block)
-        largest = jnp.max(magnitude, axis=-1, keepdims=True)
-        largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+        largest = self.largest(block)
         if not self.expansion:
             return (largest / self._number.largest,)
-        largest = jnp.where(largest <= TINY, 0, largest)
+        return self.expanded(largest, self.smallest(block))
+
+    def largest(self, block: jax.Array) -> jax.Array:
+        """Returns the largest magnitudes ``(..., 1)`` of blocks; NaN where they are not finite."""
+        largest = jnp.max(magnitudes(block), axis=-1, keepdims=True)
+        return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+
+    def smallest(self, block: jax.Array) -> jax.Array:
+        """Returns the smallest magnitudes ``(..., 1)`` of blocks that count, infinity if none."""
+        magnitude = magnitudes(block)
         counted = jnp.where(magnitude > TINY, magnitude, jnp.inf)
-        smallest = jnp.min(counted, axis=-1, keepdims=True)
+        return jnp.min(counted, axis=-1, keepdims=True)
+
+    def expanded(self, largest: jax.Array, smallest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the scales of blocks with expansion, from their extreme magnitudes."""
+        largest = jnp.where(largest <= TINY, 0, largest)
         return largest, self._sixteenths(largest, smallest)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -172,12 +183,21 @@ class Float8(RowByRow):
         self, block: jax.Array, statistics: Sequence[jax.Array], xi: jax.Array | None
     ) -> jax.Array:
         """Returns the codes ``(..., size)`` of blocks with their statistics, as integers."""
+        return self.codes_of_parts(jnp.abs(block), jnp.sign(block), statistics, xi)
+
+    def codes_of_parts(
+        self,
+        magnitude: jax.Array,
+        sign: jax.Array,
+        statistics: Sequence[jax.Array],
+        xi: jax.Array | None,
+    ) -> jax.Array:
+        """Returns the codes of blocks whose magnitudes and signs are computed apart."""
         scale, number = statistics[0], self._number
+        ratio = magnitude / _usable(scale)
         if self.expansion:
-            ratio = jnp.abs(block) / _usable(scale)
-            y = jnp.sign(block) * number.largest * _power(ratio, _exponent(statistics[1]))
-        else:
-            y = block / _usable(scale)
+            ratio = number.largest * _power(ratio, _exponent(statistics[1]))
+        y = sign * ratio
         y = jnp.clip(y, -number.largest, number.largest)
         y = jnp.where(jnp.isnan(scale), 0, y)
         return number.encode(y if xi is None else number.dithered(y, xi))

@@ -15,6 +15,7 @@ from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.leaf_loops import (
     Arrays,
     Work,
+    by_kind,
     each_kind,
     on_accelerator,
     on_cpu,
@@ -22,8 +23,9 @@ from microadam_jax.leaf_loops import (
     written,
 )
 from microadam_jax.sharding import state_zeros
+from microadam_jax.transforms import two_passes
 from pallas_kernels.blockwise_codec import blockwise_step, moved, step, stored
-from pallas_kernels.dispatch import names_kernel
+from pallas_kernels.dispatch import compiles_for_gpus, names_kernel
 
 Rule = Callable[[Arrays, Arrays], tuple[jax.Array, Sequence[jax.Array]]]
 
@@ -114,18 +116,37 @@ def stored_steps(
     def together(*arrays: jax.Array) -> list[Any]:
         return _in_loops(given(arrays), on_cpu)
 
+    kinds, elements = [one.kind for one in steps], sum(one.inputs[0].size for one in steps)
+
     def one_by_one(*arrays: jax.Array) -> list[Any]:
-        piece = piece_of(sum(one.inputs[0].size for one in steps))
-
         def run(one: StoredStep, arrays: Any) -> Any:
-            return _alone(one.given(arrays), implementation, piece)
+            return _alone(one.given(arrays), implementation, piece_of(elements))
 
-        given = zip(steps, structure.unflatten(arrays), strict=True)
-        return each_kind(run, [one.kind for one in steps], list(given))
+        return each_kind(run, kinds, list(zip(steps, structure.unflatten(arrays), strict=True)))
+
+    def on_gpus(*arrays: jax.Array) -> list[Any]:
+        def run(one: StoredStep, arrays: Any) -> Any:
+            if two_passes.takes(one.codecs):
+                return two_passes.step(one.rule, one.codecs, *arrays)
+            return _alone(one.given(arrays), implementation, piece_of(elements))
+
+        call, results = by_kind(run), list[Any]()
+        for kind, one, own in zip(kinds, steps, structure.unflatten(arrays), strict=True):
+            if results:
+                # Else the compiler would join leaves in one kernel, and write temporaries of all.
+                (output, before), (encoded, *rest) = results.pop(), own
+                before, encoded = jax.lax.optimization_barrier((before, encoded))
+                results.append((output, before))
+                own = encoded, *rest
+            results.append(call(kind, one, own))
+        return results
 
     if names_kernel(implementation):
         return one_by_one(*flat)
-    return jax.lax.platform_dependent(*flat, cpu=together, default=one_by_one)
+    gpus = {}
+    if compiles_for_gpus(steps[0].inputs[0]) and any(two_passes.takes(one.codecs) for one in steps):
+        gpus = {"cuda": on_gpus, "rocm": on_gpus}
+    return jax.lax.platform_dependent(*flat, cpu=together, **gpus, default=one_by_one)
 
 
 def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:

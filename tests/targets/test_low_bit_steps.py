@@ -1,5 +1,6 @@
 """A step of a low-bit optimizer writes no float32 moment, on accelerators either."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from microadam_jax import (
     fused_apply,
     run_with,
     sinkhorn4bit,
+    state_shardings,
 )
 from microadam_jax.methods import METHODS
 from microadam_jax.models import model_shapes
+from tests.contracts.meshes import collectives
 from tests.llama_100m import llama_100m
 from tests.targets.main_memory import bytes_moved
 
@@ -83,9 +86,35 @@ def test_matrices_of_a_stack_are_turned_in_place(v5e: Mesh) -> None:
     assert temporaries(sinkhorn4bit, v5e, "tpu") < 0.25
 
 
-@pytest.mark.parametrize("make", [adamw8bit, adamw4bit, adam_mini4bit])
+@pytest.mark.parametrize("make", [adamw8bit, adamw4bit, adamw_fp8])
 def test_on_a_gpu(make: Callable[..., optax.GradientTransformation], h200: Mesh) -> None:
     assert temporaries(make, h200, "cuda") < 0.1
+
+
+def test_codes_of_4_bits_on_a_gpu_take_a_byte_of_one_leaf(h200: Mesh) -> None:
+    """Not of all of them, which the compiler would join in one kernel."""
+    tx, params = adam_mini4bit(1e-3, weight_decay=0.1), llama_100m()
+    program, _ = compiled(tx.update, tx, params, h200, "cuda", (0, 1))
+    largest = max(x.size for x in jax.tree.leaves(params))
+    assert program.memory_analysis().temp_size_in_bytes < 1.25 * largest
+
+
+@pytest.mark.parametrize("make", [adamw8bit, adam_mini4bit, adamw_fp8])
+def test_on_two_gpus_no_one_waits(make: Callable[..., Any], h200_mesh: Mesh) -> None:
+    mesh = Mesh(h200_mesh.devices.reshape(-1), ("x",))
+    tx, spec = make(1e-3), PartitionSpec(None, "x")
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, spec))
+    params = {"up_proj": {"kernel": place((4096, 11008), "float32")}}
+    state = jax.eval_shape(tx.init, params)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params)),
+    )
+    with jax.set_mesh(mesh):
+        traced = jax.jit(tx.update, donate_argnums=1).trace(params, state, params)
+        program = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    assert collectives(program) == []
 
 
 def test_the_gpu_kernel_is_in_place(h200: Mesh) -> None:
