@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microadam_jax.codecs.minifloat import power_of_two
-
 Rounding = jax.Array | float  # where between two neighbours the upper one begins: 1/2 is nearest
 
 
@@ -167,10 +165,14 @@ class Dynamic8:
         """The magnitude below ``|y|``, the one above it, and a comparison."""
         negative = y < 0
         y = jnp.abs(y)
-        below = self._magnitude_below(y)
+        below, low, high = self._neighbours(y)
         if self.symmetric:
-            return self._encode_symmetric(negative, y, below, xi)
-        low, high = self._decode_magnitude(below), self._decode_magnitude(below + 1)
+            # Below the smallest magnitude the neighbours are its two signs.
+            near = below == 0
+            up = _up(negative, y, jnp.where(near, -high, low), high, xi)
+            magnitude = jnp.where(near, 1, jnp.minimum(below + up.astype(jnp.int32), 128))
+            negative = jnp.where(near, negative == up, negative)
+            return jnp.where(negative, 128 - magnitude, 127 + magnitude)
         if not self.signed:
             return below + (y > low + xi * (high - low)).astype(jnp.int32)
         # Down from -low to -high, the upper neighbour is -low.
@@ -180,48 +182,61 @@ class Dynamic8:
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """The magnitude of a code, with its sign."""
-        codes = codes.astype(jnp.int32)
-        if not self.signed:
-            return self._decode_magnitude(codes)
-        zero = jnp.where(codes > 127, 127, 128) if self.symmetric else 127
-        magnitude = self._decode_magnitude(jnp.abs(codes - zero))
-        return jnp.where(codes < 127 + self.symmetric, -magnitude, magnitude)
+        number = codes.astype(jnp.int32).astype(jnp.float32)
+        if self.symmetric:
+            number = number - jnp.where(number > 127, 127.0, 128.0)
+        elif self.signed:
+            number = number - 127.0
+        centre = jnp.abs(number) + (self._offset + 0.5)  # of the cell, between powers of two
+        bits = jax.lax.bitcast_convert_type(centre, jnp.int32)
+        part = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32) - 1
+        scale = jnp.full(number.shape, _scale(0), jnp.float32)
+        for decade in range(1, 7):
+            scale = jnp.where(centre >= self._cells(decade), _scale(decade), scale)
+        value = jnp.where(centre > self._top + self._offset, 1.0, scale * (0.1 + 0.9 * part))
+        return value * jnp.sign(number)
 
-    def _encode_symmetric(
-        self, negative: jax.Array, y: jax.Array, below: jax.Array, xi: Rounding
-    ) -> jax.Array:
-        # Below the smallest magnitude the neighbours are its two signs.
-        near = below == 0
-        high = self._decode_magnitude(below + 1)
-        low = jnp.where(near, -high, self._decode_magnitude(below))
-        up = _up(negative, y, low, high, xi)
-        magnitude = jnp.where(near, 1, jnp.minimum(below + up.astype(jnp.int32), 128))
-        negative = jnp.where(near, negative == up, negative)
-        return jnp.where(negative, 128 - magnitude, 127 + magnitude)
+    def _neighbours(self, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The largest magnitude that is not above ``y``, give or take a rounding, and the next.
 
-    def _magnitude_below(self, y: jax.Array) -> jax.Array:
-        """The number of the largest magnitude that is not above ``y``, give or take a rounding."""
-        decade = jnp.zeros(y.shape, jnp.int32)
-        scale = jnp.full(y.shape, 1e6, jnp.float32)
-        for power in range(6):
-            above = y > 10.0 ** (power - 6)
-            decade = decade + above.astype(jnp.int32)
-            scale = jnp.where(above, 10.0 ** (5 - power), scale)
-        cells = power_of_two(decade + self._offset)
-        cell = jnp.clip(jnp.floor((y * scale - 0.1) / 0.9 * cells - 0.5), -1, cells - 1)
-        return jnp.clip((cells + cell).astype(jnp.int32) - self._offset, 0, self._top - 1)
+        Returns:
+            The number of the magnitude below, as int32, and the two magnitudes.
+        """
+        columns = [jnp.full(y.shape, constant) for constant in self._decade(0)]
+        for decade in range(1, 7):
+            above = y > 10.0 ** (decade - 7)
+            pairs = zip(self._decade(decade), columns, strict=True)
+            columns = [jnp.where(above, constant, before) for constant, before in pairs]
+        cells, inverse_scale, scale, last_before, first_after = columns
+        cell = jnp.floor((y * inverse_scale - 0.1) / 0.9 * cells - 0.5)
+        cell = jnp.clip(cell, -1, cells - 1)
+        below = (cells + cell).astype(jnp.int32) - self._offset
+        # One over a power of two.
+        bits = np.int32(254 << 23) - jax.lax.bitcast_convert_type(cells, jnp.int32)
+        width = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        low = scale * (0.1 + 0.9 * ((cell + 0.5) * width))
+        high = scale * (0.1 + 0.9 * ((cell + 1.5) * width))
+        low = jnp.where(cell < 0, last_before, low)
+        return below, low, jnp.where(cell + 1 == cells, first_after, high)
 
-    def _decode_magnitude(self, number: jax.Array) -> jax.Array:
-        a = (number + self._offset).astype(jnp.float32)
-        bits = jax.lax.bitcast_convert_type(a, jnp.int32)
-        exponent = (bits >> 23) - 127
-        mantissa = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-        decade = exponent - self._offset
-        scale = jnp.full(number.shape, 1e-6, jnp.float32)
-        for i in range(1, 7):
-            scale = jnp.where(decade >= i, 10.0 ** (i - 6), scale)
-        value = scale * (0.1 + 0.9 * (mantissa - 1 + power_of_two(-1 - exponent)))
-        return jnp.where(number == 0, 0.0, jnp.where(number == self._top, 1.0, value))
+    def _decade(self, decade: int) -> tuple[np.float32, ...]:
+        """Cells of a decade, one over its scale, its scale, and the magnitudes around it."""
+
+        def centre(decade: int, cell: float) -> np.float32:
+            part = np.float32((cell + 0.5) / self._cells(decade))
+            return _scale(decade) * (np.float32(0.1) + np.float32(0.9) * part)
+
+        before = centre(decade - 1, self._cells(decade - 1) - 1) if decade else np.float32(0)
+        after = centre(decade + 1, 0) if decade < 6 else np.float32(1)
+        cells = np.float32(self._cells(decade))
+        return cells, np.float32(10.0 ** (6 - decade)), _scale(decade), before, after
+
+    def _cells(self, decade: int) -> int:
+        return 2 ** (decade + self._offset)
+
+
+def _scale(decade: int) -> np.float32:
+    return np.float32(10.0 ** (decade - 6))
 
 
 def _up(
