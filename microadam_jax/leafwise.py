@@ -5,7 +5,7 @@ element alone. How that runs is asked of :mod:`microadam_jax.transforms.stored_s
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Storage, Unstored
+from microadam_jax.codecs.storage import unstored_arrays
 from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import apart
 from microadam_jax.sharding import moment_zeros
@@ -22,6 +23,7 @@ from microadam_jax.transforms.stored_step import Arrays, Rule, StoredStep, store
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import (
     KeyPath,
+    LeafShape,
     boxed_like,
     boxed_moments,
     columns_of,
@@ -31,8 +33,8 @@ from microadam_jax.trees import (
     turned,
 )
 
-# From a tree to what is known of the axes of each leaf, by its path.
-Layout = Callable[[Any], Mapping[KeyPath, Any]]
+# From the leaves of a tree to what is known of the axes of each, by its path.
+Layout = Callable[[Mapping[KeyPath, LeafShape]], Mapping[KeyPath, Any]]
 
 
 class Leaf(NamedTuple):
@@ -78,7 +80,7 @@ def leafwise(
     rule: Callable[..., tuple[jax.Array, ...]],
     init: Callable[[Leaf], Arrays] = _nothing,
     reduce: Callable[..., tuple[Arrays, Arrays]] = _no_inputs,
-    layout: Layout = lambda tree: {},
+    layout: Layout = lambda leaves: {},
     *,
     inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
     hyperparams: Mapping[str, Any] | None = None,
@@ -107,10 +109,11 @@ def leafwise(
         ValueError: in ``update``, if moments were stored otherwise.
     """
     storages = tuple(moments.values())
+    stores = any(isinstance(storage, Storage) for storage in storages)
     small = len(State._fields) - 1 - len(storages)
 
     def init_fn(params: optax.Params) -> Any:
-        layouts = layout(params)
+        layouts = layout(leaf_shapes(params))
         treedef, rows = rows_of(params)
         leaves = [Leaf(path, p, layouts.get(path)) for path, p in rows]
         arrays = columns_of(treedef, list(map(init, leaves)), small)
@@ -131,12 +134,15 @@ def leafwise(
         count, kept, arrays = state[0], state[1 : 1 + len(storages)], state[1 + len(storages) :]
         t = jnp.asarray(optax.safe_increment(count))
         leaves = leaf_shapes(updates)
-        layouts, placed = layout(updates), scope().shardings_by_path(updates)
-        keys = functools.cache(lambda: leaf_keys(seed, count, updates).values())
-        stored = [
-            storage.take(name, field, leaves, keys)
-            for (name, storage), field in zip(moments.items(), kept, strict=True)
-        ]
+        layouts = layout(leaves)
+        fields = zip(moments.items(), kept, strict=True)
+        placed: Mapping[KeyPath, Any] = {}
+        if stores:
+            placed = scope().shardings_by_path(updates)
+            keys = functools.cache(lambda: leaf_keys(seed, count, updates).values())
+            of_fields = [s.take(name, field, leaves, keys) for (name, s), field in fields]
+        else:
+            of_fields = [unstored_arrays(name, field, leaves) for (name, _), field in fields]
         targets = updates if params is None else params
         treedef, rows = rows_of(updates, targets, finishes(finish, targets), *arrays)
         rules: dict[Hashable, Rule] = {}
@@ -153,19 +159,32 @@ def leafwise(
             return rules.setdefault((kind_of(finish), dtype, inputs), run)
 
         steps, reduced = [], []
-        for (path, g, target, end, *own), *of_leaf in zip(rows, *stored, strict=True):
+        for (path, g, target, end, *own), *of_leaf in zip(rows, *of_fields, strict=True):
             new, inputs = reduce(Leaf(path, g, layouts.get(path), t), *own)
             reduced.append(new)
             run, read = rule_for(end, target, len(inputs)), (g, *inputs, *read_by(end, target))
-            steps.append(StoredStep.of(run, of_leaf, read, replaced_by(end), placed.get(path)))
-        implementation = None
-        if any(isinstance(storage, Storage) for storage in storages):  # nothing else has a kernel
+            steps.append((run, of_leaf, read, replaced_by(end), placed.get(path)))
+        if stores:
             implementation = scope().implementation_for(State.__name__.removesuffix("State"))
-        stepped = stored_steps(steps, implementation)
+            stepped = stored_steps([StoredStep.of(*step) for step in steps], implementation)
+        else:
+            stepped = [_unstored_step(run, of_leaf, read) for run, of_leaf, read, *_ in steps]
         results = [(u, *new) for (u, _), new in zip(stepped, reduced, strict=True)]
+        moved = [own for _, own in stepped]
         scaled, *new = columns_of(treedef, results, 1 + small)
-        encoded = turned([own for _, own in stepped], len(storages))
-        fields = (s.put(field, own) for s, field, own in zip(storages, kept, encoded, strict=True))
-        return scaled, State(t, *fields, *map(boxed_like, new, arrays))
+        columns = turned(moved, len(storages))
+        if stores:
+            parts = zip(storages, kept, columns, strict=True)
+            stored = [storage.put(field, own) for storage, field, own in parts]
+        else:
+            stored = map(boxed_like, columns, kept)
+        return scaled, State(t, *stored, *map(boxed_like, new, arrays))
 
     return transformation(init_fn, update_fn, **(hyperparams or {}))
+
+
+def _unstored_step(rule: Rule, moments: Sequence[jax.Array], inputs: Arrays) -> Any:
+    """The output of a rule, and the new moments in the dtypes of those before."""
+    output, new = rule(tuple(x.astype(jnp.float32) for x in moments), inputs)
+    pairs = zip(new, moments, strict=True)
+    return output, tuple(x.astype(jnp.float32).astype(before.dtype) for x, before in pairs)

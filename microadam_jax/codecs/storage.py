@@ -24,6 +24,7 @@ from microadam_jax.trees import (
     KeyPath,
     LeafShape,
     boxed_blocks,
+    boxed_like,
     leaf_shapes,
     map_with_path,
     path_name,
@@ -304,27 +305,36 @@ class Unstored:
             ValueError: if the field was stored through a codec, or for leaves of other shapes.
         """
         del keys
-        if isinstance(field, dict) and len(field) == 1:
-            (label, arrays) = next(iter(field.items()))
-            if isinstance(arrays, dict) and "codes" in arrays:
-                raise ValueError(
-                    f"The state's field {name!r} was stored with {label}, and this optimizer "
-                    "stores it without codec. Restore it with the codec it was saved with."
-                )
-        taken, arrays = [], jax.tree.leaves(field)
-        _require_count(name, arrays, leaves)
-        for path, x in zip(leaves, arrays, strict=True):
-            if x.shape != leaves[path].shape:
-                raise ValueError(
-                    f"The state of {path_name(path)!r} has shape {x.shape} where its parameter "
-                    f"has {leaves[path].shape}."
-                )
-            taken.append(StoredLeaf(Plain(str(x.dtype)), PlainValues(x), None))
-        return taken
+        arrays = unstored_arrays(name, field, leaves)
+        return [StoredLeaf(Plain(str(x.dtype)), PlainValues(x), None) for x in arrays]
 
     def put(self, field: Any, encoded: Sequence[PlainValues]) -> Any:
         """Returns ``field`` with other arrays."""
-        return jax.tree.unflatten(jax.tree.structure(field), [new.codes for new in encoded])
+        return boxed_like(encoded, field)
+
+
+def unstored_arrays(name: str, field: Any, leaves: Mapping[KeyPath, LeafShape]) -> list[jax.Array]:
+    """Returns the arrays of a field that is kept as it is.
+
+    Raises:
+        ValueError: if the field was stored through a codec, or for leaves of other shapes.
+    """
+    if isinstance(field, dict) and len(field) == 1:
+        (label, arrays) = next(iter(field.items()))
+        if isinstance(arrays, dict) and "codes" in arrays:
+            raise ValueError(
+                f"The state's field {name!r} was stored with {label}, and this optimizer "
+                "stores it without codec. Restore it with the codec it was saved with."
+            )
+    arrays = jax.tree.leaves(field)
+    _require_count(name, arrays, leaves)
+    for path, x in zip(leaves, arrays, strict=True):
+        if x.shape != leaves[path].shape:
+            raise ValueError(
+                f"The state of {path_name(path)!r} has shape {x.shape} where its parameter "
+                f"has {leaves[path].shape}."
+            )
+    return arrays
 
 
 def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:

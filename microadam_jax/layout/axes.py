@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.sharding import place_like, whole_where_uneven
+from microadam_jax.trees import KeyPath, path_name
 
 Shape = tuple[int, ...]
 Sides = tuple[tuple[int, ...], tuple[int, ...]]  # input axes and output axes of a linear map
@@ -411,3 +412,16 @@ def _turned_matrix(matrix: Sides | None, rank: int) -> Sides | None:
         return None
     inputs, outputs = (tuple(sorted(_turned_axis(i, rank) for i in side)) for side in matrix)
     return inputs, outputs
+
+
+def require_shape(path: KeyPath, moment: jax.Array, shape: Shape) -> None:
+    """Refuses a state that was made for other blocks.
+
+    Raises:
+        ValueError: if ``moment`` does not have ``shape``.
+    """
+    if moment.shape != shape:
+        raise ValueError(
+            f"The state of {path_name(path)!r} holds a second moment of shape {moment.shape}, but "
+            f"by these rules it has {shape}. Use the partition that the state was made with."
+        )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
@@ -10,7 +10,7 @@ from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.view import MatrixView
 from microadam_jax.memory import remark
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes, path_name
 
 OUTPUT_HEAD = r"(lm_head|head|logits|logits_dense|output_projection|classifier)/[^/]+"
 SIDES = ("smaller", "larger", "in", "out")
@@ -87,7 +87,15 @@ class Matrices:
         Raises:
             ValueError: if ``dimension_numbers`` names axes that a leaf does not have.
         """
-        found = (self.partition or Partition()).assign(params)
+        return self.assign_leaves(leaf_shapes(params))
+
+    def assign_leaves(self, leaves: Mapping[KeyPath, LeafShape]) -> dict[KeyPath, "Assigned"]:
+        """Returns what :meth:`assign` does, for a tree of which the leaves are known.
+
+        Raises:
+            ValueError: if ``dimension_numbers`` names axes that a leaf does not have.
+        """
+        found = (self.partition or Partition()).assign_leaves(leaves)
         return {path: self._assigned(assignment) for path, assignment in found.items()}
 
     def _assigned(self, assignment: Assignment) -> "Assigned":

@@ -5,10 +5,8 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-
-import jax
 
 from microadam_jax.arguments import require_kind
 from microadam_jax.execution import all_leaves
@@ -18,7 +16,7 @@ from microadam_jax.layout.orientation import Orientation, orientations
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, one_layer
 from microadam_jax.memory import format_table, is_reporting, remark
-from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes, path_name
+from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes
 
 Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
 
@@ -127,7 +125,14 @@ class Partition:
         Raises:
             ValueError: if ``unknown`` is ``"error"`` and a leaf follows no rule.
         """
-        leaves = leaf_shapes(params)
+        return self.assign_leaves(leaf_shapes(params))
+
+    def assign_leaves(self, leaves: Mapping[KeyPath, LeafShape]) -> dict[KeyPath, Assignment]:
+        """Returns what :meth:`assign` does, for a tree of which the leaves are known.
+
+        Raises:
+            ValueError: if ``unknown`` is ``"error"`` and a leaf follows no rule.
+        """
         found = _assignments(self, tuple(leaves.values()), all_leaves(leaves))
         return dict(zip(leaves, found, strict=True))
 
@@ -310,19 +315,6 @@ def remark_assignment(path: KeyPath, assignment: Assignment) -> None:
     """Tells the memory report of a parameter that shares nothing because no rule names it."""
     if assignment.rule is None and assignment.sharing.blocks > 1:
         remark(path, "no rule of the partition, one second moment for each element")
-
-
-def require_shape(path: KeyPath, moment: jax.Array, shape: Shape) -> None:
-    """Refuses a state that was made for other blocks.
-
-    Raises:
-        ValueError: if ``moment`` does not have ``shape``.
-    """
-    if moment.shape != shape:
-        raise ValueError(
-            f"The state of {path_name(path)!r} holds a second moment of shape {moment.shape}, but "
-            f"by these rules it has {shape}. Use the partition that the state was made with."
-        )
 
 
 def _is_unnamed_matrix(path: str, shape: Shape) -> bool:

@@ -8,11 +8,11 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import (
     Partition,
     as_partition,
     remark_assignment,
-    require_shape,
     warn_unnamed,
 )
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
@@ -126,7 +126,7 @@ def scale_by_adam_mini(
         rule,
         init,
         reduce,
-        partition.assign,
+        partition.assign_leaves,
         inspect=inspect,
         hyperparams={"b1": b1, "b2": b2, "eps": eps},
         seed=seed,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.layout.axes import Shape
-from microadam_jax.layout.partition import Assignment, Partition, as_partition, require_shape
+from microadam_jax.layout.axes import Shape, require_shape
+from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import moment_zeros, state_zeros
 from microadam_jax.transforms.factors import (

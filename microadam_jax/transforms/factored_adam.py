@@ -9,7 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, as_storage
-from microadam_jax.layout.partition import Partition, as_partition, require_shape, warn_unnamed
+from microadam_jax.layout.axes import require_shape
+from microadam_jax.layout.partition import Partition, as_partition, warn_unnamed
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
@@ -123,7 +124,7 @@ def scale_by_factored_adam(
         rule,
         init,
         reduce,
-        partition.assign,
+        partition.assign_leaves,
         inspect=inspect,
         hyperparams={"b1": b1, "b2": b2, "eps": eps},
         seed=seed,

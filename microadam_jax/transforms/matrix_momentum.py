@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 
 from microadam_jax.arguments import require_kind
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.matrices import Assigned, Matrices
-from microadam_jax.layout.partition import remark_assignment, require_shape, warn_unnamed
+from microadam_jax.layout.partition import remark_assignment, warn_unnamed
 from microadam_jax.layout.view import WHOLE, MatrixView
 from microadam_jax.leaf_loops import each_kind
 from microadam_jax.leafwise import Arrays, Leaf, leafwise
@@ -133,7 +134,7 @@ def matrix_momentum(
         rule,
         init,
         reduce,
-        matrices.assign,
+        matrices.assign_leaves,
         inspect=inspect,
         hyperparams={"beta": beta, "b1": b1, "b2": b2, "eps": eps},
         seed=seed,

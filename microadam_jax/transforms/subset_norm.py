@@ -10,12 +10,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.arguments import require_kind
 from microadam_jax.codecs import Unstored
+from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import (
     Assignment,
     Partition,
     as_partition,
     remark_assignment,
-    require_shape,
     warn_unnamed,
 )
 from microadam_jax.layout.subsets import Subsets
@@ -121,7 +121,7 @@ def scale_by_subset_norm(
         rule,
         init,
         reduce,
-        partition.assign,
+        partition.assign_leaves,
         inspect=inspect,
         hyperparams={"b1": b1, "b2": b2, "eps": eps},
     )
