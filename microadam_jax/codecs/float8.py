@@ -157,15 +157,8 @@ class Float8(RowByRow):
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
         """Returns scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
-        largest = self.largest(block)
-        if not self.expansion:
-            return (largest / self._number.largest,)
-        return self.expanded(largest, self.smallest(block))
-
-    def largest(self, block: jax.Array) -> jax.Array:
-        """Returns the largest magnitudes ``(..., 1)`` of blocks; NaN where they are not finite."""
         largest = jnp.max(magnitudes(block), axis=-1, keepdims=True)
-        return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+        return self.scales_of(largest, *([self.smallest(block)] if self.expansion else []))
 
     def smallest(self, block: jax.Array) -> jax.Array:
         """Returns the smallest magnitudes ``(..., 1)`` of blocks that count, infinity if none."""
@@ -173,8 +166,13 @@ class Float8(RowByRow):
         counted = jnp.where(magnitude > TINY, magnitude, jnp.inf)
         return jnp.min(counted, axis=-1, keepdims=True)
 
-    def expanded(self, largest: jax.Array, smallest: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the scales of blocks with expansion, from their extreme magnitudes."""
+    def scales_of(
+        self, largest: jax.Array, smallest: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Returns the scales of blocks, from their extreme magnitudes."""
+        largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+        if smallest is None:
+            return (largest / self._number.largest,)
         largest = jnp.where(largest <= TINY, 0, largest)
         return largest, self._sixteenths(largest, smallest)
 

@@ -161,7 +161,11 @@ class Scaled(RowByRow):
         scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
         if self.deviations is not None:
             scale = jnp.minimum(self.deviations * root_mean_square(block, scale), scale)
-        return (jnp.where(jnp.isfinite(scale), scale, jnp.nan),)
+        return self.scales_of(scale)
+
+    def scales_of(self, largest: jax.Array) -> tuple[jax.Array]:
+        """Returns the scales of blocks, from their largest magnitudes."""
+        return (jnp.where(jnp.isfinite(largest), largest, jnp.nan),)
 
     def _codes_of(self, block: jax.Array, scale: jax.Array, xi: jax.Array | None) -> jax.Array:
         return self.codes_of(block, (scale,), xi)

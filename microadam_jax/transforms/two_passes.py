@@ -18,6 +18,7 @@ from microadam_jax.codecs import Codec, Plain
 from microadam_jax.codecs.float8 import TINY, Float8
 from microadam_jax.codecs.packing import pack_codes
 from microadam_jax.codecs.rounding import dither
+from microadam_jax.codecs.scaled import magnitudes
 from pallas_kernels.blockwise_codec import moved
 from pallas_kernels.blockwise_codec.reference import Step, codecs_unsupported
 
@@ -49,11 +50,11 @@ def step(
         keys: for each codec a typed random key, or None if it draws no random numbers.
     """
     moments = _Again(rule, codecs, encoded, inputs).moments()
-    scales = tuple(map(_scales, codecs, moments))
+    found = tuple(map(_extremes, codecs, moments))
     # The second pass shall not read what the first has written.
-    scales, encoded, inputs = jax.lax.optimization_barrier((scales, tuple(encoded), tuple(inputs)))
+    found, encoded, inputs = jax.lax.optimization_barrier((found, tuple(encoded), tuple(inputs)))
     again = _Again(rule, codecs, encoded, inputs)
-    new = tuple(map(_stored, codecs, again.moments(), scales, encoded, keys))
+    new = tuple(map(_stored, codecs, again.moments(), found, encoded, keys))
     return again()[0], new
 
 
@@ -105,8 +106,8 @@ class _Decoder(NamedTuple):
         return merge(codec.values_of(levels, [x[..., None] for x in scales]), layout, shape)
 
 
-def _scales(codec: Any, moment: ComputeMoment) -> Arrays:
-    """What all elements of a block are quantized with."""
+def _extremes(codec: Any, moment: ComputeMoment) -> Arrays:
+    """The extreme magnitudes of each block, of which its scales are made."""
     if isinstance(codec, Plain):
         return ()
 
@@ -114,9 +115,9 @@ def _scales(codec: Any, moment: ComputeMoment) -> Arrays:
         x = moment()
         return split(x, codec.blocks.layout_of(x))
 
-    if isinstance(codec, Float8) and codec.expansion:
-        return codec.expanded(codec.largest(block()), _smallest(block()))
-    return codec.measure(block())
+    largest = jnp.max(magnitudes(block()), axis=-1, keepdims=True)
+    expands = isinstance(codec, Float8) and codec.expansion
+    return (largest, _smallest(block())) if expands else (largest,)
 
 
 def _smallest(block: jax.Array) -> jax.Array:
@@ -130,13 +131,13 @@ def _smallest(block: jax.Array) -> jax.Array:
 
 
 def _stored(
-    codec: Any, moment: ComputeMoment, scales: Arrays, before: Any, key: jax.Array | None
+    codec: Any, moment: ComputeMoment, extremes: Arrays, before: Any, key: jax.Array | None
 ) -> Any:
-    """A moment as it is stored, given its scales and how it was stored before."""
+    """A moment as it is stored, given its extremes and how it was stored before."""
     x = moment()
     if isinstance(codec, Plain):
         return codec.encode(x, key)
-    layout = codec.blocks.layout_of(x)
+    layout, scales = codec.blocks.layout_of(x), codec.scales_of(*extremes)
     block, xi = split(x, layout), None if key is None else split(dither(key, x.shape), layout)
     if isinstance(codec, Float8):
         # One reader each: decoding takes so long that else the moment would be written.
