@@ -89,18 +89,23 @@ def _done(path: Path) -> set[tuple[str, ...]]:
 
 
 def _print(lines: list[dict[str, str]], baseline: str) -> None:
-    """The best rate of each run by its mean accuracy, and how far it is from the baseline's."""
+    """The best rate of each run by its mean accuracy, and how far it is from the baseline's.
+
+    Rates that were tried with fewer seeds than another are not compared with it.
+    """
     groups = collections.defaultdict(list)
     for line in lines:
-        groups[line["run"], line["rate"]].append(line)
-    best: dict[str, list[dict[str, str]]] = {}
-    for (label, _), group in groups.items():
-        if label not in best or _mean(group) > _mean(best[label]):
-            best[label] = group
-    reference = {line["seed"]: line["correct"] for line in best[baseline]}
+        groups[line["run"], line["steps"], line["rate"]].append(line)
+    rates = collections.defaultdict(list)
+    for (label, steps, _), group in groups.items():
+        rates[label, steps].append(group)
+    best = {run: max(tried, key=lambda g: (len(g), _mean(g))) for run, tried in rates.items()}
+    of_baseline = next(run for run in best if run[0] == baseline)
+    reference = {line["seed"]: line["correct"] for line in best[of_baseline]}
     print("| run | rate | seeds | accuracy | difference | state MiB | step MiB | ms |")
     print("|---|---|---|---|---|---|---|---|")
-    for label, group in best.items():
+    for (label, steps), group in best.items():
+        label += "" if steps == of_baseline[1] else f", {steps} steps"
         accuracies = np.array([float(line["accuracy"]) for line in group])
         pairs = [(line["correct"], reference.get(line["seed"])) for line in group]
         gaps = np.array([[int(a) - int(b) for a, b in zip(*p, strict=True)] for p in pairs if p[1]])
