@@ -113,11 +113,12 @@ OPTIMIZERS = {
 def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
     """Random numbers of stochastic rounding included, which follow the place in the stack."""
     # Optax computes in the parameters' dtype, and of bfloat16 newer XLA drops roundings in fusions.
-    dtype = jnp.float32 if name in ("adamw", "sgd") else jnp.bfloat16
+    exact = name != "adamw" or jax.__version_info__ < (0, 12)
+    dtype = jnp.float32 if name == "sgd" or not exact else jnp.bfloat16
     tx = OPTIMIZERS[name]()
     params, state, losses = in_backward(tx, params=params_of(dtype))
     expected, expected_state, expected_losses = ordinary(tx, params=params_of(dtype))
-    if name == "adamw":
+    if not exact:
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
         assert distance(params, expected) < 1e-6
         return
