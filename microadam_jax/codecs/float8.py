@@ -13,7 +13,13 @@ from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, me
 from microadam_jax.codecs.minifloat import E4M3, E5M2, MiniFloat
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.codecs.scaled import as_blocks, codec_name, magnitudes, require_rounding
+from microadam_jax.codecs.scaled import (
+    as_blocks,
+    codec_name,
+    largest_magnitudes,
+    magnitudes,
+    require_rounding,
+)
 from microadam_jax.sharding import state_zeros
 
 TINY = np.finfo(np.float32).tiny
@@ -157,8 +163,8 @@ class Float8(RowByRow):
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array, ...]:
         """Returns scales ``(..., 1)`` of blocks ``(..., size)``; NaN where they are not finite."""
-        largest = jnp.max(magnitudes(block), axis=-1, keepdims=True)
-        return self.scales_of(largest, *([self.smallest(block)] if self.expansion else []))
+        smallest = self.smallest(block) if self.expansion else None
+        return self.scales_of(largest_magnitudes(block), smallest)
 
     def smallest(self, block: jax.Array) -> jax.Array:
         """Returns the smallest magnitudes ``(..., 1)`` of blocks that count, infinity if none."""

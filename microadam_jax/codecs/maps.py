@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -193,11 +193,11 @@ class Dynamic8:
         scale = jnp.full(number.shape, _scale(0), jnp.float32)
         for decade in range(1, 7):
             scale = jnp.where(centre >= self._cells(decade), _scale(decade), scale)
-        value = jnp.where(centre > self._top + self._offset, 1.0, scale * (0.1 + 0.9 * part))
+        value = jnp.where(centre > self._top + self._offset, 1.0, _within(scale, part))
         return value * jnp.sign(number)
 
     def _neighbours(self, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The largest magnitude that is not above ``y``, give or take a rounding, and the next.
+        """Finds the magnitudes on both sides of ``y``, give or take a rounding.
 
         Returns:
             The number of the magnitude below, as int32, and the two magnitudes.
@@ -214,17 +214,15 @@ class Dynamic8:
         # One over a power of two.
         bits = np.int32(254 << 23) - jax.lax.bitcast_convert_type(cells, jnp.int32)
         width = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        low = scale * (0.1 + 0.9 * ((cell + 0.5) * width))
-        high = scale * (0.1 + 0.9 * ((cell + 1.5) * width))
-        low = jnp.where(cell < 0, last_before, low)
+        low = jnp.where(cell < 0, last_before, _within(scale, (cell + 0.5) * width))
+        high = _within(scale, (cell + 1.5) * width)
         return below, low, jnp.where(cell + 1 == cells, first_after, high)
 
     def _decade(self, decade: int) -> tuple[np.float32, ...]:
-        """Cells of a decade, one over its scale, its scale, and the magnitudes around it."""
+        """Returns a decade's cells, one over its scale, its scale, and the magnitudes around it."""
 
         def centre(decade: int, cell: float) -> np.float32:
-            part = np.float32((cell + 0.5) / self._cells(decade))
-            return _scale(decade) * (np.float32(0.1) + np.float32(0.9) * part)
+            return _within(_scale(decade), np.float32((cell + 0.5) / self._cells(decade)))
 
         before = centre(decade - 1, self._cells(decade - 1) - 1) if decade else np.float32(0)
         after = centre(decade + 1, 0) if decade < 6 else np.float32(1)
@@ -237,6 +235,11 @@ class Dynamic8:
 
 def _scale(decade: int) -> np.float32:
     return np.float32(10.0 ** (decade - 6))
+
+
+def _within(scale: Any, part: Any) -> Any:
+    """Returns the magnitude at a part of a decade from a tenth of its scale to its scale."""
+    return scale * (0.1 + 0.9 * part)
 
 
 def _up(

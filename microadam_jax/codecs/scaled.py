@@ -158,7 +158,7 @@ class Scaled(RowByRow):
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array]:
         """Returns the scales ``(..., 1)`` of blocks ``(..., size)``; NaN if not finite."""
-        scale = jnp.max(magnitudes(block), axis=-1, keepdims=True)
+        scale = largest_magnitudes(block)
         if self.deviations is not None:
             scale = jnp.minimum(self.deviations * root_mean_square(block, scale), scale)
         return self.scales_of(scale)
@@ -351,6 +351,11 @@ def magnitudes(x: jax.Array) -> jax.Array:
     Whether a maximum passes a NaN on depends on the device.
     """
     return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+
+
+def largest_magnitudes(block: jax.Array) -> jax.Array:
+    """Returns the largest magnitudes ``(..., 1)`` of blocks, infinite where one holds a NaN."""
+    return jnp.max(magnitudes(block), axis=-1, keepdims=True)
 
 
 def root_mean_square(block: jax.Array, largest: jax.Array) -> jax.Array:

@@ -130,16 +130,16 @@ def stored_steps(
                 return two_passes.step(one.rule, one.codecs, *arrays)
             return _alone(one.given(arrays), implementation, piece_of(elements))
 
-        call, results = by_kind(run), list[Any]()
-        for kind, one, own in zip(kinds, steps, structure.unflatten(arrays), strict=True):
-            if results:
+        call, outputs, moments = by_kind(run), list[Any](), list[Any]()
+        leaves = zip(kinds, steps, structure.unflatten(arrays), strict=True)
+        for kind, one, (encoded, *rest) in leaves:
+            if moments:
                 # Else the compiler would join leaves in one kernel, and write temporaries of all.
-                (output, before), (encoded, *rest) = results.pop(), own
-                before, encoded = jax.lax.optimization_barrier((before, encoded))
-                results.append((output, before))
-                own = encoded, *rest
-            results.append(call(kind, one, own))
-        return results
+                moments[-1], encoded = jax.lax.optimization_barrier((moments[-1], encoded))
+            output, new = call(kind, one, (encoded, *rest))
+            outputs.append(output)
+            moments.append(new)
+        return list(zip(outputs, moments, strict=True))
 
     if names_kernel(implementation):
         return one_by_one(*flat)

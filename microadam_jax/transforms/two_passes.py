@@ -18,9 +18,10 @@ from microadam_jax.codecs import Codec, Plain
 from microadam_jax.codecs.float8 import TINY, Float8
 from microadam_jax.codecs.packing import pack_codes
 from microadam_jax.codecs.rounding import dither
-from microadam_jax.codecs.scaled import magnitudes
+from microadam_jax.codecs.scaled import largest_magnitudes
 from pallas_kernels.blockwise_codec import moved
 from pallas_kernels.blockwise_codec.reference import Step, codecs_unsupported
+from pallas_kernels.topk_compress.one_reduction import unpacked
 
 Arrays = tuple[jax.Array, ...]
 ComputeMoment = Callable[[], jax.Array]
@@ -81,7 +82,7 @@ class _Again:
         return moved(self.rule, codecs, self.encoded, self.inputs)
 
     def moments(self) -> list[ComputeMoment]:
-        """What computes each moment."""
+        """Returns for each moment a function that computes it."""
         return [lambda i=i: self()[1 + i] for i in range(len(self.codecs))]
 
 
@@ -99,15 +100,12 @@ class _Decoder(NamedTuple):
             return codec.decode(encoded._replace(codes=encoded.codes ^ self.zero), shape)
         codes, *scales = encoded
         layout = codec.blocks.layout(shape[-1] if shape else 1)
-        # Not the halves joined: a fusion would write them.
-        shifts = np.array([[0], [4]], np.uint8)
-        levels = (as_blocks_of(codes, layout.count)[..., None, :] >> shifts) & 0xF
-        levels = levels.reshape(*levels.shape[:-2], layout.size) ^ self.zero
-        return merge(codec.values_of(levels, [x[..., None] for x in scales]), layout, shape)
+        codes = unpacked(as_blocks_of(codes, layout.count)) ^ self.zero
+        return merge(codec.values_of(codes, [x[..., None] for x in scales]), layout, shape)
 
 
 def _extremes(codec: Any, moment: ComputeMoment) -> Arrays:
-    """The extreme magnitudes of each block, of which its scales are made."""
+    """Returns the extreme magnitudes of each block, of which its scales are made."""
     if isinstance(codec, Plain):
         return ()
 
@@ -115,7 +113,7 @@ def _extremes(codec: Any, moment: ComputeMoment) -> Arrays:
         x = moment()
         return split(x, codec.blocks.layout_of(x))
 
-    largest = jnp.max(magnitudes(block()), axis=-1, keepdims=True)
+    largest = largest_magnitudes(block())
     expands = isinstance(codec, Float8) and codec.expansion
     return (largest, _smallest(block())) if expands else (largest,)
 
@@ -133,7 +131,7 @@ def _smallest(block: jax.Array) -> jax.Array:
 def _stored(
     codec: Any, moment: ComputeMoment, extremes: Arrays, before: Any, key: jax.Array | None
 ) -> Any:
-    """A moment as it is stored, given its extremes and how it was stored before."""
+    """Returns a moment as it is stored, given its extremes and how it was stored before."""
     x = moment()
     if isinstance(codec, Plain):
         return codec.encode(x, key)

@@ -35,9 +35,7 @@ def compress(
         ``(*lead, blocks, k)`` values and indices, and the new ``codes``, ``low`` and ``high``.
     """
     size, n = 2 * codes.shape[-1], gradient.shape[-1]
-    # Not the halves joined: a fusion would write them.
-    level = (codes[..., None, :] >> np.array([[0], [4]], np.uint8)) & 0xF
-    x = _blocks(gradient, low, size) + _owed(level.reshape(*low.shape, size), low, high)
+    x = _blocks(gradient, low, size) + _owed(unpacked(codes), low, high)
     values, indices, least, greatest = _selected(x, _in_row(low.shape[-1], size, n), k)
     # The second pass shall compute the sum again, and not read what the first has written.
     again = jax.lax.optimization_barrier((gradient, codes, low, high, least, greatest, indices))
@@ -58,6 +56,15 @@ def compress(
     first, second = (levels(half, bottom, top, 0.5) for half in halves)
     new = first | (second << 4)
     return jnp.stack(values, axis=-1), jnp.stack(indices, axis=-1), new, least, greatest
+
+
+def unpacked(codes: jax.Array) -> jax.Array:
+    """Returns the codes ``(..., size)`` of 4 bits in bytes ``(..., size / 2)``.
+
+    Not the halves joined: a fusion would write them.
+    """
+    halves = (codes[..., None, :] >> np.array([[0], [4]], np.uint8)) & 0xF
+    return halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def _blocks(gradient: jax.Array, low: jax.Array, size: int) -> jax.Array:
