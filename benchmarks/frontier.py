@@ -15,6 +15,7 @@ from benchmarks.sweep import Trial, sweep
 from microadam_jax import (
     Refresh,
     Storage,
+    adagrad_sn,
     adam_mini,
     adam_mini4bit,
     adam_mini8bit,
@@ -23,7 +24,11 @@ from microadam_jax import (
     adamw4bit_factored,
     adamw8bit,
     adamw_fp8,
+    apollo,
+    apollo_mini,
     came,
+    dct_adamw,
+    fira,
     galore,
     grass,
     ldadam,
@@ -62,11 +67,12 @@ def adafactor(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransf
     )
 
 
-ADAM, NORMS, LION = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2), (2e-4, 4e-4)
+ADAM, NORMS, LION = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2), (2e-4, 4e-4, 8e-4)
 # With the learning rates of their matrices.
 TRIALS: dict[str, Trial] = {
     "AdamW": evenly(optax.adamw, ADAM),
     "Adafactor": evenly(adafactor, ADAM),
+    "Lion": evenly(optax.lion, LION, OTHERS / 5, b2=0.99),
     "Muon": evenly(muon8bit, ADAM, mu_codec="float32"),
     "microadam": evenly(microadam, ADAM, layout="pretrain"),
     "adam_mini": evenly(adam_mini, ADAM),
@@ -87,6 +93,12 @@ TRIALS: dict[str, Trial] = {
     "grass": evenly(grass, ADAM, rank=RANK, update_interval=EVERY),
     "ldadam": evenly(ldadam, ADAM, rank=RANK),
     "snsm": evenly(snsm, NORMS, rank=RANK, update_interval=Refresh(EVERY)),
+    "fira": evenly(fira, NORMS, rank=RANK, update_interval=EVERY),
+    "apollo": evenly(apollo, NORMS, rank=RANK, update_interval=EVERY),
+    "apollo_mini": evenly(apollo_mini, NORMS, update_interval=EVERY),
+    "dct_adamw": evenly(dct_adamw, ADAM, rank=RANK),
+    # Its updates have a scale of their own: one rate for all parameters.
+    "adagrad_sn": Trial(adagrad_sn, (1e-2, 3e-2, 1e-1)),
     # The search: what was tried and is no optimizer of the library.
     "Sinkhorn, float32": evenly(sinkhorn4bit, ADAM, mu_codec="float32"),
     "Sinkhorn, float32, beta = 0.8": evenly(sinkhorn4bit, ADAM, beta=0.8, mu_codec="float32"),
