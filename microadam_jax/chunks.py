@@ -41,17 +41,12 @@ class Chunks(NamedTuple):
     def of_about(cls, leaf: jax.Array, size: int, slices: bool = False) -> "Chunks":
         """Chunks of about ``size`` elements, or one."""
         shards = tuple(_shards(leaf, axis) for axis in range(leaf.ndim - 1 if leaf.size else 0))
-        budget, cuts = max(1, 2 * math.ceil(leaf.size / size) - 1), []
+        wanted, cuts = max(1, math.ceil(leaf.size / size)), []
         for axis, among in enumerate(shards):
             rows = leaf.shape[axis] // among
-            divisors = [cut for cut in range(1, min(rows, budget) + 1) if rows % cut == 0]
-            choices = [divisors]
-            if axis == leaf.ndim - 2:
-                enough = [cut for cut in divisors if 4 * cut >= budget]
-                tiled = [[c for c in enough if rows // c % tile == 0] for tile in TILES]
-                choices = tiled + choices
-            cuts.append(max(next(filter(None, choices))))
-            budget //= cuts[-1]
+            last = axis == leaf.ndim - 2
+            cuts.append(_cut(rows, wanted, tiled=last))
+            wanted = math.ceil(wanted / cuts[-1])
         return cls(leaf.shape, shards, tuple(cuts), slices)
 
     @property
@@ -164,6 +159,21 @@ class Chunks(NamedTuple):
 def _viewed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The bits of ``x`` as another type of the same width."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _cut(rows: int, wanted: int, tiled: bool) -> int:
+    """Into how many parts rows are cut, of about ``wanted``, and into tiles if they are the last.
+
+    Leaves of different shapes get parts of equal sizes where they can: to CPUs' compiler, equal
+    operations on them are one.
+    """
+    divisors = [cut for cut in range(1, min(rows, 2 * wanted) + 1) if rows % cut == 0]
+    if not tiled:
+        return max(cut for cut in divisors if cut <= wanted)
+    enough = [cut for cut in divisors if cut >= wanted]
+    choices = [[cut for cut in enough if rows // cut % tile == 0] for tile in TILES]
+    choices = [*choices, enough]
+    return min(next(filter(None, choices), [max(divisors)]))
 
 
 def _shards(leaf: jax.Array, axis: int) -> int:

@@ -43,6 +43,7 @@ class Work(NamedTuple):
         output: the output's dtype; None if there is none.
         replaces: the input whose place the output takes, if it has its dtype; None for a place
             of its own.
+        shared: arrays of which leaves have the same; the step reads them whole, after its inputs.
     """
 
     step: Step
@@ -50,19 +51,25 @@ class Work(NamedTuple):
     inputs: Arrays
     output: DTypeLike | None = None
     replaces: int | None = None
+    shared: Arrays = ()
+
+    @property
+    def arrays(self) -> tuple[Arrays, ...]:
+        """Returns all that the step may read."""
+        return self.carried, self.inputs, self.shared
 
     @property
     def kind(self) -> Hashable:
         """Equal for leaves that are compiled together."""
-        types = tuple(map(jax.typeof, self.carried)), tuple(map(jax.typeof, self.inputs))
+        types = tuple(tuple(map(jax.typeof, arrays)) for arrays in self.arrays)
         return self.step, self.output, self.replaces, types
 
     def whole(self) -> Arrays:
         """The step on all rows at once."""
-        results = self.step(Rows(), self.carried, self.inputs)
+        results = self.step(Rows(), self.carried, (*self.inputs, *self.shared))
         outputs = len(results) - len(self.carried)
-        new = zip(results[outputs:], self.carried, strict=True)
-        return *results[:outputs], *(x.reshape(old.shape) for x, old in new)
+        like = *self.inputs[:outputs], *self.carried
+        return tuple(x.reshape(old.shape) for x, old in zip(results, like, strict=True))
 
     def in_place(self) -> "Work":
         """The same step with the output among what is carried."""
@@ -71,12 +78,14 @@ class Work(NamedTuple):
         at = self.replaces
         if at is None or self.inputs[at].dtype != self.output:
             output = jnp.zeros_like(self.inputs[0 if at is None else at], self.output)
-            return Work(_AsCarried(self.step, None), (output, *self.carried), self.inputs)
+            step, carried = _AsCarried(self.step, None), (output, *self.carried)
+            return Work(step, carried, self.inputs, shared=self.shared)
         at %= len(self.inputs)
         taken = self.inputs[at]
         # Where an input is read for the last time, the output is written.
         inputs = *self.inputs[:at], *self.inputs[at + 1 :]
-        return Work(_AsCarried(self.step, at), (taken, *self.carried), inputs)
+        step, carried = _AsCarried(self.step, at), (taken, *self.carried)
+        return Work(step, carried, inputs, shared=self.shared)
 
 
 class _AsCarried(NamedTuple):
@@ -176,13 +185,12 @@ def _together(works: Sequence[Work]) -> list[Arrays]:
     chunks = Chunks.of_about(like.inputs[0], CACHED, slices=True)
     if like.inputs[0].size >= ALONE and len(works) * chunks.total > 1:
         return _Loop(chunks, [work.in_place() for work in works]).run()
-    kinds, leaves = [None] * len(works), [(like, (w.carried, w.inputs)) for w in works]
-    return each_kind(_whole, kinds, leaves)
+    return each_kind(_whole, [None] * len(works), [(like, work.arrays) for work in works])
 
 
-def _whole(like: Work, arrays: tuple[Arrays, Arrays]) -> Arrays:
-    carried, inputs = arrays
-    return like._replace(carried=carried, inputs=inputs).whole()
+def _whole(like: Work, arrays: tuple[Arrays, ...]) -> Arrays:
+    carried, inputs, shared = arrays
+    return like._replace(carried=carried, inputs=inputs, shared=shared).whole()
 
 
 def apart(function: Callable[[jax.Array], jax.Array], x: jax.Array, t: jax.Array) -> jax.Array:
@@ -256,11 +264,13 @@ class _Loop:
         """Cuts the arrays."""
         like = works[0]
         self.fuses = fuses
-        self.chunks, self.step = chunks, like.step
+        self.chunks, self.step, self.shared = chunks, like.step, like.shared
         self.carried_types = list(map(jax.typeof, like.carried))
         self.input_types = list(map(jax.typeof, like.inputs))
         self.carried = [tuple(map(chunks.cut, work.carried)) for work in works]
         self.inputs = [tuple(map(chunks.cut, work.inputs)) for work in works]
+        scalars = ([x for x in work.inputs if not x.ndim] for work in works)
+        self.scalars = [jnp.stack(own) for own in zip(*scalars, strict=True)]
 
     def run(self) -> list[Arrays]:
         """The new ``carried`` of each leaf."""
@@ -272,8 +282,14 @@ class _Loop:
 
     def _leaf(self, turn: jax.Array, state: list[Arrays]) -> list[Arrays]:
         """All chunks of the leaf whose turn it is."""
-        leaves = zip(state, self.inputs, strict=True)
-        new = self._all_chunks(*jax.lax.switch(turn, [lambda own=own: own for own in leaves]))
+        arrays = ([x for x in own if x.ndim] for own in self.inputs)
+        leaves = zip(state, arrays, strict=True)
+        carried, read = jax.lax.switch(turn, [lambda leaf=leaf: leaf for leaf in leaves])
+        # From one array of all leaves', which is read where it is used.
+        scalars = (jax.lax.dynamic_index_in_dim(x, turn, keepdims=False) for x in self.scalars)
+        arrays = iter(read)
+        inputs = tuple(next(arrays if x.ndim else scalars) for x in self.input_types)
+        new = self._all_chunks(carried, inputs)
         return [once(turn == i, lambda _: new, before) for i, before in enumerate(state)]
 
     def _all_chunks(self, carried: Arrays, inputs: Arrays) -> Arrays:
@@ -289,7 +305,7 @@ class _Loop:
         # Always true, which the compiler cannot know.
         holds = None if self.fuses else chunk >= 0
         rows = self.chunks.rows(numbers)._replace(holds=holds)
-        new = self.step(rows, tuple(own), tuple(read))
+        new = self.step(rows, tuple(own), (*read, *self.shared))
 
         def put_all(before: Arrays) -> Arrays:
             return tuple(map(put, before, self.carried_types, new))

@@ -117,6 +117,26 @@ def path_name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+class LeafKey(NamedTuple):
+    """The random key of a leaf among those of its tree.
+
+    Loops over leaves take it from the array of all: to cut each from it would be a kernel to
+    compile for each leaf.
+
+    Attributes:
+        keys: typed, of all leaves.
+        index: int32 scalar, which of them it is.
+    """
+
+    keys: jax.Array
+    index: jax.Array | np.int32
+
+    @property
+    def key(self) -> jax.Array:
+        """The key itself, a scalar."""
+        return jax.lax.dynamic_index_in_dim(self.keys, self.index, keepdims=False)
+
+
 def leaf_key(seed: jax.typing.ArrayLike, count: jax.Array, path: KeyPath) -> jax.Array:
     """A random key for the leaf at ``path`` in step ``count``: the same on any mesh."""
     key = jax.random.fold_in(jax.random.key(seed), count)
@@ -125,7 +145,7 @@ def leaf_key(seed: jax.typing.ArrayLike, count: jax.Array, path: KeyPath) -> jax
 
 def leaf_keys(
     seed: jax.typing.ArrayLike, count: jax.Array, tree: PyTree, prefix: KeyPath = ()
-) -> dict[KeyPath, jax.Array]:
+) -> dict[KeyPath, LeafKey]:
     """The key that :func:`leaf_key` gives to each leaf of ``tree``, by path, in one operation.
 
     Args:
@@ -140,7 +160,7 @@ def leaf_keys(
     key = jax.random.fold_in(jax.random.key(seed), count)
     names = [zlib.crc32(path_name((*prefix, *path)).encode()) for path in paths]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(names, np.uint32))
-    return {path: keys[i] for i, path in enumerate(paths)}
+    return {path: LeafKey(keys, np.int32(i)) for i, path in enumerate(paths)}
 
 
 def axis_names(params: Any) -> Iterator[tuple[KeyPath, AxisNames]]:

@@ -22,6 +22,7 @@ from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
 from microadam_jax.trees import (
     KeyPath,
+    LeafKey,
     LeafShape,
     boxed_blocks,
     boxed_like,
@@ -37,7 +38,7 @@ FIRST_STACKED = (
 )
 Field = dict[str, dict[str, Any]]
 Slots = tuple[jax.Array, ...]
-Keys = Callable[[], Iterable[jax.Array]]
+Keys = Callable[[], Iterable[LeafKey]]
 
 
 class StoredLeaf(NamedTuple):
@@ -51,7 +52,7 @@ class StoredLeaf(NamedTuple):
 
     codec: Codec
     encoded: Any
-    key: jax.Array | None
+    key: LeafKey | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def zeros_in(init: Callable[[Any], Any], params: Any) -> Any:
+def zeros_in(init: Callable[[Any], Any], params: Any) -> tuple[Any, Any]:
     """Tells which arrays of a new state are zero by construction, without computing them.
 
     Args:
@@ -78,11 +78,12 @@ def zeros_in(init: Callable[[Any], Any], params: Any) -> Any:
         params: its argument.
 
     Returns:
-        A tree of the state's structure of booleans; False where the program does not say so.
+        The state's shapes, and a tree of that structure of booleans; False where the program does
+        not say so.
     """
     program, shapes = jax.make_jaxpr(init, return_shape=True)(params)
     zeros = zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
-    return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
+    return shapes, jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
 
 KEEPS_ZERO = frozenset(

@@ -11,12 +11,14 @@ from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
 from microadam_jax.execution import scope
+from microadam_jax.sharding import state_zeros
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
 from microadam_jax.transforms.stored_step import Arrays, Rule, StoredStep, stored_steps
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import (
     KeyPath,
+    LeafKey,
     columns_of,
     leaf_keys,
     leaf_shapes,
@@ -110,15 +112,22 @@ def quantize_state(
 
         def store(name: str, value: Any, zeros: Any) -> Any:
             if name not in storages:
-                return _map_fields(store, value, zeros, leaf=lambda value, _: value)
+                return _map_fields(store, value, zeros, leaf=kept)
             found.append(name)
             # To quantize zeros takes the compiler as long as there are elements: it folds them.
             known = all(jax.tree.leaves(zeros))
             return (storages[name].zeros if known else storages[name].encode_tree)(value)
 
-        state = inner.init(params)
-        zeros = zeros_in(inner.init, params)
-        stored = _map_fields(store, state, zeros, leaf=lambda value, _: value)
+        def kept(value: Any, zeros: Any) -> Any:
+            del zeros
+            return jax.tree.map(_zeros_of, value) if shapes_suffice else value
+
+        shapes, zeros = zeros_in(inner.init, params)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+        # To trace the inner init once more takes longer than all else that init does.
+        shapes_suffice = traced and all(jax.tree.leaves(zeros))
+        state = shapes if shapes_suffice else inner.init(params)
+        stored = _map_fields(store, state, zeros, leaf=kept)
         missing = [name for name in storages if name not in found]
         if missing:
             raise ValueError(
@@ -169,7 +178,7 @@ class _Step(NamedTuple):
     ) -> list[StoredLeaf]:
         """The leaves of a field that has ``shapes``."""
 
-        def keys() -> Iterable[jax.Array]:
+        def keys() -> Iterable[LeafKey]:
             return leaf_keys(self.seed, self.state.count, shapes, (GetAttrKey(name),)).values()
 
         return storage.take(name, stored, leaf_shapes(shapes), keys)
@@ -194,7 +203,7 @@ class _Step(NamedTuple):
             if storage is None:
                 return _map_fields(encode, shapes, stored, new, leaf=_cast)
             encoded = [
-                one.codec.encode(x.astype(jnp.float32), one.key)
+                one.codec.encode(x.astype(jnp.float32), None if one.key is None else one.key.key)
                 for one, x in zip(next(taken), jax.tree.leaves(new), strict=True)
             ]
             return storage.put(stored, encoded)
@@ -334,6 +343,10 @@ def _map_fields(
             for key in node
         }
     return (node, *rest)[-1] if leaf is None else leaf(node, *rest)
+
+
+def _zeros_of(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return state_zeros(shape, shape.shape, shape.dtype)
 
 
 def _field_names(node: Any) -> Iterator[str]:

@@ -170,9 +170,9 @@ def round_updates(
                 return u, jnp.zeros_like(u), *stored
             new = w + u.astype(jnp.float32)
             if stored:
-                near, stored = _kept(codec, new, keys[path])
+                near, stored = _kept(codec, new, keys[path].key)
             else:
-                near = bfloat16_stochastic(new, keys[path])
+                near = bfloat16_stochastic(new, keys[path].key)
             near = near.astype(jnp.float32)
             return near - p.astype(jnp.float32), new - near, *stored
 

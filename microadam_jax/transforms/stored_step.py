@@ -24,6 +24,7 @@ from microadam_jax.leaf_loops import (
 )
 from microadam_jax.sharding import state_zeros
 from microadam_jax.transforms import two_passes
+from microadam_jax.trees import LeafKey
 from pallas_kernels.blockwise_codec import blockwise_step, moved, step, stored
 from pallas_kernels.dispatch import compiles_for_gpus, names_kernel
 
@@ -39,7 +40,7 @@ class StoredStep(NamedTuple):
         codecs: of the moments.
         encoded: the moments, as their codecs made them.
         inputs: the gradient, and arrays that broadcast against it.
-        keys: for each codec a typed random key, or None if it draws no random numbers.
+        keys: for each codec the leaf's, or None if it draws no random numbers.
         replaces: the input whose place the output takes.
         sharding: how the leaf is sharded, on a mesh with Auto axes, where nothing else says so.
     """
@@ -48,7 +49,7 @@ class StoredStep(NamedTuple):
     codecs: tuple[Codec, ...]
     encoded: tuple[Any, ...]
     inputs: Arrays
-    keys: tuple[jax.Array | None, ...]
+    keys: tuple[LeafKey | None, ...]
     replaces: int = 0
     sharding: NamedSharding | None = None
 
@@ -108,13 +109,17 @@ def stored_steps(
     if all(_plain(one.codecs) for one in steps):  # the compiler fuses what it need not decode
         return [step(one.rule, one.codecs, *one.arrays) for one in steps]
     flat, structure = jax.tree.flatten([one.arrays for one in steps])
+    # The array of keys is all leaves', and stays one.
+    places: dict[int, int] = {}
+    at = [places.setdefault(id(x), len(places)) for x in flat]
+    distinct = {id(x): x for x in flat}.values()
 
-    def given(arrays: Sequence[jax.Array]) -> list[StoredStep]:
-        parts = zip(steps, structure.unflatten(arrays), strict=True)
-        return [one.given(own) for one, own in parts]
+    def arrays_of(arrays: Sequence[jax.Array]) -> list[Any]:
+        return structure.unflatten([arrays[i] for i in at])
 
     def together(*arrays: jax.Array) -> list[Any]:
-        return _in_loops(given(arrays), on_cpu)
+        parts = zip(steps, arrays_of(arrays), strict=True)
+        return _in_loops([one.given(own) for one, own in parts], on_cpu)
 
     kinds, elements = [one.kind for one in steps], sum(one.inputs[0].size for one in steps)
 
@@ -122,16 +127,17 @@ def stored_steps(
         def run(one: StoredStep, arrays: Any) -> Any:
             return _alone(one.given(arrays), implementation, piece_of(elements))
 
-        return each_kind(run, kinds, list(zip(steps, structure.unflatten(arrays), strict=True)))
+        return each_kind(run, kinds, list(zip(steps, arrays_of(arrays), strict=True)))
 
     def on_gpus(*arrays: jax.Array) -> list[Any]:
         def run(one: StoredStep, arrays: Any) -> Any:
             if two_passes.takes(one.codecs):
-                return two_passes.step(one.rule, one.codecs, *arrays)
+                encoded, inputs, keys = arrays
+                return two_passes.step(one.rule, one.codecs, encoded, inputs, _typed(keys))
             return _alone(one.given(arrays), implementation, piece_of(elements))
 
         call, outputs, moments = by_kind(run), list[Any](), list[Any]()
-        leaves = zip(kinds, steps, structure.unflatten(arrays), strict=True)
+        leaves = zip(kinds, steps, arrays_of(arrays), strict=True)
         for kind, one, (encoded, *rest) in leaves:
             if moments:
                 # Else the compiler would join leaves in one kernel, and write temporaries of all.
@@ -142,11 +148,11 @@ def stored_steps(
         return list(zip(outputs, moments, strict=True))
 
     if names_kernel(implementation):
-        return one_by_one(*flat)
+        return one_by_one(*distinct)
     gpus = {}
     if compiles_for_gpus(steps[0].inputs[0]) and any(two_passes.takes(one.codecs) for one in steps):
         gpus = {"cuda": on_gpus, "rocm": on_gpus}
-    return jax.lax.platform_dependent(*flat, cpu=together, **gpus, default=one_by_one)
+    return jax.lax.platform_dependent(*distinct, cpu=together, **gpus, default=one_by_one)
 
 
 def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
@@ -161,12 +167,17 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
         one.codecs,
         one.encoded,
         one.inputs,
-        tuple(map(key_of_layer, one.keys)),
+        tuple(map(key_of_layer, _typed(one.keys))),
         replaces=one.replaces,
         implementation="xla" if _plain(one.codecs) else implementation,
         sharding=one.sharding,
         xla=xla,
     )
+
+
+def _typed(keys: Sequence[LeafKey | None]) -> tuple[jax.Array | None, ...]:
+    """The keys themselves."""
+    return tuple(None if key is None else key.key for key in keys)
 
 
 def _plain(codecs: Sequence[Codec]) -> bool:
@@ -185,11 +196,13 @@ def _in_loops(steps: Sequence[StoredStep], run: Run) -> list[Any]:
     for one, after in zip(steps, shared, strict=True):
         before = tuple(map(_shared_array, one.codecs, one.encoded))
         own, structure = jax.tree.flatten(tuple(map(_by_row, one.codecs, one.encoded)))
-        read, reading = jax.tree.flatten((one.inputs, before, after, one.keys))
+        indices = tuple(None if key is None else key.index for key in one.keys)
+        read, reading = jax.tree.flatten((one.inputs, before, after, indices))
         part = _OfRows(one.rule, one.codecs, structure, reading)
         output = outputs.get(one.kind) or outputs.setdefault(one.kind, one.dtype)
         replaces = one.replaces % len(one.inputs)
-        works.append(Work(part, tuple(own), tuple(read), output, replaces))
+        keys = tuple(key.keys for key in one.keys if key is not None)
+        works.append(Work(part, tuple(own), tuple(read), output, replaces, keys))
         structures.append(structure)
     results = []
     for one, after, structure, (output, *new) in zip(
@@ -208,7 +221,9 @@ class _OfRows(NamedTuple):
     reading: Any
 
     def __call__(self, rows: Rows, carried: Arrays, read: Arrays) -> Arrays:
-        inputs, before, after, keys = self.reading.unflatten(read)
+        own, shared = read[: self.reading.num_leaves], iter(read[self.reading.num_leaves :])
+        inputs, before, after, indices = self.reading.unflatten(own)
+        keys = _typed([None if i is None else LeafKey(next(shared), i) for i in indices])
         draws = [None if key is None else Draw(key, rows) for key in keys]
         given = list(map(_CodecOfRows, self.codecs, before, after))
         encoded = self.structure.unflatten(carried)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
+from microadam_jax.sharding import on_one_device
 from microadam_jax.transforms.top_k_feedback import TopKFeedback, Uncompressed
 from pallas_kernels.dispatch import names_kernel
 
@@ -157,11 +158,16 @@ class _Compressed(NamedTuple):
     reads_target: bool
 
     def __call__(self, rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
-        values, indices, *stored = carried
         gradient, *others = inputs
         target = others.pop(0) if self.reads_target else gradient
-        key = others
-        draw = Draw(key[0], rows) if key else None
+        draw = Draw(others[0], rows) if others else None
+        layout = self.feedback.layout
+        if self.feedback.is_one_operation and not layout.padding and on_one_device(gradient):
+            # Each block is a row: leaves of other widths then have equal operations, which the
+            # compiler compiles once.
+            carried = tuple(x.reshape(-1, 1, *x.shape[gradient.ndim :]) for x in carried)
+            gradient, target = (x.reshape(-1, layout.size) for x in (gradient, target))
+        values, indices, *stored = carried
         sent = self.feedback.of_rows(gradient, tuple(stored), draw, "xla")
         window = self.write((values, indices), sent[:2])
         result = self.move(target, *window, implementation="xla", sharding=None)
