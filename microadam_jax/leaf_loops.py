@@ -20,7 +20,7 @@ from microadam_jax.sharding import explicit_sharding
 PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 128  # of a large tree, about
 TOGETHER = 128  # leaves in a loop, each of which is asked at each turn whether it is its own
-ALONE = 4096  # elements from which leaves share a loop
+ALONE = 4096  # elements from which leaves share a loop, where a step is a few operations
 SHARE = (
     32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
 )
@@ -101,11 +101,13 @@ class _AsCarried(NamedTuple):
         return self.step(rows, tuple(own), inputs)
 
 
-def on_cpu(works: Sequence[Work]) -> list[Arrays]:
+def on_cpu(works: Sequence[Work], alone: int = ALONE) -> list[Arrays]:
     """Runs steps on leaves, those of one kind in a loop.
 
     Args:
         works: a step on each leaf.
+        alone: the elements below which a leaf shares no loop, as there is less to compile of the
+            step than of a loop.
 
     Returns:
         For each leaf the new ``carried``, and before it the output if there is one.
@@ -119,7 +121,7 @@ def on_cpu(works: Sequence[Work]) -> list[Arrays]:
         together = TOGETHER if works[members[0]].inputs[0].size <= elements / SHARE else 1
         for start in range(0, len(members), together):
             batch = members[start : start + together]
-            results |= zip(batch, _together([works[i] for i in batch]), strict=True)
+            results |= zip(batch, _together([works[i] for i in batch], alone), strict=True)
     return [results[i] for i in range(len(works))]
 
 
@@ -180,10 +182,10 @@ def by_kind(function: Callable[[Any, Any], Any]) -> Callable[[Hashable, Any, Any
     return call
 
 
-def _together(works: Sequence[Work]) -> list[Arrays]:
+def _together(works: Sequence[Work], alone: int) -> list[Arrays]:
     like = works[0]
     chunks = Chunks.of_about(like.inputs[0], CACHED, slices=True)
-    if like.inputs[0].size >= ALONE and len(works) * chunks.total > 1:
+    if like.inputs[0].size >= alone and len(works) * chunks.total > 1:
         return _Loop(chunks, [work.in_place() for work in works]).run()
     return each_kind(_whole, [None] * len(works), [(like, work.arrays) for work in works])
 

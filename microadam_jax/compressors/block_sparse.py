@@ -89,7 +89,16 @@ class BlockSparse(Compressed):
 
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
         """Returns the dense sum of the rows, each times its coefficient."""
-        values, indices = window
-        values = values.astype(jnp.float32) * per_row(coefficients, values)
-        blocks = expand(values, indices, self.layout.size)
-        return merge(written(blocks), self.layout, self.shape)
+        return combined(window, coefficients, self.layout, self.shape)
+
+
+def combined(
+    window: tuple[jax.Array, jax.Array],
+    coefficients: jax.Array,
+    layout: BlockLayout,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """The dense sum, of ``shape``, of a window's rows, each times its coefficient."""
+    values, indices = window
+    values = values.astype(jnp.float32) * per_row(coefficients, values)
+    return merge(written(expand(values, indices, layout.size)), layout, shape)

@@ -1,18 +1,36 @@
 """The newest update of a window, preconditioned by all of them through one small system."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.compressors import Compressor, Dense, Sent, is_compressed, require_compressor
+from microadam_jax.blocks import BlockLayout
+from microadam_jax.codecs.rounding import Rows
+from microadam_jax.compressors import (
+    BlockSparse,
+    Compressor,
+    Dense,
+    Sent,
+    is_compressed,
+    require_compressor,
+)
+from microadam_jax.compressors.block_sparse import combined
+from microadam_jax.leaf_loops import Arrays, Work, on_cpu
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window
-from microadam_jax.trees import KeyPath, boxed_blocks, boxed_like, map_with_path, path_name
+from microadam_jax.trees import (
+    KeyPath,
+    boxed_blocks,
+    boxed_like,
+    map_with_path,
+    path_name,
+    rows_of,
+)
 
 Coefficients = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -113,19 +131,11 @@ def gram_window(
         # Of a matrix with NaN, LAPACK may return finite eigenvectors.
         y = jnp.where(jnp.isfinite(gram).all(), coefficients(gram, newest, count), jnp.nan)
 
-        def combine(
-            path: KeyPath, update: Any, target: Any, left: jax.Array, right: jax.Array
-        ) -> tuple[jax.Array]:
-            del path
-            sent = _sent(update, target)
-            return (sent.with_bypass(sent.combine((left, right), y)).astype(sent.dtype),)
-
-        (combined,) = map_with_path(
-            combine, 1, updates, targets, left, right, is_leaf=is_compressed
-        )
+        treedef, rows = rows_of(updates, targets, left, right, is_leaf=is_compressed)
+        sums = _sums([(_sent(update, p), p, own) for _, update, p, *own in rows], y)
         left = boxed_like(left, state.window_left)
         right = boxed_like(right, state.window_right)
-        return combined, GramWindowState(count, gram, left, right)
+        return treedef.unflatten(sums), GramWindowState(count, gram, left, right)
 
     return transformation(init, update)
 
@@ -156,6 +166,52 @@ def applied(
 
 def _sent(update: Any, target: Any) -> Sent:
     return update if is_compressed(update) else Dense(update, target.dtype)
+
+
+def _sums(leaves: Sequence[tuple[Sent, jax.Array, Any]], y: jax.Array) -> list[jax.Array]:
+    """The dense sum of each leaf's rows.
+
+    Args:
+        leaves: of each what was sent, the parameter, and the window.
+        y: the coefficients of the rows.
+    """
+    flat, structure = jax.tree.flatten([(target, window) for _, target, window in leaves])
+
+    def one_by_one(y: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        own = structure.unflatten(arrays)
+        sums = [sent.combine(at, y) for (sent, *_), (_, at) in zip(leaves, own, strict=True)]
+        return [x.astype(jnp.float32) for x in sums]
+
+    def in_loops(y: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        own = zip(sparse, structure.unflatten(arrays), strict=True)
+        works = [
+            Work(_Sum(sent.layout), (), (target, *window), jnp.dtype("float32"), None, (y,))
+            for sent, (target, window) in own
+        ]
+        return [total for (total,) in on_cpu(works, alone=0)]
+
+    sparse = [sent for sent, *_ in leaves if isinstance(sent, BlockSparse)]
+    targets = [target for _, target, _ in leaves]
+    by_rows = all(not is_compressed(p) and p.ndim and p.size for p in targets)
+    if leaves and by_rows and len(sparse) == len(leaves):
+        sums = jax.lax.platform_dependent(y, *flat, cpu=in_loops, default=one_by_one)
+    else:
+        sums = one_by_one(y, *flat)
+    return [
+        sent.with_bypass(total).astype(sent.dtype)
+        for (sent, *_), total in zip(leaves, sums, strict=True)
+    ]
+
+
+class _Sum(NamedTuple):
+    """The sum of the rows of a window, for some rows of a leaf."""
+
+    layout: BlockLayout
+
+    def __call__(self, rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
+        del rows, carried
+        target, values, indices, y = inputs
+        return (combined((values, indices), y, self.layout, target.shape),)
 
 
 def _form(update: Any) -> str:

@@ -174,7 +174,7 @@ def compress_all(waiting: Sequence[Uncompressed]) -> list[tuple[Any, ...]]:
             sent = (state_zeros(value, shape, dtype) for dtype in (jnp.float32, jnp.int32))
             read = (value,) if key is None else (value, key)
             works.append(Work(feedback, (*sent, *stored), read))
-        return on_cpu(works)
+        return on_cpu(works, alone=0)
 
     # XLA's partial sort, which selects many, takes one core.
     if any(one.names_kernel or not one.sends_few for one in waiting):

@@ -9,6 +9,7 @@ MAX_MATCHES = 8  # up to this many entries, comparing each with each beats a gat
 MAX_COMPARES = 64  # up to this many entries, comparing each with each lane beats a scatter
 
 
+@functools.partial(jax.jit, static_argnames="size")
 def expand(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
     """Sums the rows of sparse entries of each block into a dense block.
 
@@ -21,9 +22,15 @@ def expand(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
         ``(..., size)`` float32. The sum runs in the order of the rows, whatever the device.
     """
     rows, k = values.shape[-2:]
-    if rows * k <= MAX_COMPARES:
+    few = rows * k <= MAX_COMPARES
+    if rows == 1 and few:
         return _expand_by_comparing(values, indices, size)
-    return _expand_by_scattering(values, indices, size)
+    # A CPU adds one entry after another; other devices those of a row at once.
+    at_once = functools.partial(_expand_by_scattering, size=size, together=rows)
+    by_row = functools.partial(_expand_by_scattering, size=size, together=1)
+    by_comparing = functools.partial(_expand_by_comparing, size=size)
+    default = by_comparing if few else by_row
+    return jax.lax.platform_dependent(values, indices, cpu=at_once, default=default)
 
 
 def written(blocks: jax.Array) -> jax.Array:
@@ -211,15 +218,20 @@ def _entries(x: jax.Array) -> list[jax.Array]:
     return jnp.split(x, x.shape[-1], axis=-1)
 
 
-def _expand_by_scattering(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
-    def expand_block(values: jax.Array, indices: jax.Array) -> jax.Array:
-        # Row by row: the indices of one row are distinct, so no order of additions is left open.
-        def add(dense: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            row_values, row_indices = row
-            return dense.at[row_indices].add(row_values, unique_indices=True), None
+def _expand_by_scattering(
+    values: jax.Array, indices: jax.Array, size: int, together: int
+) -> jax.Array:
+    """The sum, to which the entries of ``together`` rows are added in one operation."""
 
+    def add(dense: jax.Array, entries: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        values, indices = (x.reshape(-1) for x in entries)
+        return dense.at[indices].add(values, unique_indices=together == 1), None
+
+    def expand_block(values: jax.Array, indices: jax.Array) -> jax.Array:
+        shape = -1, together, values.shape[-1]
+        groups = values.reshape(shape), indices.reshape(shape)
         # A few rows at a time: all of a long window at once take minutes to compile.
-        return jax.lax.scan(add, jnp.zeros(size, jnp.float32), (values, indices), unroll=8)[0]
+        return jax.lax.scan(add, jnp.zeros(size, jnp.float32), groups, unroll=8)[0]
 
     for _ in range(values.ndim - 2):
         expand_block = jax.vmap(expand_block)
