@@ -16,7 +16,7 @@ RATES: dict[str, dict[str, float]] = {
     "classification": {
         "adamw": 1e-4,
         "adamw8bit": 1e-4,
-        "microadam": 3e-4,
+        "microadam": 1e-3,
         "adam_mini4bit": 1e-4,
         "lora": 1e-3,
         "qlora": 1e-3,
