@@ -108,6 +108,10 @@ TRIALS: dict[str, Trial] = {
         sinkhorn2bit, ADAM, mu_codec=Storage(TWO, rules=[(".*(embedding|head).*", FOUR)])
     ),
     "Muon, 4 bits": evenly(muon8bit, ADAM, mu_codec=FOUR),
+    "Adam-mini, 2 bits": evenly(adam_mini4bit, ADAM, mu_codec=TWO),
+    "Adam-mini, 2 bits, b1 = 0.8": evenly(adam_mini4bit, ADAM, mu_codec=TWO, b1=0.8),
+    "Adam, factored, 2 bits": evenly(adamw4bit_factored, ADAM, mu_codec=TWO),
+    "Adam, m in 8 bits, v in 4": evenly(adamw4bit, ADAM, mu_codec="dynamic8"),
 }
 
 if __name__ == "__main__":
