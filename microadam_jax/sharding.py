@@ -189,11 +189,6 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def on_one_device(x: jax.Array) -> bool:
-    """Returns True if no axis of ``x`` can be sharded, so that any may be joined."""
-    return jax.device_count() == 1 and explicit_sharding(x) is None
-
-
 def whole_where_uneven(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``x``, whole on the axes whose sharding would not divide an array of ``shape``.
 

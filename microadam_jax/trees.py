@@ -131,11 +131,6 @@ class LeafKey(NamedTuple):
     keys: jax.Array
     index: jax.Array | np.int32
 
-    @property
-    def key(self) -> jax.Array:
-        """The key itself, a scalar."""
-        return jax.lax.dynamic_index_in_dim(self.keys, self.index, keepdims=False)
-
 
 def leaf_key(seed: jax.typing.ArrayLike, count: jax.Array, path: KeyPath) -> jax.Array:
     """A random key for the leaf at ``path`` in step ``count``: the same on any mesh."""

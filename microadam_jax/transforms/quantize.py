@@ -14,7 +14,13 @@ from microadam_jax.execution import scope
 from microadam_jax.sharding import state_zeros
 from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
-from microadam_jax.transforms.stored_step import Arrays, Rule, StoredStep, stored_steps
+from microadam_jax.transforms.stored_step import (
+    Arrays,
+    Rule,
+    StoredStep,
+    stored_steps,
+    typed_keys,
+)
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import (
     KeyPath,
@@ -203,7 +209,7 @@ class _Step(NamedTuple):
             if storage is None:
                 return _map_fields(encode, shapes, stored, new, leaf=_cast)
             encoded = [
-                one.codec.encode(x.astype(jnp.float32), None if one.key is None else one.key.key)
+                one.codec.encode(x.astype(jnp.float32), *typed_keys([one.key]))
                 for one, x in zip(next(taken), jax.tree.leaves(new), strict=True)
             ]
             return storage.put(stored, encoded)

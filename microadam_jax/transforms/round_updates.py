@@ -15,6 +15,7 @@ from microadam_jax.memory import remark
 from microadam_jax.sharding import unused_factor
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.first_moment import FirstMoment
+from microadam_jax.transforms.stored_step import typed_key
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import (
     KeyPath,
@@ -170,9 +171,9 @@ def round_updates(
                 return u, jnp.zeros_like(u), *stored
             new = w + u.astype(jnp.float32)
             if stored:
-                near, stored = _kept(codec, new, keys[path].key)
+                near, stored = _kept(codec, new, typed_key(keys[path]))
             else:
-                near = bfloat16_stochastic(new, keys[path].key)
+                near = bfloat16_stochastic(new, typed_key(keys[path]))
             near = near.astype(jnp.float32)
             return near - p.astype(jnp.float32), new - near, *stored
 

@@ -133,7 +133,7 @@ def stored_steps(
         def run(one: StoredStep, arrays: Any) -> Any:
             if two_passes.takes(one.codecs):
                 encoded, inputs, keys = arrays
-                return two_passes.step(one.rule, one.codecs, encoded, inputs, _typed(keys))
+                return two_passes.step(one.rule, one.codecs, encoded, inputs, typed_keys(keys))
             return _alone(one.given(arrays), implementation, piece_of(elements))
 
         call, outputs, moments = by_kind(run), list[Any](), list[Any]()
@@ -167,7 +167,7 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
         one.codecs,
         one.encoded,
         one.inputs,
-        tuple(map(key_of_layer, _typed(one.keys))),
+        tuple(map(key_of_layer, typed_keys(one.keys))),
         replaces=one.replaces,
         implementation="xla" if _plain(one.codecs) else implementation,
         sharding=one.sharding,
@@ -175,9 +175,14 @@ def _alone(one: StoredStep, implementation: str | None, piece: int) -> Any:
     )
 
 
-def _typed(keys: Sequence[LeafKey | None]) -> tuple[jax.Array | None, ...]:
-    """The keys themselves."""
-    return tuple(None if key is None else key.key for key in keys)
+def typed_key(key: LeafKey) -> jax.Array:
+    """Returns the key itself, a scalar."""
+    return jax.lax.dynamic_index_in_dim(key.keys, key.index, keepdims=False)
+
+
+def typed_keys(keys: Sequence[LeafKey | None]) -> tuple[jax.Array | None, ...]:
+    """The keys themselves; None of a leaf that has none."""
+    return tuple(None if key is None else typed_key(key) for key in keys)
 
 
 def _plain(codecs: Sequence[Codec]) -> bool:
@@ -197,11 +202,11 @@ def _in_loops(steps: Sequence[StoredStep], run: Run) -> list[Any]:
         before = tuple(map(_shared_array, one.codecs, one.encoded))
         own, structure = jax.tree.flatten(tuple(map(_by_row, one.codecs, one.encoded)))
         indices = tuple(None if key is None else key.index for key in one.keys)
+        keys = tuple(key.keys for key in one.keys if key is not None)
         read, reading = jax.tree.flatten((one.inputs, before, after, indices))
         part = _OfRows(one.rule, one.codecs, structure, reading)
         output = outputs.get(one.kind) or outputs.setdefault(one.kind, one.dtype)
         replaces = one.replaces % len(one.inputs)
-        keys = tuple(key.keys for key in one.keys if key is not None)
         works.append(Work(part, tuple(own), tuple(read), output, replaces, keys))
         structures.append(structure)
     results = []
@@ -223,7 +228,7 @@ class _OfRows(NamedTuple):
     def __call__(self, rows: Rows, carried: Arrays, read: Arrays) -> Arrays:
         own, shared = read[: self.reading.num_leaves], iter(read[self.reading.num_leaves :])
         inputs, before, after, indices = self.reading.unflatten(own)
-        keys = _typed([None if i is None else LeafKey(next(shared), i) for i in indices])
+        keys = typed_keys([None if i is None else LeafKey(next(shared), i) for i in indices])
         draws = [None if key is None else Draw(key, rows) for key in keys]
         given = list(map(_CodecOfRows, self.codecs, before, after))
         encoded = self.structure.unflatten(carried)

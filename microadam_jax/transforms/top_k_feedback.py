@@ -1,6 +1,7 @@
 """Error feedback around Top-K, which each row has by itself."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class TopKFeedback(NamedTuple):
     @property
     def is_one_operation(self) -> bool:
         """Returns True if residual and Top-K share their blocks."""
-        return self.codec == Affine4(self.compressor.blocks)
+        return _is_one_operation(self.compressor, self.codec)
 
     @property
     def survivors(self) -> int:
@@ -75,6 +76,11 @@ class TopKFeedback(NamedTuple):
         gradient, *key = inputs
         draw = Draw(key[0], rows) if key else None
         return self.of_rows(gradient, carried[2:], draw, "xla")
+
+
+@functools.lru_cache(maxsize=64)
+def _is_one_operation(compressor: TopK, codec: Codec) -> bool:
+    return codec == Affine4(compressor.blocks)
 
 
 @dataclasses.dataclass(frozen=True)

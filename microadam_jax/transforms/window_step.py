@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 
 from microadam_jax.codecs.rounding import Draw, Rows
 from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
-from microadam_jax.sharding import on_one_device
 from microadam_jax.transforms.top_k_feedback import TopKFeedback, Uncompressed
 from pallas_kernels.dispatch import names_kernel
 
@@ -162,9 +161,11 @@ class _Compressed(NamedTuple):
         target = others.pop(0) if self.reads_target else gradient
         draw = Draw(others[0], rows) if others else None
         layout = self.feedback.layout
-        if self.feedback.is_one_operation and not layout.padding and on_one_device(gradient):
-            # Each block is a row: leaves of other widths then have equal operations, which the
-            # compiler compiles once.
+        alone = jax.device_count() == 1 and not any(jax.typeof(gradient).sharding.spec)
+        whole = layout.count * layout.size == layout.row
+        if self.feedback.is_one_operation and whole and alone:
+            # No axis is sharded, so that any may be joined. Each block is a row: leaves of other
+            # widths then have equal operations, which the compiler compiles once.
             carried = tuple(x.reshape(-1, 1, *x.shape[gradient.ndim :]) for x in carried)
             gradient, target = (x.reshape(-1, layout.size) for x in (gradient, target))
         values, indices, *stored = carried

@@ -17,6 +17,7 @@ from microadam_jax.codecs.rounding import bfloat16_stochastic, dither
 from microadam_jax.codecs.split import Split
 from microadam_jax.methods import METHODS
 from microadam_jax.transforms.round_updates import round_updates
+from microadam_jax.transforms.stored_step import typed_key
 from microadam_jax.trees import leaf_keys
 from tests.contracts.meshes import collectives, mesh_of, place
 from tests.oracles.rounding import (
@@ -71,7 +72,7 @@ def test_apply_updates_lands_on_the_bfloat16_that_was_meant(
     landed = np.asarray(optax.apply_updates(p, updates)).astype(np.float32)
     new = np.asarray(p.astype(jnp.float32) + d)
     if rounding == "stochastic":
-        key = leaf_keys(0, jnp.int32(0), p)[()].key
+        key = typed_key(leaf_keys(0, jnp.int32(0), p)[()])
         meant = np.asarray(bfloat16_stochastic(jnp.asarray(new), key)).astype(np.float32)
     else:
         meant = np.asarray(Split(16).split(jnp.asarray(new), None)[0]).astype(np.float32)
@@ -150,7 +151,9 @@ def test_against_the_oracle(rounding: str) -> None:
     }
     for step in range(30):
         given = wide(params_of(step + 1, 0.01))
-        keys = {path[0].key: k.key for path, k in leaf_keys(5, jnp.int32(step), params).items()}
+        keys = {
+            path[0].key: typed_key(k) for path, k in leaf_keys(5, jnp.int32(step), params).items()
+        }
         updates, state = update(given, state, params)
         params = optax.apply_updates(params, updates)
         for name, oracle in oracles.items():
@@ -170,7 +173,9 @@ def test_the_momentum_takes_up_the_error_as_eco_says() -> None:
     oracles = {name: MomentumOracle(p, 3e-3, **settings) for name, p in in_float64(params).items()}
     for step in range(40):
         gradients = params_of(step + 1)
-        keys = {path[0].key: k.key for path, k in leaf_keys(2, jnp.int32(step), params).items()}
+        keys = {
+            path[0].key: typed_key(k) for path, k in leaf_keys(2, jnp.int32(step), params).items()
+        }
         updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
         mu = optax.tree_utils.tree_get(state, "mu")
