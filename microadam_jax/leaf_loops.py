@@ -17,8 +17,8 @@ from microadam_jax.chunks import CACHED, Chunks
 from microadam_jax.codecs.rounding import Rows
 from microadam_jax.sharding import explicit_sharding
 
-PIECE = 2**19  # elements of a piece at least: fewer take no longer than to launch an operation
-PIECES = 128  # of a large tree, about
+PIECE = 2**18  # elements of a piece at least: fewer take no longer than to launch an operation
+PIECES = 256  # of a large tree, about
 TOGETHER = 128  # leaves in a loop, each of which is asked at each turn whether it is its own
 ALONE = 4096  # elements from which leaves share a loop, where a step is a few operations
 SHARE = (
