@@ -13,7 +13,7 @@ from benchmarks.results import ROOT, best, mean_loss, read, size_of
 RESULTS = ROOT / "benchmarks" / "results" / "frontier.csv"
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
 # Where a name may stand beside its point: right or left of it, higher or lower.
-PLACES = [(x, y) for y in (4, -11, 14, -21) for x in (5, -5)]
+PLACES = [(x, y) for y in (4, -11, 14, -21, 24, -31) for x in (5, -5)]
 SETTINGS = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "frontier"}
 
 
