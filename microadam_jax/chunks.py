@@ -44,8 +44,7 @@ class Chunks(NamedTuple):
         wanted, cuts = max(1, math.ceil(leaf.size / size)), []
         for axis, among in enumerate(shards):
             rows = leaf.shape[axis] // among
-            last = axis == leaf.ndim - 2
-            cuts.append(_cut(rows, wanted, tiled=last))
+            cuts.append(_cut(rows, wanted, tiled=axis == leaf.ndim - 2))
             wanted = math.ceil(wanted / cuts[-1])
         return cls(leaf.shape, shards, tuple(cuts), slices)
 
@@ -171,9 +170,9 @@ def _cut(rows: int, wanted: int, tiled: bool) -> int:
     if not tiled:
         return max(cut for cut in divisors if cut <= wanted)
     enough = [cut for cut in divisors if cut >= wanted]
-    choices = [[cut for cut in enough if rows // cut % tile == 0] for tile in TILES]
-    choices = [*choices, enough]
-    return min(next(filter(None, choices), [max(divisors)]))
+    in_tiles = [[cut for cut in enough if rows // cut % tile == 0] for tile in TILES]
+    choices = [*in_tiles, enough, divisors[-1:]]
+    return min(next(filter(None, choices)))
 
 
 def _shards(leaf: jax.Array, axis: int) -> int:

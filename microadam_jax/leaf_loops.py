@@ -2,7 +2,7 @@
 
 On a CPU, leaves of one kind share a loop, whose body is compiled once for all of them; a round
 takes one chunk of one leaf, small enough for the cache. On an accelerator one leaf follows another,
-and of those that are larger than a hundredth of the tree one piece: of stacked layers a few.
+and of those that are larger than a part of the tree one piece: of stacked layers a few.
 """
 
 import functools
@@ -271,24 +271,24 @@ class _Loop:
         self.input_types = list(map(jax.typeof, like.inputs))
         self.carried = [tuple(map(chunks.cut, work.carried)) for work in works]
         self.inputs = [tuple(map(chunks.cut, work.inputs)) for work in works]
-        scalars = ([x for x in work.inputs if not x.ndim] for work in works)
-        self.scalars = [jnp.stack(own) for own in zip(*scalars, strict=True)]
 
     def run(self) -> list[Arrays]:
         """The new ``carried`` of each leaf."""
         if len(self.carried) == 1:
             state = [self._all_chunks(self.carried[0], self.inputs[0])]
         else:
-            state = jax.lax.fori_loop(0, len(self.carried), self._leaf, self.carried)
+            scalars = ([x for x in own if not x.ndim] for own in self.inputs)
+            stacked = [jnp.stack(own) for own in zip(*scalars, strict=True)]
+            leaf = functools.partial(self._leaf, stacked)
+            state = jax.lax.fori_loop(0, len(self.carried), leaf, self.carried)
         return [tuple(map(self.chunks.joined, own, self.carried_types)) for own in state]
 
-    def _leaf(self, turn: jax.Array, state: list[Arrays]) -> list[Arrays]:
-        """All chunks of the leaf whose turn it is."""
+    def _leaf(self, stacked: list[jax.Array], turn: jax.Array, state: list[Arrays]) -> list[Arrays]:
+        """All chunks of the leaf whose turn it is; ``stacked`` has the scalars of all leaves."""
         arrays = ([x for x in own if x.ndim] for own in self.inputs)
         leaves = zip(state, arrays, strict=True)
         carried, read = jax.lax.switch(turn, [lambda leaf=leaf: leaf for leaf in leaves])
-        # From one array of all leaves', which is read where it is used.
-        scalars = (jax.lax.dynamic_index_in_dim(x, turn, keepdims=False) for x in self.scalars)
+        scalars = (jax.lax.dynamic_index_in_dim(x, turn, keepdims=False) for x in stacked)
         arrays = iter(read)
         inputs = tuple(next(arrays if x.ndim else scalars) for x in self.input_types)
         new = self._all_chunks(carried, inputs)

@@ -178,14 +178,13 @@ def _sums(leaves: Sequence[tuple[Sent, jax.Array, Any]], y: jax.Array) -> list[j
     flat, structure = jax.tree.flatten([(target, window) for _, target, window in leaves])
 
     def one_by_one(y: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        own = structure.unflatten(arrays)
-        sums = [sent.combine(at, y) for (sent, *_), (_, at) in zip(leaves, own, strict=True)]
-        return [x.astype(jnp.float32) for x in sums]
+        own = zip(leaves, structure.unflatten(arrays), strict=True)
+        return [sent.combine(window, y) for (sent, *_), (_, window) in own]
 
     def in_loops(y: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
         own = zip(sparse, structure.unflatten(arrays), strict=True)
         works = [
-            Work(_Sum(sent.layout), (), (target, *window), jnp.dtype("float32"), None, (y,))
+            Work(_Sum(sent.layout), (), (target, *window), jnp.dtype("float32"), shared=(y,))
             for sent, (target, window) in own
         ]
         return [total for (total,) in on_cpu(works, alone=0)]

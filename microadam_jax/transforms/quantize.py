@@ -208,9 +208,11 @@ class _Step(NamedTuple):
             storage = self.storages.get(name)
             if storage is None:
                 return _map_fields(encode, shapes, stored, new, leaf=_cast)
+            leaves = next(taken)
+            keys = typed_keys([one.key for one in leaves])
             encoded = [
-                one.codec.encode(x.astype(jnp.float32), *typed_keys([one.key]))
-                for one, x in zip(next(taken), jax.tree.leaves(new), strict=True)
+                one.codec.encode(x.astype(jnp.float32), key)
+                for one, key, x in zip(leaves, keys, jax.tree.leaves(new), strict=True)
             ]
             return storage.put(stored, encoded)
 
