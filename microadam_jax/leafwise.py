@@ -14,7 +14,6 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Storage, Unstored
-from microadam_jax.codecs.storage import unstored_arrays
 from microadam_jax.execution import scope
 from microadam_jax.leaf_loops import apart
 from microadam_jax.sharding import moment_zeros
@@ -31,6 +30,7 @@ from microadam_jax.trees import (
     leaf_shapes,
     rows_of,
     turned,
+    unstored_arrays,
 )
 
 # From the leaves of a tree to what is known of the axes of each, by its path.
@@ -133,6 +133,8 @@ def leafwise(
         del extra_args
         count, kept, arrays = state[0], state[1 : 1 + len(storages)], state[1 + len(storages) :]
         t = jnp.asarray(optax.safe_increment(count))
+        targets = updates if params is None else params
+        ends = finishes(finish, targets)
         leaves = leaf_shapes(updates)
         layouts = layout(leaves)
         fields = zip(moments.items(), kept, strict=True)
@@ -143,8 +145,7 @@ def leafwise(
             of_fields = [s.take(name, field, leaves, keys) for (name, s), field in fields]
         else:
             of_fields = [unstored_arrays(name, field, leaves) for (name, _), field in fields]
-        targets = updates if params is None else params
-        treedef, rows = rows_of(updates, targets, finishes(finish, targets), *arrays)
+        treedef, rows = rows_of(updates, targets, ends, *arrays)
         rules: dict[Hashable, Rule] = {}
 
         def rule_for(finish: Callable[..., jax.Array], target: jax.Array, inputs: int) -> Rule:

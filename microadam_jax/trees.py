@@ -5,7 +5,7 @@ and ``names``, NNX's variables by ``get_metadata``.
 """
 
 import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,6 +156,44 @@ def leaf_keys(
     names = [zlib.crc32(path_name((*prefix, *path)).encode()) for path in paths]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(names, np.uint32))
     return {path: LeafKey(keys, np.int32(i)) for i, path in enumerate(paths)}
+
+
+def unstored_arrays(name: str, field: Any, leaves: Mapping[KeyPath, LeafShape]) -> list[jax.Array]:
+    """Returns the arrays of a field that is kept as it is.
+
+    Raises:
+        ValueError: if the field was stored through a codec, or for leaves of other shapes.
+    """
+    if isinstance(field, dict) and len(field) == 1:
+        (label, arrays) = next(iter(field.items()))
+        if isinstance(arrays, dict) and "codes" in arrays:
+            raise ValueError(
+                f"The state's field {name!r} was stored with {label}, and this optimizer "
+                "stores it without codec. Restore it with the codec it was saved with."
+            )
+    arrays = jax.tree.leaves(field)
+    require_count(name, arrays, leaves)
+    for path, x in zip(leaves, arrays, strict=True):
+        if x.shape != leaves[path].shape:
+            raise ValueError(
+                f"The state of {path_name(path)!r} has shape {x.shape} where its parameter "
+                f"has {leaves[path].shape}."
+            )
+    return arrays
+
+
+def require_count(name: str, arrays: Sequence[Any], leaves: Mapping[KeyPath, LeafShape]) -> None:
+    """Refuses a field of a state that has arrays for other parameters.
+
+    Raises:
+        ValueError: if there is not one for each leaf.
+    """
+    if len(arrays) != len(leaves):
+        raise ValueError(
+            f"The state's field {name!r} holds {len(arrays)} parameters, and the gradients have "
+            f"{len(leaves)}: their structures differ, as where a gradient is None. Give gradients "
+            "and a state of the same parameters."
+        )
 
 
 def axis_names(params: Any) -> Iterator[tuple[KeyPath, AxisNames]]:

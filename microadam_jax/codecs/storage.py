@@ -29,6 +29,8 @@ from microadam_jax.trees import (
     leaf_shapes,
     map_with_path,
     path_name,
+    require_count,
+    unstored_arrays,
 )
 
 FLOAT32 = Plain("float32")
@@ -192,10 +194,12 @@ class Storage:
                 f"with {self.label}. Restore it with the codecs that it was saved with."
             )
         codecs = _codecs(self, tuple(leaves.values()), all_leaves(leaves))
-        drawn = keys() if any(codec.needs_key for codec in codecs) else [None] * len(codecs)
+        draws = [codec.needs_key for codec in codecs]
+        drawn = keys() if any(draws) else [None] * len(codecs)
+        own = [key if needs else None for key, needs in zip(drawn, draws, strict=True)]
         columns = [jax.tree.leaves(field[self.label][slot]) for slot in self.slots]
-        _require_count(name, columns[0], leaves)
-        rows = zip(leaves.items(), codecs, drawn, zip(*columns, strict=True), strict=True)
+        require_count(name, columns[0], leaves)
+        rows = zip(leaves.items(), codecs, own, zip(*columns, strict=True), strict=True)
         return [self._leaf(*leaf, codec, key, slots) for leaf, codec, key, slots in rows]
 
     def _leaf(
@@ -211,7 +215,7 @@ class Storage:
                 f"stores a leaf of shape {leaf.shape} in {_text(wanted)}. Use the codecs it was "
                 "made with."
             )
-        return StoredLeaf(codec, encoded, key if codec.needs_key else None)
+        return StoredLeaf(codec, encoded, key)
 
     def put(self, field: Field, encoded: Sequence[Any]) -> Field:
         """Returns ``field`` with what the codecs of its leaves made."""
@@ -270,15 +274,6 @@ def _stored_types(codec: Codec, shape: tuple[int, ...]) -> tuple[tuple[Any, Any]
     return tuple((x.shape, x.dtype) for x in arrays)
 
 
-def _require_count(name: str, arrays: Sequence[Any], leaves: Mapping[KeyPath, LeafShape]) -> None:
-    if len(arrays) != len(leaves):
-        raise ValueError(
-            f"The state's field {name!r} holds {len(arrays)} parameters, and the gradients have "
-            f"{len(leaves)}: their structures differ, as where a gradient is None. Give gradients "
-            "and a state of the same parameters."
-        )
-
-
 def _text(types: tuple[tuple[Any, Any], ...]) -> str:
     return str([(shape, str(dtype)) for shape, dtype in types])
 
@@ -312,30 +307,6 @@ class Unstored:
     def put(self, field: Any, encoded: Sequence[PlainValues]) -> Any:
         """Returns ``field`` with other arrays."""
         return boxed_like(encoded, field)
-
-
-def unstored_arrays(name: str, field: Any, leaves: Mapping[KeyPath, LeafShape]) -> list[jax.Array]:
-    """Returns the arrays of a field that is kept as it is.
-
-    Raises:
-        ValueError: if the field was stored through a codec, or for leaves of other shapes.
-    """
-    if isinstance(field, dict) and len(field) == 1:
-        (label, arrays) = next(iter(field.items()))
-        if isinstance(arrays, dict) and "codes" in arrays:
-            raise ValueError(
-                f"The state's field {name!r} was stored with {label}, and this optimizer "
-                "stores it without codec. Restore it with the codec it was saved with."
-            )
-    arrays = jax.tree.leaves(field)
-    _require_count(name, arrays, leaves)
-    for path, x in zip(leaves, arrays, strict=True):
-        if x.shape != leaves[path].shape:
-            raise ValueError(
-                f"The state of {path_name(path)!r} has shape {x.shape} where its parameter "
-                f"has {leaves[path].shape}."
-            )
-    return arrays
 
 
 def as_storage(storage: "Storage | Codec | str | Sequence[tuple[str, Codec | str]]") -> Storage:

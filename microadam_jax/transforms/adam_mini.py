@@ -111,9 +111,9 @@ def scale_by_adam_mini(
         warn_unnamed("scale_by_adam_mini", [(leaf.layout, leaf.layout.bytes) for leaf in leaves])
 
     def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
-        blocks = leaf.layout.sharing
+        blocks, squares = leaf.layout.sharing, leaf.squares
         require_shape(leaf.path, nu, blocks.moment_shape)
-        nu = moving_average(b2, nu, blocks.mean(leaf.squares))
+        nu = moving_average(b2, nu, blocks.mean(squares))
         return (nu,), (blocks.spread(jnp.sqrt(nu / one_minus_power(b2, leaf.t))) + eps,)
 
     def rule(t: jax.Array, g: jax.Array, mu: jax.Array, root: jax.Array) -> Arrays:

@@ -5,7 +5,6 @@ from typing import Any
 import optax
 from optax import GradientTransformationExtraArgs
 
-from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window_step import Moved
 from microadam_jax.trees import columns_of, rows_of
 
@@ -45,7 +44,7 @@ def compressed_where_read(
         owed = owed._replace(residual=type(owed.residual)(*residual))
         return updates, (owed, own)
 
-    return transformation(optax.chain(feedback, scale).init, update)
+    return GradientTransformationExtraArgs(optax.chain(feedback, scale).init, update)
 
 
 def _is_moved(node: object) -> bool:

@@ -1,6 +1,5 @@
 """Decay, learning rate and the new parameters in the same pass as the link before them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeGuard
@@ -18,33 +17,13 @@ from microadam_jax.transforms.decay import (
     scale_by_learning_rate,
 )
 from microadam_jax.trees import is_compressed
-from pallas_kernels.window_update import descent
+from pallas_kernels.window_update import Descent
 
 
 class Fusable(GradientTransformationExtraArgs):
     """An optimizer whose ``update(..., apply=True)`` returns new parameters, not updates."""
 
     __slots__ = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Descent:
-    """Applies decay and the learning rate to an update, or to a part of it.
-
-    Attributes:
-        step: scalar, minus the learning rate.
-        decay: scalar, or None where the leaf does not decay.
-        applies: whether the parameters that result are returned instead of the update.
-    """
-
-    step: jax.Array
-    decay: jax.Array | None
-    applies: bool
-
-    def __call__(self, u: jax.Array, p: jax.Array) -> jax.Array:
-        """The update ``u`` of ``p``, decayed and scaled, or ``p`` after it."""
-        u = descent(u, p, self.step, self.decay)
-        return (p + u).astype(p.dtype) if self.applies else u
 
 
 def as_it_is(u: jax.Array) -> jax.Array:

@@ -29,6 +29,11 @@ def moving_average(decay: ArrayLike, average: jax.Array, new: jax.Array) -> jax.
     return jnp.float32(decay) * average.astype(jnp.float32) + jnp.float32(1 - decay) * new
 
 
+def power(decay: ArrayLike, steps: jax.Array) -> jax.Array:
+    r""":math:`\beta^t`."""
+    return jnp.power(jnp.asarray(decay, jnp.float32), steps.astype(jnp.float32))
+
+
 def one_minus_power(decay: ArrayLike, steps: jax.Array) -> jax.Array:
     r""":math:`1 - \beta^t` with the digits that the subtraction loses in float32."""
     if isinstance(decay, int | float):

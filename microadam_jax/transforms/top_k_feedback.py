@@ -138,7 +138,8 @@ class Uncompressed(Deferred):
     def fits(self, window: tuple[jax.Array, jax.Array]) -> bool:
         """Returns True if ``window`` holds as many elements of as many blocks."""
         sent = blocked_shape(self.gradient.shape, self.layout, self.survivors)
-        return all(row_shape(kept) == sent for kept in window)
+        values, indices = window
+        return row_shape(values) == row_shape(indices) == sent
 
     def compressed(self, results: Arrays) -> tuple[Any, ...]:
         """The sparse update and the new residual."""

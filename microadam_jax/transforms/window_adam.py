@@ -24,7 +24,7 @@ from microadam_jax.transforms.descent import (
     read_by,
     reads_parameter,
 )
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import moving_average, one_minus_power, power
 from microadam_jax.transforms.top_k_feedback import Uncompressed
 from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window, as_window
@@ -134,9 +134,8 @@ def scale_by_window_adam(
         # Rows that no step has filled yet hold zeros, so their ages do not matter.
         age = (newest - jnp.arange(window.length)) % window.length
         horizon = jnp.minimum(count, window.length) if window.normalized else count
-        mu_weights = jnp.float32(1 - b1) * _power(b1, age) / one_minus_power(b1, horizon)
-        nu_weights = jnp.float32(1 - b2) * _power(b2, age) / one_minus_power(b2, horizon)
-
+        mu_weights = jnp.float32(1 - b1) * power(b1, age) / one_minus_power(b1, horizon)
+        nu_weights = jnp.float32(1 - b2) * power(b2, age) / one_minus_power(b2, horizon)
         weights = mu_weights, nu_weights, eps
 
         def write(window: Arrays, sent: Arrays) -> Arrays:
@@ -163,7 +162,8 @@ def scale_by_window_adam(
             size, dtype = sent.layout.size, sent.dtype
             kind = kind_of(finish), fused, size, dtype, target.dtype
             if kind not in moves:
-                u, p = (jax.ShapeDtypeStruct((), x) for x in (dtype, target.dtype))
+                p = jax.ShapeDtypeStruct((), target.dtype)
+                u = jax.ShapeDtypeStruct((), dtype)
                 moves[kind] = move, jax.eval_shape(finish, u, *read_by(finish, p)).dtype
             return moves[kind]
 
@@ -256,7 +256,3 @@ def scale_by_window_adam(
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
     return transformation(init, update, b1=b1, b2=b2, eps=eps)
-
-
-def _power(decay: ArrayLike, exponent: jax.Array) -> jax.Array:
-    return jnp.power(jnp.asarray(decay, jnp.float32), exponent.astype(jnp.float32))

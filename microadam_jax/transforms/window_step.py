@@ -63,10 +63,9 @@ class WindowStep(NamedTuple):
         waiting = None if self.waiting is None else self.waiting.arrays
         return self.target, (self.values, self.indices), waiting
 
-    @property
-    def kind(self) -> Hashable:
+    def kind(self, arrays: Any) -> Hashable:
         """Equal for steps that are compiled together."""
-        leaves, structure = jax.tree.flatten(self.arrays)
+        leaves, structure = jax.tree.flatten(arrays)
         feedback = None if self.waiting is None else self.waiting.feedback
         types = structure, tuple(map(jax.typeof, leaves))
         return self.move, self.in_place, self.sharding, feedback, types
@@ -118,8 +117,9 @@ def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[tu
     """
     if not steps:
         return []
-    flat, structure = jax.tree.flatten([step.arrays for step in steps])
-    kinds = [step.kind for step in steps]
+    of_steps = [step.arrays for step in steps]
+    kinds = [step.kind(arrays) for step, arrays in zip(steps, of_steps, strict=True)]
+    flat, structure = jax.tree.flatten(of_steps)
 
     def one_by_one(*arrays: jax.Array) -> list[Arrays]:
         def run(step: WindowStep, arrays: Any) -> Arrays:
@@ -162,8 +162,7 @@ class _Compressed(NamedTuple):
         draw = Draw(others[0], rows) if others else None
         layout = self.feedback.layout
         alone = jax.device_count() == 1 and not any(jax.typeof(gradient).sharding.spec)
-        whole = layout.count * layout.size == layout.row
-        if self.feedback.is_one_operation and whole and alone:
+        if self.feedback.is_one_operation and not layout.padding and alone:
             # No axis is sharded, so that any may be joined. Each block is a row: leaves of other
             # widths then have equal operations, which the compiler compiles once.
             carried = tuple(x.reshape(-1, 1, *x.shape[gradient.ndim :]) for x in carried)

@@ -2,10 +2,11 @@
 
 from pallas_kernels.window_update.api import window_update
 from pallas_kernels.window_update.apply import window_apply
-from pallas_kernels.window_update.reference import descent, expand, values_at, window_adam, written
+from pallas_kernels.window_update.descent import Descent
+from pallas_kernels.window_update.reference import expand, values_at, window_adam, written
 
 __all__ = [
-    "descent",
+    "Descent",
     "expand",
     "values_at",
     "window_adam",

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_tiles
 from pallas_kernels.tpu_tiles import BLOCKS, BYTES, LANES, ROWS, cost, tile_of
-from pallas_kernels.window_update.reference import descent
+from pallas_kernels.window_update.descent import descent
 
 MAX_ENTRIES = 64  # of a block's window; comparing all with all grows with the square
 

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.window_update.descent import descent
+
 MAX_MATCHES = 8  # up to this many entries, comparing each with each beats a gather
 MAX_COMPARES = 64  # up to this many entries, comparing each with each lane beats a scatter
 
@@ -106,13 +108,6 @@ def window_apply(
     window = values, indices, mu_weights, nu_weights, eps
     u = window_update(*window, size=size, n=params.shape[-1], dtype=params.dtype)
     return (params + descent(u, params, step, decay)).astype(params.dtype)
-
-
-def descent(
-    u: jax.Array, params: jax.Array, step: jax.Array, decay: jax.Array | None = None
-) -> jax.Array:
-    r""":math:`s (u + \lambda \theta)`: decoupled weight decay and learning rate, as in Optax."""
-    return step * (u if decay is None else u + decay * params)
 
 
 def window_adam(

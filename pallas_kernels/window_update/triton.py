@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import gpu_blocks
 from pallas_kernels.gpu_blocks import divide, root
-from pallas_kernels.window_update.reference import descent
+from pallas_kernels.window_update.descent import descent
 
 
 def window_update(
