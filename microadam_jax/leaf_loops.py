@@ -7,7 +7,7 @@ and of those that are larger than a part of the tree one piece: of stacked layer
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ SHARE = (
     32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
 )
 
+T = TypeVar("T")
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Rows, Arrays, Arrays], Arrays]
 
@@ -230,18 +231,38 @@ def written(rows: Rows, compute: Callable[[], Arrays]) -> Arrays:
     return compute() if rows.holds is None else _in_a_pass(rows.holds, compute)
 
 
+def in_place(update: Callable[[T], T], before: T, position: jax.Array) -> T:
+    """Computes ``update(before)``, on CPUs apart from what reads the result.
+
+    There the compiler would compute it again in each of these, and copy ``before`` for that.
+
+    Args:
+        update: from a tree of arrays to one of their types.
+        before: the arrays.
+        position: int32 scalar, not negative, which the compiler cannot know.
+    """
+
+    def on_cpu(position: jax.Array, before: T) -> T:
+        return once(position >= 0, update, before)
+
+    def at_once(position: jax.Array, before: T) -> T:
+        return update(before)
+
+    return jax.lax.platform_dependent(position, before, cpu=on_cpu, default=at_once)
+
+
 def _in_a_pass(condition: jax.Array, compute: Callable[[], Arrays]) -> Arrays:
     shapes = jax.eval_shape(compute)
     zeros = tuple(jax.lax.full_like(x, 0) for x in shapes)
     return once(condition, lambda _: compute(), zeros)
 
 
-def once(condition: jax.Array, update: Callable[[Arrays], Arrays], before: Arrays) -> Arrays:
+def once(condition: jax.Array, update: Callable[[T], T], before: T) -> T:
     """``update(before)`` in place if a condition holds, else ``before``."""
     if not before:
         return before
 
-    def body(state: tuple[jax.Array, Arrays]) -> tuple[jax.Array, Arrays]:
+    def body(state: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
         return jnp.zeros_like(state[0]), update(state[1])
 
     return jax.lax.while_loop(lambda state: state[0], body, (condition, before))[1]

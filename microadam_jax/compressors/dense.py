@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.compressors.rows import overwrite, row_of, row_shape
-from microadam_jax.sharding import contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +35,17 @@ class Dense:
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
         """Returns ``(m,)``: the inner products of row ``position`` with every row."""
         rows = window[0].astype(jnp.float32)
-        axes = _letters(self.update.ndim)
-        return contract(f"{axes}mo,{axes}o->m", rows, row_of(rows, position))
+        products = rows * row_of(rows, position)[..., None, :]
+        # The last axis by itself first: a sum of all at once would lose digits.
+        for axes in ((-3,), range(self.update.ndim - 1)) if self.update.ndim else ():
+            products = jnp.sum(products, axis=tuple(axes))
+        return products[..., 0]
 
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
         """Returns the sum of the rows, each times its coefficient."""
-        axes = _letters(self.update.ndim)
-        return contract(f"{axes}mo,m->{axes}", window[0].astype(jnp.float32), coefficients)
+        rows = window[0].astype(jnp.float32)
+        return jnp.sum(rows * coefficients[:, None], axis=(-2, -1))
 
     def with_bypass(self, update: jax.Array) -> jax.Array:
         """Returns ``update``: nothing bypasses."""
         return update
-
-
-def _letters(axes: int) -> str:
-    return "abcdefghijkl"[:axes]

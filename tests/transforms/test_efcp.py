@@ -280,6 +280,15 @@ def test_a_bad_gradient_spoils_every_leaf_until_it_has_left_the_window() -> None
     assert np.isfinite(state.gram).all()
 
 
+def test_a_step_of_dense_mfac_does_not_copy_its_window() -> None:
+    tx = mfac(1e-3)
+    params = {"layers": {str(i): jax.ShapeDtypeStruct((257, 768), jnp.float32) for i in range(4)}}
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert step.memory_analysis().temp_size_in_bytes < 0.3 * kept  # a leaf of four
+
+
 def test_memory_is_the_formula() -> None:
     params = {"w": jax.ShapeDtypeStruct((64, 4096), jnp.float32)}
     entries = 64 * 4096
