@@ -140,7 +140,8 @@ def on_accelerator(work: Work, piece: int) -> Arrays:
         The new ``carried``, and before it the output if there is one.
     """
     chunks = Chunks.of_about(work.inputs[0], piece)
-    if chunks.total == 1:
+    # To cut a leaf in two would launch all twice, for temporaries that are no burden.
+    if chunks.total == 1 or work.inputs[0].size <= 2 * piece:
         return work.whole()
     return _Loop(chunks, [work.in_place()], fuses=True).run()[0]
 
@@ -252,9 +253,13 @@ def in_place(update: Callable[[T], T], before: T, position: jax.Array) -> T:
 
 
 def _in_a_pass(condition: jax.Array, compute: Callable[[], Arrays]) -> Arrays:
+    """``compute()`` in a branch, which is always taken."""
     shapes = jax.eval_shape(compute)
-    zeros = tuple(jax.lax.full_like(x, 0) for x in shapes)
-    return once(condition, lambda _: compute(), zeros)
+
+    def nothing() -> Arrays:
+        return tuple(jax.lax.full_like(x, 0) for x in shapes)
+
+    return jax.lax.cond(condition, compute, nothing)
 
 
 def once(condition: jax.Array, update: Callable[[T], T], before: T) -> T:
