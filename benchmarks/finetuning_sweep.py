@@ -12,6 +12,7 @@ import collections
 import csv
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from examples.finetuning.comparison import job_of
 from examples.finetuning.config import JOBS, Config
 from examples.finetuning.training import train
 from examples.llama import optimizers
+from examples.llama.config import PretrainError
 
 FIELDS = (
     *("run", "rate", "seed", "steps", "accuracy", "training_loss", "held_out_loss"),
@@ -29,7 +31,7 @@ FIELDS = (
 OPTIONS = ("paper.layout=paper", "pretrain.layout=pretrain")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", help="LABEL:RATE, of an optimizer or a method")
     parser.add_argument("--job", default="classification", choices=sorted(JOBS))
@@ -41,13 +43,18 @@ def main() -> None:
     options = parser.parse_args()
     config = dataclasses.replace(JOBS[options.job], packages=options.packages)
     config = dataclasses.replace(config, steps=options.steps or config.steps)
-    for seed in map(int, options.seeds.split(",")):
-        for entry in options.runs:
-            label, _, rate = entry.partition(":")
-            if (label, rate, str(seed), str(config.steps)) not in _done(options.out):
-                _run(dataclasses.replace(config, seed=seed), label, rate, options.out)
+    try:
+        for seed in map(int, options.seeds.split(",")):
+            for entry in options.runs:
+                label, _, rate = entry.partition(":")
+                if (label, rate, str(seed), str(config.steps)) not in _done(options.out):
+                    _run(dataclasses.replace(config, seed=seed), label, rate, options.out)
+    except (PretrainError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.compare:
         _print(_read(options.out), options.compare)
+    return 0
 
 
 def _run(config: Config, label: str, rate: str, out: Path) -> None:
@@ -128,4 +135,4 @@ def _mean(group: list[dict[str, str]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

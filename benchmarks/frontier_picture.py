@@ -3,6 +3,8 @@
 python -m benchmarks.frontier_picture
 """
 
+import argparse
+
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +20,7 @@ SETTINGS = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()

@@ -76,6 +76,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of optimizers' names")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    known = [name for name, _ in optimizers(("",))]
+    for beginning in args.only:
+        if not any(name.startswith(beginning) for name in known):
+            parser.error(f"--only {beginning}: no name begins so; there are {', '.join(known)}")
     device = jax.devices()[0]
     print(
         f"{datetime.date.today()}, {device.device_kind} ({device.platform}, {platform.machine()}), "

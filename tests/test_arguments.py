@@ -171,6 +171,7 @@ def test_parts_of_another_class_are_refused(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: came(1e-3, b1=0.0), r"b1 must lie in \(0, 1\).*optax.adafactor"),
         (lambda: adam_mini(1e-3, mu_dtype="float23"), "mu_dtype must be .* got 'float23'"),
         (lambda: error_feedback(residual="dynamic8_unsigned"), "both signs.*dynamic8_unsigned"),
         (lambda: top_k(count=1.5), "count must be a positive integer; got 1.5"),

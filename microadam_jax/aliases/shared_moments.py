@@ -255,7 +255,7 @@ def came(
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
-        b1: :math:`\beta_1`, of the momentum, in [0, 1).
+        b1: :math:`\beta_1`, of the momentum, in (0, 1).
         b2: :math:`\beta_2`, of the squared gradients, in [0, 1).
         b3: :math:`\beta_3`, of the instability, in [0, 1).
         eps: :math:`\epsilon_1`, added to squared gradients.
@@ -274,8 +274,8 @@ def came(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a decay rate or an
             epsilon is an array in fewer bits than float32, or ``partition`` is of another class; in
             ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        ValueError: if ``b1`` is a number outside (0, 1), or ``mu_dtype`` is not a floating dtype;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

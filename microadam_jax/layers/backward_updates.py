@@ -129,7 +129,7 @@ def update_in_backward(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> Any:
-        _require(tx, params, layers)
+        require_layerwise(tx, params, layers)
         state = tx.init(params)
         return LastNormState(jnp.zeros([], jnp.float32), state) if _by_last(clip) else state
 
@@ -147,7 +147,19 @@ def _by_last(clip: Clip | None) -> bool:
     return clip == "last_global"
 
 
-def _require(tx: optax.GradientTransformationExtraArgs, params: Params, layers: str) -> None:
+def require_layerwise(
+    tx: optax.GradientTransformationExtraArgs, params: Params, layers: str
+) -> None:
+    """Refuses an optimizer that needs the gradients of other layers to update one.
+
+    Args:
+        tx: the optimizer.
+        params: the parameters, or their shapes.
+        layers: the name of the stack.
+
+    Raises:
+        ValueError: if there is no such stack, or the optimizer looks at several layers.
+    """
     if layers not in params:
         raise ValueError(
             f"The parameters have no stack {layers!r}; they have {', '.join(params)}. Give layers= "

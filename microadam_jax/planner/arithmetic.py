@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from microadam_jax.layers.backward_updates import require_layerwise
 from microadam_jax.planner.llama import Model
 from microadam_jax.planner.meshes import abstract_mesh, bytes_per_device, parameter_shardings
 from microadam_jax.state_shardings import state_shardings
@@ -48,9 +49,9 @@ def arithmetic_plan(
             the largest part counts and not all: a layer, the head or the embedding.
 
     Raises:
-        ValueError: if the model is no Llama and its layers are to be updated in the backward pass,
-            or if the mesh has several devices and the model is no Llama, of which alone
-            it is known how it is cut.
+        ValueError: if the layers are to be updated in the backward pass, and the model is no Llama
+            or the optimizer needs the gradients of several layers at once; or if the mesh has
+            several devices and the model is no Llama, of which alone it is known how it is cut.
 
     Examples:
         >>> import optax
@@ -74,6 +75,7 @@ def arithmetic_plan(
     state = bytes_per_device(shapes, state_shardings(tx, model.params, where))
     gradients = parameters
     if update_in_backward:
+        require_layerwise(optax.with_extra_args_support(tx), model.params, "layers")
         gradients = max(
             bytes_per_device(part, where[name]) // (_layers(part) if name == "layers" else 1)
             for name, part in model.params.items()

@@ -77,7 +77,7 @@ def scale_by_came(
     up or choose a smaller :math:`\beta_3`.
 
     Args:
-        b1: :math:`\beta_1`, of the momentum, in [0, 1).
+        b1: :math:`\beta_1`, of the momentum, in (0, 1): with 0, :math:`u_t - m_t` would be zero.
         b2: :math:`\beta_2`, of the squared gradients, in [0, 1).
         b3: :math:`\beta_3`, of the instability, in [0, 1).
         eps: :math:`\epsilon_1`.
@@ -94,8 +94,8 @@ def scale_by_came(
     Raises:
         TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
             ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update``, if the state was made
-            for another partition.
+        ValueError: if ``b1`` is a number outside (0, 1), or ``mu_dtype`` is not a floating dtype;
+            in ``update``, if the state was made for another partition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -117,6 +117,11 @@ def scale_by_came(
     """
     partition = as_partition(partition)
     mu_dtype = moment_dtype(mu_dtype)
+    if isinstance(b1, int | float) and not 0 < b1 < 1:
+        raise ValueError(
+            f"CAME divides by how far its momentum is from the update, so b1 must lie in (0, 1); "
+            f"got {b1}. Without a momentum take optax.adafactor."
+        )
 
     def init(params: optax.Params) -> ScaleByCameState:
         assignments = partition.assign(params)

@@ -169,6 +169,7 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
     [
         (["--rounding", "stochastic"], "--rounding stochastic needs --param-dtype bfloat16"),
         (["--model", "gpt2", "--update-in-backward"], "leave out --update-in-backward"),
+        (["--optimizer", "mfac", "--update-in-backward"], "cannot be used"),
         (["--mesh", "rows=2"], "must be a list such as fsdp=64,tp=4"),
         (["--optimizer", "microadan"], "did you mean microadam"),
         (["--optimizer", "microadam:layers=2"], "microadam has no option 'layers'; it has b1,"),
