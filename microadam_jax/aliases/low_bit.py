@@ -10,10 +10,10 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.aliases.shared_moments import adam_mini
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
+from microadam_jax.engine.transformation import require_float32
 from microadam_jax.layout.partition import Partition
 from microadam_jax.transforms import quantize_state, scale_by_factored_adam
 from microadam_jax.transforms.descent import descend
-from microadam_jax.transforms.transformation import require_float32
 
 
 def adamw8bit(

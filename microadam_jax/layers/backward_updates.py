@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from microadam_jax.engine.leaf_loops import once
 from microadam_jax.execution import within
 from microadam_jax.layers.state_of_layers import (
     StateParts,
@@ -15,7 +16,6 @@ from microadam_jax.layers.state_of_layers import (
     require_each_alone,
     subtree,
 )
-from microadam_jax.leaf_loops import once
 from microadam_jax.trees import KeyPath, path_name, without_boxes
 
 Clip = Literal["value", "layer", "global", "last_global"]

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import (
     Partition,
@@ -15,7 +16,6 @@ from microadam_jax.layout.partition import (
     remark_assignment,
     warn_unnamed,
 )
-from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 
 

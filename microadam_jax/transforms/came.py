@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.axes import Shape, require_shape
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.memory import warn_of_more_than_adam
@@ -19,7 +20,6 @@ from microadam_jax.transforms.factors import (
     sides,
 )
 from microadam_jax.transforms.moments import moment_dtype, moving_average
-from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 

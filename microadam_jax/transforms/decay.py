@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.engine.transformation import transformation
 
 NEEDS_PARAMS = (
     "Weight decay needs the parameters: call tx.update(updates, state, params). With "

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from optax import GradientTransformationExtraArgs
 
-from microadam_jax.transforms.window_step import Moved
+from microadam_jax.engine.window_step import Moved
 from microadam_jax.trees import columns_of, rows_of
 
 

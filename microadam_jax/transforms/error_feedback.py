@@ -11,19 +11,19 @@ from jax.typing import ArrayLike
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.compressors import Compressor, TopK, require_compressor, top_k
 from microadam_jax.diagnostics import announce_feedback, observe_feedback, observing
-from microadam_jax.execution import scope
-from microadam_jax.memory import remark
-from microadam_jax.sharding import state_zeros, unused_state
-from microadam_jax.state_format import setting
-from microadam_jax.transforms.compress import first_carried
-from microadam_jax.transforms.top_k_feedback import (
+from microadam_jax.engine.top_k_feedback import (
     TopKFeedback,
     Uncompressed,
     compress_all,
     goes_by_rows,
     require_unnamed,
 )
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.engine.transformation import transformation
+from microadam_jax.execution import scope
+from microadam_jax.memory import remark
+from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.state_format import setting
+from microadam_jax.transforms.compress import first_carried
 from microadam_jax.trees import KeyPath, boxed_like, columns_of, leaf_key, map_with_path, rows_of
 
 

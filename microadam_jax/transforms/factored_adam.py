@@ -9,9 +9,9 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, as_storage
+from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import Partition, as_partition, warn_unnamed
-from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 

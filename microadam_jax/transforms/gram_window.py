@@ -18,10 +18,10 @@ from microadam_jax.compressors import (
     require_compressor,
 )
 from microadam_jax.compressors.block_sparse import combined
-from microadam_jax.leaf_loops import Arrays, Work, in_place, on_cpu
+from microadam_jax.engine.leaf_loops import Arrays, Work, in_place, on_cpu
+from microadam_jax.engine.transformation import transformation
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
-from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window
 from microadam_jax.trees import (
     KeyPath,

@@ -6,8 +6,8 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.compressors import Compressor
+from microadam_jax.engine.transformation import require_float32
 from microadam_jax.transforms.gram_window import applied, gram_window, spectrum
-from microadam_jax.transforms.transformation import require_float32
 from microadam_jax.transforms.window import Window, as_window
 
 

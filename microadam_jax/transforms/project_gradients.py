@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.view import WHOLE, Layout, MatrixView
@@ -27,7 +28,6 @@ from microadam_jax.subspace.refresh import Refresh, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import one_minus_power
-from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 FIRST_MOMENTS = ("mu", "trace")

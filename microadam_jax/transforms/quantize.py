@@ -10,18 +10,18 @@ from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
-from microadam_jax.execution import scope
-from microadam_jax.sharding import state_zeros
-from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
-from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
-from microadam_jax.transforms.stored_step import (
+from microadam_jax.engine.stored_step import (
     Arrays,
     Rule,
     StoredStep,
     stored_steps,
     typed_keys,
 )
-from microadam_jax.transforms.transformation import transformation
+from microadam_jax.engine.transformation import transformation
+from microadam_jax.execution import scope
+from microadam_jax.sharding import state_zeros
+from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
+from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
 from microadam_jax.trees import (
     KeyPath,
     LeafKey,

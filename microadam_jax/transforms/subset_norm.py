@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.arguments import require_kind
 from microadam_jax.codecs import Unstored
+from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import (
     Assignment,
@@ -19,7 +20,6 @@ from microadam_jax.layout.partition import (
     warn_unnamed,
 )
 from microadam_jax.layout.subsets import Subsets
-from microadam_jax.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath
 

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.arguments import require_kind
+from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.sharding import moment_zeros
@@ -18,7 +19,6 @@ from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.moments import moving_average
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.subset_norm import correction, subset_norms
-from microadam_jax.transforms.transformation import transformation
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 

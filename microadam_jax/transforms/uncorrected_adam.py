@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.engine.transformation import transformation
 from microadam_jax.transforms.moments import moving_average, one_minus_power
-from microadam_jax.transforms.transformation import transformation
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):

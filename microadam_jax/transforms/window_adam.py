@@ -12,8 +12,11 @@ from jax.typing import ArrayLike
 from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_compressed, require_compressor, top_k
 from microadam_jax.compressors.rows import overwrite_each
+from microadam_jax.engine.leaf_loops import Arrays
+from microadam_jax.engine.top_k_feedback import Uncompressed
+from microadam_jax.engine.transformation import transformation
+from microadam_jax.engine.window_step import Move, WindowStep, move_all
 from microadam_jax.execution import scope
-from microadam_jax.leaf_loops import Arrays
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.state_format import setting
@@ -25,10 +28,7 @@ from microadam_jax.transforms.descent import (
     reads_parameter,
 )
 from microadam_jax.transforms.moments import moving_average, one_minus_power, power
-from microadam_jax.transforms.top_k_feedback import Uncompressed
-from microadam_jax.transforms.transformation import transformation
 from microadam_jax.transforms.window import Window, as_window
-from microadam_jax.transforms.window_step import Move, WindowStep, move_all
 from microadam_jax.trees import KeyPath, columns_of, map_with_path, path_name, rows_of
 from pallas_kernels.window_update import window_adam, window_apply, window_update
 

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 import microadam_jax as m
 from microadam_jax.codecs.rounding import bfloat16_stochastic, dither
 from microadam_jax.codecs.split import Split
+from microadam_jax.engine.stored_step import typed_key
 from microadam_jax.methods import METHODS
 from microadam_jax.transforms.round_updates import round_updates
-from microadam_jax.transforms.stored_step import typed_key
 from microadam_jax.trees import leaf_keys
 from tests.contracts.meshes import collectives, mesh_of, place
 from tests.oracles.rounding import (

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from microadam_jax.codecs import Plain, dynamic4, dynamic8, float8, linear4
 from microadam_jax.codecs.rank1 import rank1_linear4
 from microadam_jax.codecs.scaled import linear2
-from microadam_jax.transforms import two_passes
+from microadam_jax.engine import two_passes
 from pallas_kernels.blockwise_codec import step
 from tests.contracts.meshes import collectives, mesh_of
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.chunks import CACHED, Chunks
 from microadam_jax.codecs.rounding import Rows
+from microadam_jax.engine.chunks import CACHED, Chunks
 from microadam_jax.sharding import explicit_sharding
 
 PIECE = 2**18  # elements of a piece at least: fewer take no longer than to launch an operation

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from microadam_jax.chunks import Chunks
 from microadam_jax.codecs import Codec, Plain, StoredLeaf
 from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.codecs.rounding import Draw, Rows, key_of_layer
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.leaf_loops import (
+from microadam_jax.engine import two_passes
+from microadam_jax.engine.chunks import Chunks
+from microadam_jax.engine.leaf_loops import (
     Arrays,
     Work,
     by_kind,
@@ -23,7 +24,6 @@ from microadam_jax.leaf_loops import (
     written,
 )
 from microadam_jax.sharding import state_zeros
-from microadam_jax.transforms import two_passes
 from microadam_jax.trees import LeafKey
 from pallas_kernels.blockwise_codec import blockwise_step, moved, step, stored
 from pallas_kernels.dispatch import compiles_for_gpus, names_kernel

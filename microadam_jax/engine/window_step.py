@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from microadam_jax.codecs.rounding import Draw, Rows
-from microadam_jax.leaf_loops import Arrays, Work, each_kind, on_cpu
-from microadam_jax.transforms.top_k_feedback import TopKFeedback, Uncompressed
+from microadam_jax.engine.leaf_loops import Arrays, Work, each_kind, on_cpu
+from microadam_jax.engine.top_k_feedback import TopKFeedback, Uncompressed
 from pallas_kernels.dispatch import names_kernel
 
 # From target, values and indices, the implementation and the sharding to the result.

@@ -41,7 +41,7 @@ def transformation(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax.transforms.transformation import transformation
+        >>> from microadam_jax.engine.transformation import transformation
         >>> tx = transformation(lambda params: (), lambda updates, state, params: (updates, state))
         >>> tx.init({"steps": jnp.arange(3)})
         Traceback (most recent call last):
