@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,8 @@ class Scope:
         notes: where :func:`memory_report` collects notes about leaves, or None.
         settings: where :func:`state_format` collects what states depend on, or None.
         zeros: the arrays of zeros of the program that ``init`` is traced into; None outside of it.
+        axes: where :func:`state_shardings` collects arrays that have only some of the parameter's
+            axes, and which; None elsewhere.
     """
 
     implementation: str | None = None
@@ -46,6 +48,7 @@ class Scope:
     notes: dict[str, list[str]] | None = None
     settings: dict[str, str] | None = None
     zeros: dict[Hashable, list[tuple[Any, jax.Array]]] | None = None
+    axes: list[tuple[jax.Array, Collection[int]]] | None = None
 
     def implementation_for(self, transformation: str) -> str | None:
         """Returns the implementation for a transformation whose operations have kernels.

@@ -18,6 +18,7 @@ from jax.sharding import (
 from jax.typing import DTypeLike
 
 from microadam_jax.execution import scope
+from microadam_jax.trees import owner_of
 
 
 def state_zeros(
@@ -47,7 +48,7 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) 
     The compiler would make one of equal arrays, but takes longer over thousands of them than over
     all else in an ``init``.
     """
-    shared = scope().zeros
+    shared = scope().zeros if scope().axes is None else None  # where arrays are told apart
     kind, now = (shape, jnp.dtype(dtype), sharding), get_opaque_trace_state()
     known = [] if shared is None else shared.setdefault(kind, [])
     for trace, zeros in known:
@@ -157,10 +158,31 @@ def zeros_sharded_on(
         dtype: the state array's dtype.
         axes: those that state and parameter have in common.
     """
-    sharding = known_sharding(parameter)
+    sharding, axes = known_sharding(parameter), tuple(axes)
     if isinstance(sharding, NamedSharding):
-        sharding = _only_on(sharding, len(shape), axes)
-    return _zeros(shape, dtype, sharding)
+        sharding = only_on(sharding, len(shape), axes)
+    zeros, collected = _zeros(shape, dtype, sharding), scope().axes
+    if collected is not None:
+        collected.append((zeros, axes))
+    return zeros
+
+
+def tell_axes(state: Any, parameters: Any) -> None:
+    """Tells :func:`state_shardings` that arrays of a state have the axes of their parameters.
+
+    Args:
+        state: of an optimizer for ``parameters``.
+        parameters: some or all from :func:`zeros_sharded_on`.
+    """
+    collected = scope().axes
+    if collected is None:
+        return
+    known = {id(zeros): axes for zeros, axes in collected}
+    leaves = jax.tree.leaves_with_path(parameters)
+    axes = {path: known[id(leaf)] for path, leaf in leaves if id(leaf) in known}
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if (owner := owner_of(path, axes)) is not None:
+            collected.append((leaf, axes[owner]))
 
 
 def place_on(x: jax.Array, parameter: jax.Array, axes: Collection[int]) -> jax.Array:
@@ -169,7 +191,7 @@ def place_on(x: jax.Array, parameter: jax.Array, axes: Collection[int]) -> jax.A
     if sharding is None:
         return x
     target = jax.typeof(parameter).sharding
-    return jax.sharding.reshard(x, _only_on(target, x.ndim, axes))
+    return jax.sharding.reshard(x, only_on(target, x.ndim, axes))
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -205,7 +227,8 @@ def place_like(x: jax.Array, parameter: jax.Array, shape: tuple[int, ...]) -> ja
     return jax.sharding.reshard(x, fitted(sharding, shape))
 
 
-def _only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> NamedSharding:
+def only_on(sharding: NamedSharding, rank: int, axes: Collection[int]) -> NamedSharding:
+    """A parameter's sharding for an array of ``rank`` axes, whole on all but ``axes``."""
     spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
     kept = [name if axis in axes else None for axis, name in enumerate(spec[:rank])]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

@@ -2,14 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax.sharding import fitted, shards_along
+from microadam_jax.execution import within
+from microadam_jax.sharding import fitted, only_on, shards_along
 from microadam_jax.trees import KeyPath, owner_of, path_name, without_boxes
 
 # What arrays may take on a device beyond their share before anything is said: few can act on less.
@@ -29,7 +30,8 @@ def state_shardings(
     Use it as the ``out_shardings`` of ``jax.jit(tx.init)`` and of the training step, and as the
     target of a restore. A state array lies as its parameter does, and whole on the axes that the
     parameter's sharding does not divide: the averaged axes of a shared second moment, or the rows
-    and columns of ``optax.adafactor``. What belongs to no parameter is on every device.
+    and columns of ``optax.adafactor``. A rank in place of an axis is whole too. What belongs to no
+    parameter is on every device.
 
     Args:
         tx: any Optax transformation, in whatever wrappers.
@@ -74,21 +76,26 @@ def state_shardings(
     shardings = {path: sharding for (path, _), sharding in zip(leaves, columns, strict=True)}
     mesh = _mesh_of(columns)
     _require_memory(mesh, memory_kind)
-    state = jax.eval_shape(lambda params: tx.init(params), params)
-    asked = shardings
+    state, axes = _state_of(tx, params)
+
+    def asked(path: KeyPath, leaf: Any, of_owner: NamedSharding) -> NamedSharding:
+        return only_on(of_owner, leaf.ndim, axes[path]) if path in axes else of_owner
+
+    given = shardings
     if zero_axis is not None:
         _require_axis(mesh, zero_axis)
         shapes: dict[KeyPath, list[tuple[int, ...]]] = {path: [leaf.shape] for path, leaf in leaves}
         for path, leaf in jax.tree.leaves_with_path(state):
             if (owner := owner_of(path, shardings)) is not None:
-                shapes[owner].append(leaf.shape)
+                kept = axes.get(path, range(leaf.ndim))
+                shapes[owner].append(tuple(n if i in kept else 1 for i, n in enumerate(leaf.shape)))
         shardings = {path: _cut(shardings[path], zero_axis, own) for path, own in shapes.items()}
 
     def place(path: KeyPath, leaf: Any) -> NamedSharding:
         owner = owner_of(path, shardings)
         if owner is None:
             return NamedSharding(mesh, PartitionSpec())
-        sharding = fitted(shardings[owner], leaf.shape)
+        sharding = fitted(asked(path, leaf, shardings[owner]), leaf.shape)
         return sharding if memory_kind is None else sharding.with_memory_kind(memory_kind)
 
     placed = jax.tree.map_with_path(place, state)
@@ -96,10 +103,32 @@ def state_shardings(
     for (path, leaf), sharding in zip(
         jax.tree.leaves_with_path(state), jax.tree.leaves(placed), strict=True
     ):
-        if (owner := owner_of(path, asked)) is not None:
-            extra[path_name(path)] = _extra_bytes(leaf, asked[owner], sharding, zero_axis)
+        if (owner := owner_of(path, given)) is not None:
+            wish = asked(path, leaf, given[owner])
+            extra[path_name(path)] = _extra_bytes(leaf, wish, sharding, zero_axis)
     _warn_of(extra)
     return placed
+
+
+def _state_of(
+    tx: optax.GradientTransformation, params: Any
+) -> tuple[Any, dict[KeyPath, Collection[int]]]:
+    """The state as shapes, and the axes of the parameter that an array has, if not all, by path.
+
+    What has a rank in place of an axis cannot be told by its shape from what has blocks there.
+    """
+    axes: dict[KeyPath, Collection[int]] = {}
+
+    def init(params: Any) -> Any:
+        with within(axes=[]) as inside:
+            state = tx.init(params)
+        known = {id(zeros): kept for zeros, kept in inside.axes or ()}
+        for path, leaf in jax.tree.leaves_with_path(state):
+            if id(leaf) in known:
+                axes[path] = known[id(leaf)]
+        return state
+
+    return jax.eval_shape(init, params), axes
 
 
 def _extra_bytes(

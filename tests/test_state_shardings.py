@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import adam_mini, adamw8bit, came, memory_report, microadam, state_shardings
+from microadam_jax.methods import METHODS
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
@@ -205,3 +206,29 @@ def test_other_shardings_and_trees_without_parameters_are_refused() -> None:
         state_shardings(microadam(1e-3), SHAPES, P())
     with pytest.raises(ValueError, match="no parameters"):
         state_shardings(microadam(1e-3), {}, {})
+
+
+@pytest.mark.parametrize("spec", [P("fsdp", "tp"), P("fsdp"), P(None, "fsdp")], ids=str)
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.kind == "subspace"])
+def test_a_rank_is_whole_and_a_step_keeps_it_so_on_explicit_axes(name: str, spec: P) -> None:
+    # Trailing Nones say nothing.
+    def spec_of(leaf: Any) -> tuple[Any, ...]:
+        entries = [*leaf.sharding.spec]
+        while entries and entries[-1] is None:
+            entries.pop()
+        return tuple(entries)
+
+    tx = METHODS[name].factory(1e-2, **METHODS[name].at_rank(16))
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = {"up": {"kernel": NamedSharding(mesh, spec)}}
+        for shape in (256, 512), (512, 256):
+            params = {"up": {"kernel": jnp.ones(shape, device=placed["up"]["kernel"])}}
+            found = state_shardings(tx, params, placed)
+            state = tx.init(params)
+            wanted = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), state)
+            same = jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), found, wanted, state)
+            assert jax.tree.all(same)
+            _, new = jax.eval_shape(tx.update, params, state, params)
+            before = jax.eval_shape(lambda x: x, state)
+            assert jax.tree.map(spec_of, new) == jax.tree.map(spec_of, before)

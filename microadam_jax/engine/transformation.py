@@ -24,7 +24,7 @@ def transformation(
 
     Parameters are floating-point arrays, or Python floats, which become arrays. Parameters that
     have no gradient (``None``) may be anything in ``update``, such as the functions of an Equinox
-    model. States may hold NumPy arrays, as after a restore.
+    model or what it does not train. States may hold NumPy arrays, as after a restore.
 
     Args:
         init: from parameters to a state.
@@ -135,21 +135,15 @@ def _require_real(path: KeyPath, leaf: Any) -> None:
 
 
 def _where_updated(updates: Any, params: Any) -> Any:
-    """``params``, without what is no parameter and has no update."""
-    if all(_is_real(leaf) for leaf in jax.tree.leaves(params)):
+    """``params``, without what has no update."""
+    if all(leaf is not None for leaf in jax.tree.leaves(updates, is_leaf=lambda x: x is None)):
         return params
-
-    def either(update: Any, parameter: Any) -> Any:
-        no_parameter = update is None and jax.tree_util.all_leaves([parameter])
-        return None if no_parameter and not _is_real(parameter) else parameter
-
     return jax.tree.map(
-        either, updates, params, is_leaf=lambda node: node is None or is_compressed(node)
+        lambda update, parameter: None if update is None else parameter,
+        updates,
+        params,
+        is_leaf=lambda node: node is None or is_compressed(node),
     )
-
-
-def _is_real(leaf: Any) -> bool:
-    return type(leaf) is float or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)
 
 
 def _on_device(state: Any) -> Any:

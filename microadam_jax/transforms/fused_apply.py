@@ -42,7 +42,8 @@ def fused_apply(
     Returns:
         The function ``step(grads, state, params, **extra_args) -> (params, state)``. The state is
         that of ``tx.init``; ``grads`` have the structure of ``params``, and where these hold
-        ``None`` or a ``MaskedNode``, so do the results.
+        ``None`` or a ``MaskedNode``, so do the results. A parameter whose gradient is ``None``
+        stays what it is.
 
     Raises:
         TypeError: if ``tx`` is another transformation, or a wrapper or a chain around one of
@@ -80,9 +81,16 @@ def fused_apply(
     ) -> tuple[optax.Params, optax.OptState]:
         moved, state = tx.update(grads, state, params, apply=True, **extra_args)
         # In the boxes of the parameters, whatever those of the gradients say.
-        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(moved)), state
+        before, structure = jax.tree.flatten(params, is_leaf=_is_none)
+        pairs = zip(before, jax.tree.leaves(grads, is_leaf=_is_none), strict=True)
+        new = iter(jax.tree.leaves(moved))
+        return structure.unflatten(p if g is None else next(new) for p, g in pairs), state
 
     return step
+
+
+def _is_none(node: object) -> bool:
+    return node is None
 
 
 def _origin(tx: object) -> str:

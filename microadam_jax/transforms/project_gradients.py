@@ -13,7 +13,7 @@ from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.view import WHOLE, Layout, MatrixView
 from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import state_zeros
+from microadam_jax.sharding import state_zeros, tell_axes
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.complement import Complement, Discard, Step
 from microadam_jax.subspace.projection import (
@@ -161,8 +161,10 @@ def project_gradients(
         basis = rules.projection.zeros(params)
         kept = map_with_path(rest, len(complement.layouts), params)
         (projected,) = map_with_path(low, 1, params)
+        boxed = boxed_moments(projected, params)
         with within(micro_batch=None):
-            inner_state = inner.init(boxed_moments(projected, params))
+            inner_state = inner.init(boxed)
+        tell_axes(inner_state, boxed)
         rules.moments(inner_state)  # refuses a state that lacks them
         state = ProjectGradientsState(
             jnp.zeros([], jnp.int32),

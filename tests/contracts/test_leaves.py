@@ -86,6 +86,15 @@ def test_a_whole_equinox_model_may_be_given_to_update(name: str) -> None:
 
 
 @each_name
+def test_a_parameter_without_gradient_may_be_given_to_update(name: str) -> None:
+    tx, moving = make(name), {"kernel": KERNEL, "frozen": None}
+    params = {"kernel": KERNEL, "frozen": jnp.ones(3)}
+    updates, state = jax.eval_shape(tx.update, moving, tx.init(moving), params)
+    assert updates["frozen"] is None
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(moving))
+
+
+@each_name
 def test_python_floats_are_parameters(name: str) -> None:
     tx = make(name)
     state = tx.init({"kernel": KERNEL, "scale": 0.5})

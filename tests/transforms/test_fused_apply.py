@@ -14,14 +14,15 @@ from jax.sharding import PartitionSpec as P
 
 from microadam_jax import (
     accumulate_into_residual,
+    adam_mini,
     adam_mini8bit,
     adamw4bit_factored,
     adamw8bit,
     came,
     fused_apply,
-    leaf_loops,
     microadam,
 )
+from microadam_jax.engine import leaf_loops
 from tests.contracts.meshes import collectives
 
 # The warnings have tests of their own: here parameters follow no rule on purpose.
@@ -110,6 +111,15 @@ def test_leaves_that_are_none_or_masked_stay_so() -> None:
     found, _ = step(params, tx.init(params), params)
     assert {name: found.pop(name) for name in holes} == holes
     expected, _ = step(whole, tx.init(whole), whole)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_parameter_without_gradient_stays_what_it_is() -> None:
+    tx, whole = adam_mini(1e-2, weight_decay=0.1), normal()
+    grads, params = {**whole, "frozen": None}, {**whole, "frozen": jnp.arange(3.0)}
+    found, _ = fused_apply(tx)(grads, tx.init(grads), params)
+    np.testing.assert_array_equal(found.pop("frozen"), jnp.arange(3.0))
+    expected, _ = fused_apply(tx)(whole, tx.init(whole), whole)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 

@@ -21,7 +21,6 @@ from microadam_jax import (
     adamw8bit,
     came,
     error_feedback,
-    leaf_loops,
     lion4bit,
     memory_report,
     microadam,
@@ -30,6 +29,7 @@ from microadam_jax import (
     scale_by_window_adam,
 )
 from microadam_jax.codecs import affine4, dynamic4, dynamic8, linear4
+from microadam_jax.engine import leaf_loops
 from microadam_jax.methods import METHODS
 from tests.llama_100m import llama_100m
 from tests.oracles import low_bit as oracle
