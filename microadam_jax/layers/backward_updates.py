@@ -235,6 +235,9 @@ class _Step(NamedTuple):
         moved |= last
         rest = jax.tree.map_with_path(lambda path, _: moved[path_name(path)], rest)
         new = {name: stack if name == self.layers else rest[name] for name in params}
+        by_path = dict(jax.tree.leaves_with_path(new))
+        # What is no dict, such as a FrozenDict, stays what it is.
+        new = jax.tree.map_with_path(lambda path, _: by_path[path], params)
         return new, parts.structure.unflatten(leaves), loss, jnp.sqrt(squares)
 
     def _used(self, rest: Params, batch: Any, x: Any) -> tuple[set[KeyPath], set[KeyPath]]:

@@ -118,12 +118,23 @@ class StateParts:
 
         Returns:
             The updates, and the new arrays of the state by their indices.
+
+        Raises:
+            ValueError: if the optimizer does not take parameters one at a time.
         """
         places = self.places(paths)
         given: list[Any] = [None] * len(self.owners)
         for i in places:
             given[i] = leaves[i]
-        updates, state = tx.update(gradients, self.structure.unflatten(given), params, **extra_args)
+        state = self.structure.unflatten(given)
+        try:
+            updates, state = tx.update(gradients, state, params, **extra_args)
+        except ValueError as error:
+            raise ValueError(
+                "The optimizer does not update a parameter with None in the place of all others. "
+                "Masks and labels that are functions see that None: give optax.masked, "
+                "optax.partition and the like trees, as mask(params) is one."
+            ) from error
         return updates, dict(zip(places, jax.tree.leaves(state), strict=True))
 
 
@@ -151,6 +162,13 @@ def require_each_alone(
             raise ValueError(
                 "optax.MultiSteps keeps a gradient of every parameter, which updating in the "
                 "backward pass is to do without. Leave it out, or use accumulate_into_residual."
+            )
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if path_name(path).endswith("rng_key") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"The optimizer draws random numbers for all parameters from {path_name(path)!r}, "
+                "and would draw the same for each if layers are updated one after another. Leave "
+                "optax.add_noise and the like out."
             )
     paths = [path for path, _ in jax.tree.leaves_with_path(single)]
 

@@ -153,7 +153,8 @@ def _require_residuals(tree: Any, batch: MicroBatch) -> None:
         raise ValueError(
             f"accumulate_into_residual finds no error feedback, and so no residual, for "
             f"{len(missing)} of {len(paths)} parameters ({shown}). microadam, sparse_mfac, "
-            "lowrank_mfac, sparse_ggt, ldadam and dct_adamw have one. In optax.partition or "
+            "lowrank_mfac, sparse_ggt and ldadam have one, and dct_adamw with "
+            "complement=FeedBack(). In optax.partition or "
             "optax.masked wrap the part that has one, inside; for other methods sum the gradients "
             "within the step, or use optax.MultiSteps. A jitted update is to be wrapped before it "
             "is jitted."

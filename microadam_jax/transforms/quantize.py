@@ -35,7 +35,7 @@ from microadam_jax.trees import (
 )
 from pallas_kernels.dispatch import names_kernel
 
-SIGNED_FIELDS = ("mu", "trace", "ema", "momentum")
+SIGNED_FIELDS = ("mu", "m", "m1", "m2", "trace", "ema", "momentum")
 
 
 class QuantizedState(NamedTuple):

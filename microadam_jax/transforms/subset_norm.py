@@ -20,6 +20,7 @@ from microadam_jax.layout.partition import (
     warn_unnamed,
 )
 from microadam_jax.layout.subsets import Subsets
+from microadam_jax.state_format import SUBSET_NORMS, setting
 from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath
 
@@ -103,6 +104,7 @@ def scale_by_subset_norm(
         return (leaf.zeros(subsets.of(leaf.layout).moment_shape),)
 
     def inspect(leaves: list[Leaf]) -> None:
+        tell_subset_norms(subsets, b2)
         if subsets.rule == "larger":
             costs = [(leaf.layout, leaf.layout.bytes) for leaf in leaves]
             warn_unnamed("scale_by_subset_norm", costs)
@@ -125,6 +127,12 @@ def scale_by_subset_norm(
         inspect=inspect,
         hyperparams={"b1": b1, "b2": b2, "eps": eps},
     )
+
+
+def tell_subset_norms(subsets: Subsets, b2: ArrayLike | None) -> None:
+    """Tells the state format what the numbers of :math:`v` are."""
+    kept = "added up" if b2 is None else "a moving average"
+    setting(SUBSET_NORMS, f"the {subsets.reduction} of squares, {kept}")
 
 
 def subset_norms(

@@ -18,7 +18,7 @@ from microadam_jax.subspace.refresh import Refresh
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.moments import moving_average
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
-from microadam_jax.transforms.subset_norm import correction, subset_norms
+from microadam_jax.transforms.subset_norm import correction, subset_norms, tell_subset_norms
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 
@@ -111,6 +111,7 @@ def subspace_momentum(
 
     def init(params: optax.Params) -> SubspaceMomentumState:
         assigned = matrices.assign(params)
+        tell_subset_norms(subsets, b2)
 
         def zeros(path: KeyPath, parameter: jax.Array) -> Arrays:
             shape = subsets.of(assigned[path].assignment).moment_shape

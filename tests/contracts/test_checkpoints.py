@@ -12,16 +12,24 @@ import pytest
 
 from microadam_jax import (
     Blocks,
+    Matrices,
     MicroAdamLayout,
+    Partition,
     Window,
+    adagrad_sn,
     adam_mini,
+    adam_sn,
     adamw8bit,
+    galore,
     microadam,
     require_state_format,
+    sparse_ggt,
+    sparse_mfac,
     state_format,
     state_shardings,
 )
 from microadam_jax.codecs import affine4, dynamic8
+from microadam_jax.layout.subsets import Subsets
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, gradients, marks_of, parameters
 from tests.contracts.closeness import assert_close_but_for_levels
 from tests.contracts.meshes import mesh_of, place
@@ -150,6 +158,42 @@ def test_other_codecs_and_dtypes_of_moments_are_refused_with_both() -> None:
     saved = state_format(adam_mini(1e-3), params)
     with pytest.raises(ValueError, match="mu was float32: 65,536 and is now bfloat16: 65,536"):
         require_state_format(saved, adam_mini(1e-3, mu_dtype="bfloat16"), params)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        (adam_sn(1e-2), adagrad_sn(1e-2), "subset norms was .*average and is now .*added up"),
+        (
+            adam_sn(1e-2),
+            adam_sn(1e-2, subsets=Subsets(reduction="mean")),
+            "was the sum of squares.*is now the mean",
+        ),
+        (
+            adam_mini(1e-2),
+            adam_mini(1e-2, partition=Partition((("kernel", "in | out -> in"),))),
+            "another partition",
+        ),
+        (
+            galore(1e-2, rank=8, matrices=Matrices(side="in")),
+            galore(1e-2, rank=8, matrices=Matrices(side="out")),
+            "another side",
+        ),
+        (sparse_ggt(1e-2), sparse_mfac(1e-2), "other links"),
+    ],
+)
+def test_what_the_numbers_of_arrays_do_not_tell_is_refused(
+    before: Any, after: Any, sentence: str
+) -> None:
+    params = {"up": {"kernel": jax.ShapeDtypeStruct((64, 64), np.float32)}}
+    saved = state_format(before, params)
+    require_state_format(saved, before, params)
+    with pytest.raises(ValueError, match=sentence):
+        require_state_format(saved, after, params)
+    # What was saved before these were told is taken as it was.
+    for told in "arrays", "subset norms":
+        saved.pop(told, None)
+    require_state_format(saved, before, params)
 
 
 def test_another_format_version_is_refused_with_both() -> None:

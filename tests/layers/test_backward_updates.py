@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -284,6 +285,7 @@ REFUSED = {
         lambda: optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(),
         "keeps a gradient of every parameter",
     ),
+    "noise": (lambda: optax.chain(optax.add_noise(1.0, 0.0, 0), optax.sgd(1.0)), "rng_key"),
     "shared": (lambda: optax.adafactor(1e-3, min_dim_size_to_factor=2), "Layers share"),
 }
 
@@ -293,6 +295,24 @@ def test_what_cannot_work_is_refused(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         update_in_backward(make(), before, layer, after).init(params_of())
+
+
+def test_masks_that_are_functions_are_refused_with_a_remedy() -> None:
+    def mask(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: path[0].key != "embed", params)
+
+    training = update_in_backward(optax.masked(optax.adam(1e-2), mask), before, layer, after)
+    params = params_of()
+    with pytest.raises(ValueError, match=r"give optax\.masked.* trees"):
+        jax.eval_shape(training.step, params, training.init(params), jnp.zeros((2, 5), jnp.int32))
+
+
+def test_a_frozen_dict_stays_one() -> None:
+    training = update_in_backward(optax.adam(1e-2), before, layer, after)
+    params = freeze(params_of())
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    new, *_ = jax.eval_shape(training.step, params, training.init(params), tokens)
+    assert new == jax.eval_shape(lambda: params)
 
 
 def test_mistakes_are_told() -> None:
