@@ -67,8 +67,8 @@ def _run(config: Config, label: str, rate: str, out: Path) -> None:
         opt=tuple(option for option in OPTIONS if option.startswith(f"{label}.")),
         lr=(f"{label}={rate}",),
     )
-    optimizer = optimizers.named(settings, clip=settings.clip)[label]
-    result = train(settings, job_of(config, Console()), method, optimizer)
+    built = optimizers.named(settings, clip=settings.clip, from_scratch=False)
+    result = train(settings, job_of(config, Console()), method, built[label])
     line = (
         *(label, rate, config.seed, config.steps, result.accuracy, result.training_loss),
         *(result.held_out_loss, result.state_bytes, result.step_bytes, result.step_seconds),

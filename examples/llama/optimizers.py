@@ -30,12 +30,15 @@ class Named(Protocol):
     steps: int
 
 
-def named(config: Named, *, clip: float) -> dict[str, optax.GradientTransformation]:
+def named(
+    config: Named, *, clip: float, from_scratch: bool
+) -> dict[str, optax.GradientTransformation]:
     """Builds the optimizers that a configuration names, with their learning rates.
 
     Args:
         config: The configuration.
         clip: The global norm to which gradients are clipped first; 0 for no clip.
+        from_scratch: Whether they get the options for pre-training, where they have some.
 
     Returns:
         The optimizers by label, in the order of the configuration.
@@ -49,7 +52,9 @@ def named(config: Named, *, clip: float) -> dict[str, optax.GradientTransformati
     built = {}
     for label, name in names.items():
         method = METHODS.get(name)
-        suited = {} if method is None else {**method.options, **method.at_rank(RANK)}
+        suited = {} if method is None else method.at_rank(RANK)
+        if method is not None and from_scratch:
+            suited = {**method.options, **suited}
         optimizer = _call(
             label, name, _learning_rate(config, peaks[label]), suited | options[label]
         )
@@ -72,7 +77,8 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
         PretrainError: If a name, an option or a value is not understood.
     """
     # If layers are updated in the backward pass, the training loop clips.
-    built = named(config, clip=0 if config.update_in_backward else config.clip)
+    clip = 0 if config.update_in_backward else config.clip
+    built = named(config, clip=clip, from_scratch=True)
     relative = _relative_rates(config)
     for label, optimizer in built.items():
         if relative[label] != 1:
