@@ -77,7 +77,7 @@ def _run(config: Config, label: str, rate: str, out: Path) -> None:
     new = not out.exists()
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", newline="") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         if new:
             writer.writerow(FIELDS)
         writer.writerow(line)
