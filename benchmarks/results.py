@@ -6,6 +6,7 @@ The mark of a place is ``table of`` and the file; pages whose table is another t
 are not built.
 """
 
+import argparse
 import csv
 import math
 import re
@@ -138,6 +139,7 @@ def size_of(runs: dict[int, Run]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
         before = page.read_text()
         if (after := renewed(before)) != before:
