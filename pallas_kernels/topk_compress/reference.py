@@ -134,7 +134,7 @@ def select_top_k(
     few, sorts = k <= MAX_UNROLLED, jax.device_count() == 1
     indices = jax.lax.platform_dependent(
         magnitude,
-        cpu=functools.partial(_by_tournament if few or not sorts else _by_sorting, k=k),
+        cpu=functools.partial(_by_tournament if few or not sorts else _by_sorting_rows, k=k),
         default=functools.partial(_by_rounds if few else _by_sorting, k=k),
     )
     return jnp.take_along_axis(blocks, indices, axis=-1), indices
@@ -142,6 +142,12 @@ def select_top_k(
 
 def _by_sorting(magnitude: jax.Array, k: int) -> jax.Array:
     return jax.lax.top_k(magnitude, k)[1]
+
+
+def _by_sorting_rows(magnitude: jax.Array, k: int) -> jax.Array:
+    """As :func:`_by_sorting`: XLA sorts partly on CPUs, but whole rows of more than two axes."""
+    rows = magnitude.reshape(math.prod(magnitude.shape[:-1]), magnitude.shape[-1])
+    return _by_sorting(rows, k).reshape(*magnitude.shape[:-1], k)
 
 
 def _by_rounds(magnitude: jax.Array, k: int) -> jax.Array:
