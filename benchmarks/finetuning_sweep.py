@@ -28,7 +28,7 @@ FIELDS = (
     *("run", "rate", "seed", "steps", "accuracy", "training_loss", "held_out_loss"),
     *("state_bytes", "step_bytes", "step_seconds", "correct"),
 )
-OPTIONS = ("paper.layout=paper", "pretrain.layout=pretrain")
+LAYOUTS = ("fast", "paper", "pretrain")  # of microadam
 
 
 def main() -> int:
@@ -59,15 +59,15 @@ def main() -> int:
 
 def _run(config: Config, label: str, rate: str, out: Path) -> None:
     method = label if label in ("lora", "qlora", "qst") else "full"
-    name = {"paper": "microadam", "pretrain": "microadam"}.get(label, label)
+    name = "microadam" if label in LAYOUTS else label
     name = "adamw" if method != "full" else name
     settings = dataclasses.replace(
         config,
         optimizer=f"{label}={name}",
-        opt=tuple(option for option in OPTIONS if option.startswith(f"{label}.")),
+        opt=(f"{label}.layout={label}",) if label in LAYOUTS else (),
         lr=(f"{label}={rate}",),
     )
-    built = optimizers.named(settings, clip=settings.clip, from_scratch=False)
+    built = optimizers.named(settings, clip=settings.clip)
     result = train(settings, job_of(config, Console()), method, built[label])
     line = (
         *(label, rate, config.seed, config.steps, result.accuracy, result.training_loss),

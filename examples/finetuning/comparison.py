@@ -34,7 +34,7 @@ def compare(config: Config, console: Console) -> bool:
     Raises:
         PretrainError: If something in the settings does not fit.
     """
-    chosen = optimizers.named(config.named_optimizers(), clip=config.clip, from_scratch=False)
+    chosen = optimizers.named(config.named_optimizers(), clip=config.clip)
     job = job_of(config, console)
     if config.resume is None:
         clear(config, chosen)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,6 +141,8 @@ class Config:
             )
         if self.resume is not None and self.out != self.resume:
             raise PretrainError(f"--out {self.out} is not the run to resume, {self.resume}.")
+        if not 0 <= self.clip < math.inf:
+            raise PretrainError(f"--clip {self.clip} must be a norm, or 0 for no clip.")
         if not 0 <= self.warmup < 1:
             raise PretrainError(
                 f"--warmup {self.warmup} must be a share of the steps, at least 0 and below 1."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -174,6 +175,8 @@ class Config:
                     f"--update-in-backward leaves no gradients of all layers to add up or to look "
                     f"at, and recomputes activations: leave out {' and '.join(unusable)}."
                 )
+        if not 0 <= self.clip < math.inf:
+            raise PretrainError(f"--clip {self.clip} must be a norm, or 0 for no clip.")
         if not 0 <= self.warmup < 1:
             raise PretrainError(
                 f"--warmup {self.warmup} must be a share of the steps, at least 0 and below 1."
@@ -294,14 +297,20 @@ def saved(run: Path, paths: Iterable[str]) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise PretrainError(f"There is no run to resume in {run}: it has no {path.name}.")
-    values = json.loads(path.read_text())
-    return values | {
-        "out": run,
-        "resume": run,
-        "opt": tuple(values["opt"]),
-        "lr": tuple(values["lr"]),
-        **{name: values[name] and Path(values[name]) for name in paths},
-    }
+    try:
+        values = json.loads(path.read_text())
+        return values | {
+            "out": run,
+            "resume": run,
+            "opt": tuple(values["opt"]),
+            "lr": tuple(values["lr"]),
+            **{name: values[name] and Path(values[name]) for name in paths},
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PretrainError(
+            f"{path} is damaged ({error!r}), and the run cannot be resumed by it. Give its flags "
+            "again with --out elsewhere, or mend the file."
+        ) from error
 
 
 def load(run: Path) -> Config:

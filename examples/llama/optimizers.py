@@ -1,5 +1,6 @@
 """Optimizers by name: from this library, from Optax and from optax.contrib."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -30,15 +31,12 @@ class Named(Protocol):
     steps: int
 
 
-def named(
-    config: Named, *, clip: float, from_scratch: bool
-) -> dict[str, optax.GradientTransformation]:
+def named(config: Named, *, clip: float) -> dict[str, optax.GradientTransformation]:
     """Builds the optimizers that a configuration names, with their learning rates.
 
     Args:
         config: The configuration.
         clip: The global norm to which gradients are clipped first; 0 for no clip.
-        from_scratch: Whether they get the options for pre-training, where they have some.
 
     Returns:
         The optimizers by label, in the order of the configuration.
@@ -52,9 +50,7 @@ def named(
     built = {}
     for label, name in names.items():
         method = METHODS.get(name)
-        suited = {} if method is None else method.at_rank(RANK)
-        if method is not None and from_scratch:
-            suited = {**method.options, **suited}
+        suited = {} if method is None else {**method.options, **method.at_rank(RANK)}
         optimizer = _call(
             label, name, _learning_rate(config, peaks[label]), suited | options[label]
         )
@@ -77,8 +73,7 @@ def build(config: Config) -> dict[str, optax.GradientTransformation]:
         PretrainError: If a name, an option or a value is not understood.
     """
     # If layers are updated in the backward pass, the training loop clips.
-    clip = 0 if config.update_in_backward else config.clip
-    built = named(config, clip=clip, from_scratch=True)
+    built = named(config, clip=0 if config.update_in_backward else config.clip)
     relative = _relative_rates(config)
     for label, optimizer in built.items():
         if relative[label] != 1:
@@ -154,9 +149,12 @@ def _learning_rates(
         if equals:
             _require_label(option, flag, label, rates)
         try:
-            rates |= dict.fromkeys([label] if equals else rates, float(value))
+            rate = float(value)
         except ValueError:
             raise PretrainError(f"{option} {flag} does not end in a number.") from None
+        if not 0 <= rate < math.inf:
+            raise PretrainError(f"{option} {flag} must end in a rate of at least 0.")
+        rates |= dict.fromkeys([label] if equals else rates, rate)
     return rates
 
 
@@ -181,7 +179,7 @@ def _require_label(option: str, flag: str, label: str, labels: Iterable[str]) ->
 
 
 def _learning_rate(config: Named, peak: float) -> float | optax.Schedule:
-    warmup = round(config.warmup * config.steps)
+    warmup = min(round(config.warmup * config.steps), config.steps - 1)
     rest = config.steps - warmup
     if config.schedule == "constant" and not warmup:
         return peak  # A few optimizers, such as optax.sm3, take nothing but a number.

@@ -96,7 +96,10 @@ def train(
     graph = graph_of(model)
 
     param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
-    state_shapes = jax.eval_shape(optimizer.init, param_shapes)
+    try:
+        state_shapes = jax.eval_shape(optimizer.init, param_shapes)
+    except ValueError as error:  # as of a rounding that the optimizer does not allow
+        raise PretrainError(str(error)) from error
     shardings = (placement.params, placement.state(optimizer, param_shapes))
     result = Result(rows, size_of(param_shapes), bytes_of(state_shapes), finished=True)
 

@@ -239,7 +239,7 @@ def _residual_codec(codec: Codec | ResidualCodec | str) -> ResidualCodec:
     if not chosen.signed:
         raise ValueError(
             f"compress_residuals needs a codec of negative numbers too; {chosen.name} has none. "
-            "Take its signed form, such as 'dynamic8' for 'dynamic8_unsigned'."
+            "Take one such as 'dynamic8', 'linear4' or 'e4m3'."
         )
     return chosen
 

@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from microadam_jax.sharding import explicit_sharding
 
 
 def chunked_cross_entropy(
@@ -79,7 +82,9 @@ def _forward(
         start, columns, fresh = _columns(i, chunk, kernel)
         logits = jnp.where(fresh, _product(x, _at(kernel, start, chunk)), -jnp.inf)
         new = jnp.maximum(largest, jnp.max(logits, axis=-1))
-        total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[..., None]), -1)
+        finite = jnp.where(new == -jnp.inf, 0, new)  # no column so far has any probability
+        total = total * jnp.exp(largest - finite)
+        total += jnp.sum(jnp.exp(logits - finite[..., None]), axis=-1)
         own = fresh & (columns == labels[..., None])
         return new, total, picked + jnp.sum(jnp.where(own, logits, 0), axis=-1)
 
@@ -95,7 +100,9 @@ def _backward(
     chunk: int, saved: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
     x, kernel, labels, log_sum = saved
-    tokens = tuple(range(labels.ndim))
+    tokens, explicit = tuple(range(labels.ndim)), explicit_sharding(x)
+    spec = jax.typeof(kernel).sharding.spec
+    as_kernel = None if explicit is None else NamedSharding(explicit.mesh, spec)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         d_x, d_kernel = carry
@@ -105,7 +112,13 @@ def _backward(
         d_logits = jnp.exp(_product(x, weights) - log_sum[..., None]) - chosen
         d_logits = (d_logits * gradient[..., None]).astype(x.dtype)
         # Columns that overlap are written twice, with the same values, and count once in d_x.
-        own = jnp.tensordot(x, d_logits, (tokens, tokens), preferred_element_type=jnp.float32)
+        own = jnp.tensordot(
+            x,
+            d_logits,
+            (tokens, tokens),
+            preferred_element_type=jnp.float32,
+            out_sharding=as_kernel,
+        )
         d_kernel = jax.lax.dynamic_update_slice_in_dim(
             d_kernel, own.astype(kernel.dtype), start, axis=1
         )

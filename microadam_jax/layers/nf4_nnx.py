@@ -104,6 +104,9 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
 def replace_linears(model: nnx.Module, make: Callable[[Any], nnx.Module]) -> int:
     """Replaces each ``nnx.Linear`` and :class:`Nf4Linear` inside a model, in place.
 
+    Layers of a subclass, such as ``nnx.LoRALinear``, stay: they have more than a kernel. A layer
+    that stands in several places is replaced by one.
+
     Args:
         model: the model.
         make: takes a layer and returns what is to be in its place, which may hold it.
@@ -127,12 +130,13 @@ def replace_linears(model: nnx.Module, make: Callable[[Any], nnx.Module]) -> int
         >>> list(nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))["layers"][0])
         ['lora_a', 'lora_b']
     """
-    count = 0
+    new: dict[int, tuple[nnx.Module, nnx.Module]] = {}  # with the old, so that none gets its id
     for _, parent in list(nnx.iter_graph(model)):
         if not isinstance(parent, nnx.Module):
             continue
         for name, child in list(vars(parent).items()):
-            if isinstance(child, nnx.Linear | Nf4Linear):
-                setattr(parent, name, make(child))
-                count += 1
-    return count
+            if type(child) in (nnx.Linear, Nf4Linear):
+                if id(child) not in new:
+                    new[id(child)] = child, make(child)
+                setattr(parent, name, new[id(child)][1])
+    return len(new)

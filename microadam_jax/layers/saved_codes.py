@@ -30,5 +30,25 @@ def when_needed(cotangents: Any, codes: Any) -> tuple[Any, Any]:
     """Returns a backward pass's cotangents, and codes that are not read before these are there.
 
     Otherwise XLA may decode them early, and keep what it decoded.
+
+    Raises:
+        TypeError: if the backward pass is differentiated, and there are codes in it.
     """
+    if any(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(codes)):
+        codes = jax.tree.map(_once_differentiable, codes)
     return jax.lax.optimization_barrier((cotangents, codes))
+
+
+@jax.custom_jvp
+def _once_differentiable(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_once_differentiable.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    """Codes have no derivative: that of what they are decoded to would be without them."""
+    raise TypeError(
+        "The second derivative of a function that saves codes for its backward pass was asked for, "
+        "as a gradient penalty or a Hessian is. It would be wrong: use the function itself there, "
+        "not compress_residuals of it or an FP8 layer."
+    )

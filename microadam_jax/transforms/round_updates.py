@@ -174,8 +174,9 @@ def round_updates(
                 near, stored = _kept(codec, new, typed_key(keys[path]))
             else:
                 near = bfloat16_stochastic(new, typed_key(keys[path]))
-            near = near.astype(jnp.float32)
-            return near - p.astype(jnp.float32), new - near, *stored
+            near, p = near.astype(jnp.float32), p.astype(jnp.float32)
+            # An infinite parameter that does not move would else become NaN.
+            return jnp.where(near == p, 0, near - p), jnp.where(near == new, 0, new - near), *stored
 
         gradients, whole = map_with_path(restore, 2, updates, params, *columns)
         tx_state, response, moment = state.inner_state, None, None

@@ -127,7 +127,7 @@ def test_methods_train_and_exact_match_is_counted(
         optimizer="adamw",
     )
     job = language.Arithmetic(config, QUIET)
-    built = optimizers.named(config.named_optimizers(), clip=config.clip, from_scratch=False)
+    built = optimizers.named(config.named_optimizers(), clip=config.clip)
     results = {
         label: train(config, job, method, built[label]) for label, method in config.runs().items()
     }

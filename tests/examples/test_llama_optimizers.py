@@ -96,6 +96,7 @@ def windows(optimizer: optax.GradientTransformation) -> tuple[int, ...]:
         ({"opt": ("microadam.layout=slow",)}, "microadam does not work .*'slow'"),
         ({"lr": ("adamw=fast",)}, "--lr adamw=fast does not end in a number"),
         ({"lr": ("lion=1",)}, "is for 'lion'"),
+        ({"lr": ("adamw=nan",)}, "--lr adamw=nan must end in a rate of at least 0"),
     ],
 )
 def test_mistakes_get_one_sentence(settings: dict[str, object], sentence: str) -> None:

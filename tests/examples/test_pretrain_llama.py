@@ -215,6 +215,7 @@ def test_mistakes_reach_the_terminal_as_one_sentence(script: Script, tmp_path: P
         ("--hidden 36 --heads 4", "--hidden 36 does not split into 4 heads of even width"),
         ("--batch 3 --accumulation 2", "--batch 3 does not split into 2 equal micro-batches"),
         ("--warmup 2", "--warmup 2.0 must be a share of the steps"),
+        ("--clip -1", "--clip -1.0 must be a norm, or 0"),
         ("--steps 0", "--steps must be at least 1, not 0"),
     ],
 )
@@ -224,6 +225,13 @@ def test_mistakes_leave_no_files(flags: str, sentence: str, tmp_path: Path) -> N
         run([*SMALL, *out, *flags.format(tmp=tmp_path).split()])
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_configuration_is_one_sentence(tmp_path: Path) -> None:
+    for text in "{}", '{"opt":':
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(PretrainError, match=r"config\.json is damaged"):
+            from_flags(["--resume", str(tmp_path)])
 
 
 def test_flags_override_presets_and_the_resumed_run(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from microadam_jax.layers import chunked_cross_entropy
 
@@ -77,3 +79,27 @@ def test_mistakes_are_told() -> None:
         chunked_cross_entropy(x, w, labels, chunk=0)
     with pytest.raises(ValueError, match=r"got \(2, 3, 4\), \(5, 4\) and \(2, 3\)"):
         chunked_cross_entropy(x, w.T, labels)
+
+
+def test_columns_without_probability_may_come_first() -> None:
+    kernel = jnp.concatenate([jnp.full((1, 20), -jnp.inf), jnp.ones((1, 20))], axis=1)
+    losses = chunked_cross_entropy(jnp.ones((2, 1)), kernel, jnp.array([25, 30]), chunk=10)
+    np.testing.assert_allclose(losses, np.log(20), rtol=1e-6)
+
+
+def test_gradients_on_explicit_axes_are_those_of_one_device() -> None:
+    random = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((16, 8), (8, 100)))
+    labels = jnp.arange(16)
+
+    def mean(x: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return chunked_cross_entropy(x, kernel, labels, chunk=30).mean()
+
+    expected = jax.grad(mean, (0, 1))(x, kernel, labels)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, labels))
+        x, labels = placed
+        found = jax.jit(jax.grad(mean, (0, 1)))(x, kernel, labels)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

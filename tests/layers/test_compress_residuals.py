@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from microadam_jax import Blocks
 from microadam_jax.codecs import float8
-from microadam_jax.layers import compress_residuals, fp8_activation, saved_bytes
+from microadam_jax.layers import compress_residuals, fp8_activation, fp8_linear, saved_bytes
 from tests.contracts.meshes import AXES
 from tests.oracles.fp8_activations import quantized
 
@@ -384,3 +384,19 @@ def test_saved_codes_survive_a_checkpoint() -> None:
     x = jnp.tile(numbers.astype("float32"), (1024, 4))
     slope = jax.jit(jax.grad(jax.checkpoint(coded, policy=names)))(jnp.ones_like(x), x)
     np.testing.assert_array_equal(slope, x)
+
+
+def test_a_second_derivative_is_refused_where_codes_have_none() -> None:
+    x, w = jnp.ones((128, 64)), jnp.eye(64)
+
+    def penalty(f: Callable[..., jax.Array], w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(jax.grad(lambda x: jnp.sum(f(w, x)))(x)))
+
+    def plain(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.square(jnp.tanh(x @ w))
+
+    for coded in compress_residuals(plain), lambda w, x: jnp.square(fp8_linear(x, w)):
+        with pytest.raises(TypeError, match="second derivative"):
+            jax.grad(penalty, 1)(coded, w)
+    exact = compress_residuals(plain, min_size=10**9)
+    np.testing.assert_allclose(jax.grad(penalty, 1)(exact, w), jax.grad(penalty, 1)(plain, w))

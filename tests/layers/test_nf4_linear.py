@@ -83,3 +83,13 @@ def test_qlora_trains_the_adapter_alone() -> None:
 def test_says_when_there_is_nothing_to_quantize() -> None:
     with pytest.raises(ValueError, match=r"There is no nnx.Linear to quantize in this Dropout"):
         quantize_linears(nnx.Dropout(0.1, rngs=nnx.Rngs(0)))
+
+
+def test_a_shared_layer_stays_shared_and_a_subclass_what_it_is() -> None:
+    shared = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    adapted = nnx.LoRALinear(64, 64, lora_rank=2, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(shared, nnx.relu, shared, adapted)
+    assert quantize_linears(model) == 1
+    assert isinstance(model.layers[0], Nf4Linear)
+    assert model.layers[0] is model.layers[2]
+    assert model.layers[3] is adapted

@@ -110,6 +110,13 @@ def test_what_is_not_finite_stays_so(special: float) -> None:
                 np.testing.assert_array_equal(np.asarray(rounded, np.float32), np.float32(special))
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_an_infinite_parameter_that_does_not_move_stays(rounding: Any) -> None:
+    tx, params = round_updates(optax.sgd(0.1), rounding), jnp.array([-jnp.inf, 1.0], jnp.bfloat16)
+    updates, _ = tx.update(jnp.zeros_like(params), tx.init(params), params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates), params)
+
+
 def test_16_bits_restore_every_float32_and_8_bits_are_24_bit_floats() -> None:
     x = jnp.asarray(numbers(300_000, 2, (0, 254)))
     near, codes = Split(16).split(x, None)
