@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes
-from microadam_jax.layers.saved_codes import when_needed, with_codes
+from microadam_jax.layers.saved_codes import once_differentiable, when_needed, with_codes
 
 FORWARD, BACKWARD = Fp8Activation("e4m3", group=None), Fp8Activation("e5m2", group=None)
 DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -106,6 +106,8 @@ def _backward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     del out_sharding
     x, kernels = saved
+    # These are made codes too, through which a second derivative would be lost.
+    cotangents, kernels = once_differentiable((cotangents, kernels))
     cotangents, x = when_needed(cotangents, x)
     rows = tuple(range(x.codes.ndim - 1))
     outputs = (x.codes.ndim - 1,)

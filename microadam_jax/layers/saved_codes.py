@@ -35,18 +35,28 @@ def when_needed(cotangents: Any, codes: Any) -> tuple[Any, Any]:
         TypeError: if the backward pass is differentiated, and there are codes in it.
     """
     if any(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(codes)):
-        codes = jax.tree.map(_once_differentiable, codes)
+        codes = once_differentiable(codes)
     return jax.lax.optimization_barrier((cotangents, codes))
 
 
+def once_differentiable(arrays: Any) -> Any:
+    """Returns arrays of a backward pass that may not be differentiated.
+
+    Codes have no derivative: that of what they are decoded to would be without them.
+
+    Raises:
+        TypeError: if the backward pass is differentiated, so far as it depends on the arrays.
+    """
+    return jax.tree.map(_itself, arrays)
+
+
 @jax.custom_jvp
-def _once_differentiable(x: jax.Array) -> jax.Array:
+def _itself(x: jax.Array) -> jax.Array:
     return x
 
 
-@_once_differentiable.defjvp
+@_itself.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
-    """Codes have no derivative: that of what they are decoded to would be without them."""
     raise TypeError(
         "The second derivative of a function that saves codes for its backward pass was asked for, "
         "as a gradient penalty or a Hessian is. It would be wrong: use the function itself there, "
