@@ -35,7 +35,7 @@ class Scope:
         settings: where :func:`state_format` collects what states depend on, or None.
         zeros: the arrays of zeros of the program that ``init`` is traced into; None outside of it.
         axes: where :func:`state_shardings` collects arrays that have only some of the parameter's
-            axes, and which; None elsewhere.
+            axes, and which, by the identity of the array; None elsewhere.
     """
 
     implementation: str | None = None
@@ -48,7 +48,7 @@ class Scope:
     notes: dict[str, list[str]] | None = None
     settings: dict[str, str] | None = None
     zeros: dict[Hashable, list[tuple[Any, jax.Array]]] | None = None
-    axes: list[tuple[jax.Array, Collection[int]]] | None = None
+    axes: dict[int, tuple[jax.Array, Collection[int]]] | None = None
 
     def implementation_for(self, transformation: str) -> str | None:
         """Returns the implementation for a transformation whose operations have kernels.

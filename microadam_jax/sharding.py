@@ -18,7 +18,7 @@ from jax.sharding import (
 from jax.typing import DTypeLike
 
 from microadam_jax.execution import scope
-from microadam_jax.trees import owner_of
+from microadam_jax.trees import KeyPath, owner_of
 
 
 def state_zeros(
@@ -163,7 +163,7 @@ def zeros_sharded_on(
         sharding = only_on(sharding, len(shape), axes)
     zeros, collected = _zeros(shape, dtype, sharding), scope().axes
     if collected is not None:
-        collected.append((zeros, axes))
+        collected[id(zeros)] = zeros, axes
     return zeros
 
 
@@ -177,12 +177,16 @@ def tell_axes(state: Any, parameters: Any) -> None:
     collected = scope().axes
     if collected is None:
         return
-    known = {id(zeros): axes for zeros, axes in collected}
-    leaves = jax.tree.leaves_with_path(parameters)
-    axes = {path: known[id(leaf)] for path, leaf in leaves if id(leaf) in known}
+    axes = told_axes(parameters)
     for path, leaf in jax.tree.leaves_with_path(state):
         if (owner := owner_of(path, axes)) is not None:
-            collected.append((leaf, axes[owner]))
+            collected[id(leaf)] = leaf, axes[owner]
+
+
+def told_axes(tree: Any) -> dict[KeyPath, Collection[int]]:
+    """Returns the axes of the parameter that arrays have, of those that have only some."""
+    told, leaves = scope().axes or {}, jax.tree.leaves_with_path(tree)
+    return {path: told[id(leaf)][1] for path, leaf in leaves if id(leaf) in told}
 
 
 def place_on(x: jax.Array, parameter: jax.Array, axes: Collection[int]) -> jax.Array:

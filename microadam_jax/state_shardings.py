@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from microadam_jax.execution import within
-from microadam_jax.sharding import fitted, only_on, shards_along
+from microadam_jax.sharding import fitted, only_on, shards_along, told_axes
 from microadam_jax.trees import KeyPath, owner_of, path_name, without_boxes
 
 # What arrays may take on a device beyond their share before anything is said: few can act on less.
@@ -120,12 +120,9 @@ def _state_of(
     axes: dict[KeyPath, Collection[int]] = {}
 
     def init(params: Any) -> Any:
-        with within(axes=[]) as inside:
+        with within(axes={}):
             state = tx.init(params)
-        known = {id(zeros): kept for zeros, kept in inside.axes or ()}
-        for path, leaf in jax.tree.leaves_with_path(state):
-            if id(leaf) in known:
-                axes[path] = known[id(leaf)]
+            axes.update(told_axes(state))
         return state
 
     return jax.eval_shape(init, params), axes

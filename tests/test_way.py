@@ -16,7 +16,7 @@ PACKAGES = tuple(str(ROOT / package) for package in ("microadam_jax", "pallas_ke
 
 
 def on_cpu(*arrays: Any, cpu: Any = None, default: Any = None, **others: Any) -> Any:
-    """What CPUs compute, of all that is traced."""
+    """Returns what CPUs compute, of all that is traced."""
     return (cpu or default)(*arrays)
 
 

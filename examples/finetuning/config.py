@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..llama.config import PretrainError, saved
+from ..llama.config import PretrainError, check_run, saved
 
 METHODS = ("full", "lora", "qlora", "qst")
 # For classification docs/finetuning.md says which of these were chosen by a sweep; the others
@@ -129,23 +128,11 @@ class Config:
         Raises:
             PretrainError: If they contradict each other.
         """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and value < 1 and field.name != "seed":
-                flag = field.name.replace("_", "-")
-                raise PretrainError(f"--{flag} must be at least 1, not {value}.")
+        check_run(self)
         unknown = [name for name in self.method.split(",") if name not in METHODS]
         if unknown or len(set(self.method.split(","))) < len(self.method.split(",")):
             raise PretrainError(
                 f"--method {self.method} must be a list of some of {', '.join(METHODS)}."
-            )
-        if self.resume is not None and self.out != self.resume:
-            raise PretrainError(f"--out {self.out} is not the run to resume, {self.resume}.")
-        if not 0 <= self.clip < math.inf:
-            raise PretrainError(f"--clip {self.clip} must be a norm, or 0 for no clip.")
-        if not 0 <= self.warmup < 1:
-            raise PretrainError(
-                f"--warmup {self.warmup} must be a share of the steps, at least 0 and below 1."
             )
         if self.texts is not None and self.job != "classification":
             raise PretrainError("--texts is for classification; the language job makes its own.")

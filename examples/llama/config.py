@@ -140,12 +140,7 @@ class Config:
         Raises:
             PretrainError: If they contradict each other.
         """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and value < 1 and field.name not in ("seed", "process_id"):
-                raise PretrainError(f"--{_flag(field.name)} must be at least 1, not {value}.")
-        if self.resume is not None and self.out != self.resume:
-            raise PretrainError(f"--out {self.out} is not the run to resume, {self.resume}.")
+        check_run(self)
         if self.hidden % (2 * self.heads):
             raise PretrainError(
                 f"--hidden {self.hidden} does not split into {self.heads} heads of even width, "
@@ -175,12 +170,6 @@ class Config:
                     f"--update-in-backward leaves no gradients of all layers to add up or to look "
                     f"at, and recomputes activations: leave out {' and '.join(unusable)}."
                 )
-        if not 0 <= self.clip < math.inf:
-            raise PretrainError(f"--clip {self.clip} must be a norm, or 0 for no clip.")
-        if not 0 <= self.warmup < 1:
-            raise PretrainError(
-                f"--warmup {self.warmup} must be a share of the steps, at least 0 and below 1."
-            )
 
     def model(self, vocab: int) -> ModelConfig:
         """Describes the decoder for a tokenizer of `vocab` tokens."""
@@ -209,8 +198,28 @@ class Config:
         return {k: v for k, v in self.to_json().items() if k not in _OF_ONE_PROCESS}
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+def check_run(config: Any) -> None:
+    """Checks the settings that every training run has.
+
+    Args:
+        config: A dataclass of settings.
+
+    Raises:
+        PretrainError: If one of them cannot be.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int and value < 1 and field.name not in ("seed", "process_id"):
+            flag = field.name.replace("_", "-")
+            raise PretrainError(f"--{flag} must be at least 1, not {value}.")
+    if config.resume is not None and config.out != config.resume:
+        raise PretrainError(f"--out {config.out} is not the run to resume, {config.resume}.")
+    if not 0 <= config.clip < math.inf:
+        raise PretrainError(f"--clip {config.clip} must be a norm, or 0 for no clip.")
+    if not 0 <= config.warmup < 1:
+        raise PretrainError(
+            f"--warmup {config.warmup} must be a share of the steps, at least 0 and below 1."
+        )
 
 
 def _published(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.compressors.rows import overwrite, row_of, row_shape
+from microadam_jax.engine.leaf_loops import in_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Dense:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns ``window`` with this row in it; its second array is not used."""
         rows, unused = window
-        return overwrite(rows, self.update[..., None], position), unused
+
+        def write(window: tuple[jax.Array]) -> tuple[jax.Array]:
+            return (overwrite(window[0], self.update[..., None], position),)
+
+        # It is too large to be copied for each that reads it.
+        return in_place(write, (rows,), position)[0], unused
 
     def products(self, window: tuple[jax.Array, jax.Array], position: jax.Array) -> jax.Array:
         """Returns ``(m,)``: the inner products of row ``position`` with every row."""

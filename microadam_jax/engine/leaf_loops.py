@@ -25,7 +25,7 @@ SHARE = (
     32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
 )
 
-T = TypeVar("T")
+T = TypeVar("T", bound=tuple[Any, ...])
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Rows, Arrays, Arrays], Arrays]
 
@@ -238,7 +238,7 @@ def in_place(update: Callable[[T], T], before: T, position: jax.Array) -> T:
     There the compiler would compute it again in each of these, and copy ``before`` for that.
 
     Args:
-        update: from a tree of arrays to one of their types.
+        update: from arrays to new ones of their types.
         before: the arrays.
         position: int32 scalar, not negative, which the compiler cannot know.
     """

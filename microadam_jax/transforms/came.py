@@ -119,7 +119,7 @@ def scale_by_came(
     mu_dtype = moment_dtype(mu_dtype)
     if isinstance(b1, int | float) and not 0 < b1 < 1:
         raise ValueError(
-            f"CAME divides by how far its momentum is from the update, so b1 must lie in (0, 1); "
+            "CAME divides by how far its momentum is from the update, so b1 must lie in (0, 1); "
             f"got {b1}. Without a momentum take optax.adafactor."
         )
 

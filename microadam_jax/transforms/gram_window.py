@@ -18,7 +18,7 @@ from microadam_jax.compressors import (
     require_compressor,
 )
 from microadam_jax.compressors.block_sparse import combined
-from microadam_jax.engine.leaf_loops import Arrays, Work, in_place, on_cpu
+from microadam_jax.engine.leaf_loops import Arrays, Work, on_cpu
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import contract, state_zeros, unused_factor
@@ -114,13 +114,7 @@ def gram_window(
                     "error_feedback or compress and to the window: "
                     "scale_by_mfac(compressor=...), scale_by_ggt(compressor=...)."
                 )
-
-            def write(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                return sent.write(rows, newest)
-
-            rows = (left, right)
-            # Dense windows are too large to be copied for each that reads them.
-            rows = in_place(write, rows, newest) if isinstance(sent, Dense) else write(rows)
+            rows = sent.write((left, right), newest)
             return *rows, sent.products(rows, newest)
 
         left, right, products = map_with_path(

@@ -1,4 +1,4 @@
-"""What follows an update: decay, the learning rate, and the new parameters."""
+"""Applies what follows an update: decay, the learning rate, and the new parameters."""
 
 import dataclasses
 
