@@ -57,7 +57,7 @@ def _outputs(program: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
         elif name == "while":
             results = _while(parameters, operands)
         elif name == "scan":
-            results = _scan(parameters, operands)
+            results = _scan(equation, operands)
         elif (inner := _called(parameters)) is not None and len(inner.invars) == len(operands):
             results = _outputs(inner, operands)
         else:
@@ -89,17 +89,26 @@ def _while(parameters: dict[str, Any], operands: Sequence[int]) -> list[int]:
     return _settled(once, carry)
 
 
-def _scan(parameters: dict[str, Any], operands: Sequence[int]) -> list[int]:
-    constants, carried = parameters["num_consts"], parameters["num_carry"]
+def _scan(equation: core.JaxprEqn, operands: Sequence[int]) -> list[int]:
+    # JAX's releases name the numbers of constants and carries differently. What is scanned, and
+    # what is stacked, has an axis more outside than inside.
+    body = equation.params["jaxpr"].jaxpr
+    scanned = _with_an_axis_more(equation.invars, body.invars)
+    carried = len(equation.outvars) - _with_an_axis_more(equation.outvars, body.outvars)
+    constants = len(operands) - scanned - carried
     consts, rest = list(operands[:constants]), list(operands[constants + carried :])
     outputs: list[int] = []
 
     def once(carry: list[int]) -> list[int]:
-        results = _outputs(parameters["jaxpr"].jaxpr, [*consts, *carry, *rest])
+        results = _outputs(body, [*consts, *carry, *rest])
         outputs[:] = results[carried:]
         return [old | new for old, new in zip(carry, results[:carried], strict=True)]
 
     return [*_settled(once, list(operands[constants : constants + carried])), *outputs]
+
+
+def _with_an_axis_more(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(x.aval.ndim > y.aval.ndim for x, y in zip(outside, inside, strict=True))
 
 
 def _settled(once: Callable[[list[int]], list[int]], carry: list[int]) -> list[int]:
