@@ -6,6 +6,7 @@ and of those that are larger than a part of the tree one piece: of stacked layer
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -303,22 +304,26 @@ class _Loop:
         if len(self.carried) == 1:
             state = [self._all_chunks(self.carried[0], self.inputs[0])]
         else:
-            scalars = ([x for x in own if not x.ndim] for own in self.inputs)
-            stacked = [jnp.stack(own) for own in zip(*scalars, strict=True)]
+            few = ([x for x in own if self._is_small(x)] for own in self.inputs)
+            stacked = [jnp.stack(own) for own in zip(*few, strict=True)]
             leaf = functools.partial(self._leaf, stacked)
             state = jax.lax.fori_loop(0, len(self.carried), leaf, self.carried)
         return [tuple(map(self.chunks.joined, own, self.carried_types)) for own in state]
 
     def _leaf(self, stacked: list[jax.Array], turn: jax.Array, state: list[Arrays]) -> list[Arrays]:
-        """All chunks of the leaf whose turn it is; ``stacked`` has the scalars of all leaves."""
-        arrays = ([x for x in own if x.ndim] for own in self.inputs)
+        """All chunks of the leaf whose turn it is; ``stacked`` has the small inputs of all."""
+        arrays = ([x for x in own if not self._is_small(x)] for own in self.inputs)
         leaves = zip(state, arrays, strict=True)
         carried, read = jax.lax.switch(turn, [lambda leaf=leaf: leaf for leaf in leaves])
-        scalars = (jax.lax.dynamic_index_in_dim(x, turn, keepdims=False) for x in stacked)
+        few = (jax.lax.dynamic_index_in_dim(x, turn, keepdims=False) for x in stacked)
         arrays = iter(read)
-        inputs = tuple(next(arrays if x.ndim else scalars) for x in self.input_types)
+        inputs = tuple(next(few if self._is_small(x) else arrays) for x in self.input_types)
         new = self._all_chunks(carried, inputs)
         return [once(turn == i, lambda _: new, before) for i, before in enumerate(state)]
+
+    def _is_small(self, x: Any) -> bool:
+        """Whether an input is stacked with those of other leaves, as it takes little to copy."""
+        return x.size * 64 <= math.prod(self.chunks.shape)
 
     def _all_chunks(self, carried: Arrays, inputs: Arrays) -> Arrays:
         chunk = functools.partial(self._chunk, inputs)
