@@ -61,8 +61,9 @@ class Scaled(RowByRow):
         map: the numbers.
         blocks: the rule that cuts rows into blocks.
         rounding: ``"nearest"`` or ``"stochastic"``.
-        keep_sign: whether a negative number that would be rounded to zero takes the code below
-            zero, as in bitsandbytes.
+        keep_sign: whether a number that would be rounded to zero takes the code beside it: a
+            negative one the code below, as in bitsandbytes, and a positive one, if there are no
+            negative, the code above.
         deviations: if a number :math:`a`, then :math:`s = a \sqrt{\mathrm{mean}\, x_i^2}` over
             the elements of the block that are not zero, unless the largest magnitude is smaller;
             what is larger than :math:`s` becomes :math:`s`.
@@ -89,10 +90,10 @@ class Scaled(RowByRow):
                 f"Codes of {self.bits} bits fill whole bytes of blocks that are multiples of "
                 f"{8 // self.bits} elements; give Blocks(..., multiple={8 // self.bits})."
             )
-        if self.keep_sign and not (self.signed and self.map.zero is not None):
+        if self.keep_sign and self.map.zero is None:
             raise ValueError(
-                f"keep_sign moves negative numbers off the code of zero; {self.map.name} has "
-                "no negative numbers or no zero."
+                f"keep_sign=True moves numbers off the code of zero; {self.map.name} has none. "
+                "Leave it out."
             )
 
     @property
@@ -197,7 +198,7 @@ def dynamic8(
         block: the largest number of elements that share a scale, or the rule that cuts rows.
         signed: False spends the sign's bit on a finer map, for second moments.
         rounding: ``"nearest"`` or ``"stochastic"``.
-        keep_sign: whether a negative number never becomes zero.
+        keep_sign: whether a negative number never becomes zero; without a sign, a positive one.
         symmetric: whether -1 has a code, in place of 0. As published, a block whose largest
             element is negative loses 0.7 % of it each time.
 
@@ -238,7 +239,7 @@ def dynamic4(
         block: the largest number of elements that share a scale, or the rule that cuts rows.
         signed: False takes the unsigned map without zero ("DE-0"), for second moments.
         rounding: ``"nearest"`` or ``"stochastic"``.
-        keep_sign: whether a negative number never becomes zero.
+        keep_sign: whether a negative number never becomes zero; there is no zero without a sign.
         symmetric: whether -1 has a code, in place of 0. As published, a block whose largest
             element is negative loses 11 % of it each time.
 
@@ -380,7 +381,8 @@ def scaled_codes(
     if keep_sign:
         zero = numbers.zero
         assert zero is not None
-        codes = jnp.where((y < 0) & (codes == zero), zero - 1, codes)
+        off, beside = (y < 0, zero - 1) if numbers.signed else (y > 0, zero + 1)
+        codes = jnp.where(off & (codes == zero), beside, codes)
     return jnp.where(usable, codes, 0)
 
 

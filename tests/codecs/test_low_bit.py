@@ -178,8 +178,16 @@ def test_sign_rule(make) -> None:
     x = np.array([1.0, -1e-9, 1e-9, 0.0], np.float32)
     assert (np.sign(decoded(make(keep_sign=True), x)) == [1, -1, 0, 0]).all()
     assert (np.sign(decoded(make(), x)) == [1, 0, 0, 0]).all()
-    with pytest.raises(ValueError, match="no negative numbers or no zero"):
-        make(signed=False, keep_sign=True)
+    with pytest.raises(ValueError, match="moves numbers off the code of zero"):
+        make(symmetric=True, keep_sign=True)
+
+
+def test_a_positive_number_does_not_become_zero_where_none_are_negative() -> None:
+    x = np.array([1.0, 1e-9, 1e-30, 0.0], np.float32)
+    assert (np.sign(decoded(dynamic8(signed=False, keep_sign=True), x)) == [1, 1, 1, 0]).all()
+    assert (np.sign(decoded(dynamic8(signed=False), x)) == [1, 0, 0, 0]).all()
+    with pytest.raises(ValueError, match="dynamic4_unsigned has none"):
+        dynamic4(signed=False, keep_sign=True)
 
 
 @each_codec

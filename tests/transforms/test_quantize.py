@@ -180,6 +180,31 @@ def test_adamw_against_the_oracle_over_many_steps() -> None:
     assert np.abs(params - expected).mean() < 1e-3 * np.abs(expected - start).mean()
 
 
+def test_a_row_seen_once_stays_where_adamw_leaves_it() -> None:
+    """Where a second moment far below its block's largest became zero, steps would be m / eps."""
+    params = {"embedding": jnp.zeros((64, 256))}
+    seen = jnp.zeros((64, 256)).at[3].set(1.0).at[3, 0].set(3e-4)
+    moved = {}
+    for name, tx in (("adamw", optax.adamw(1e-3)), ("adamw8bit", adamw8bit(1e-3))):
+        state, update = tx.init(params), jax.jit(tx.update)
+        moved[name] = jnp.zeros((64, 256))
+        for step in range(20):
+            gradients = {"embedding": seen if step == 0 else 0 * seen}
+            updates, state = update(gradients, state, params)
+            moved[name] += updates["embedding"]
+    assert float(jnp.abs(moved["adamw8bit"]).max()) <= 1.05 * float(jnp.abs(moved["adamw"]).max())
+
+
+def test_small_elements_of_a_block_move_no_faster_than_with_adamw() -> None:
+    gradients = {"kernel": jnp.full((64, 256), 4e-4).at[:, 0].set(1.0)}
+    tx = adamw8bit(1e-3, weight_decay=0.0)
+    params = jax.tree.map(jnp.zeros_like, gradients)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(200):
+        updates, state = update(gradients, state, params)
+    assert float(jnp.abs(updates["kernel"]).max()) <= 1.05e-3
+
+
 def test_lion_against_the_oracle_over_many_steps() -> None:
     """Rounded to nearest, as random numbers are the library's own."""
     levels = oracle.dynamic_map(4, True)
