@@ -27,11 +27,13 @@ class Refresh:
         stagger: spreads the refreshes of different parameters over the interval, so that no step
             has to do all of them. The first step finds every basis in any case.
         moments: ``"keep"``, as they are, whatever they mean in the new basis. ``"reset"``, to
-            where they started. ``"rotate_first"``: the first moment becomes :math:`P^T P_{old} m`.
-            ``"rotate"``: both follow, by LDAdam's rule; see :func:`project_gradients`.
-            ``"released"`` is what the code of :func:`subspace_momentum`'s authors does in place of
-            a reset: old numbers are used in the new basis once more, and the step after starts
-            from zeros. Results then depend on the signs of singular vectors.
+            where they started; a count that all parameters share goes on, so that only the bias
+            correction of :func:`scale_by_restartable_adam` starts anew with them.
+            ``"rotate_first"``: the first moment becomes :math:`P^T P_{old} m`. ``"rotate"``: both
+            follow, by LDAdam's rule; see :func:`project_gradients`. ``"released"`` is what the
+            code of :func:`subspace_momentum`'s authors does in place of a reset: old numbers are
+            used in the new basis once more, and the step after starts from zeros. Results then
+            depend on the signs of singular vectors.
         momentum_share: :math:`\rho` in the matrix that the new basis is found for,
             :math:`\rho P_{old} \hat m + (1 - \rho) G`; None: the gradient.
 

@@ -21,6 +21,10 @@ from microadam_jax.transforms.mfac import scale_by_mfac
 from microadam_jax.transforms.muon import scale_by_muon
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
 from microadam_jax.transforms.quantize import QuantizedState, quantize_state
+from microadam_jax.transforms.restartable_adam import (
+    ScaleByRestartableAdamState,
+    scale_by_restartable_adam,
+)
 from microadam_jax.transforms.round_updates import RoundUpdatesState, round_updates
 from microadam_jax.transforms.sinkhorn import scale_by_sinkhorn
 from microadam_jax.transforms.subset_norm import ScaleBySubsetNormState, scale_by_subset_norm
@@ -51,6 +55,7 @@ __all__ = [
     "ScaleByAdamMiniState",
     "ScaleByCameState",
     "ScaleByFactoredAdamState",
+    "ScaleByRestartableAdamState",
     "ScaleBySubsetNormState",
     "ScaleByUncorrectedAdamState",
     "ScaleByWindowAdamState",
@@ -71,6 +76,7 @@ __all__ = [
     "scale_by_ggt",
     "scale_by_mfac",
     "scale_by_muon",
+    "scale_by_restartable_adam",
     "scale_by_sinkhorn",
     "scale_by_subset_norm",
     "scale_by_uncorrected_adam",

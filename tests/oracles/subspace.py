@@ -70,7 +70,7 @@ class _MatrixOracle:
         self.basis: Floats = np.zeros((rows, self.rank))
         self.mu: Floats = np.zeros((self.rank, columns))
         self.nu: Floats = np.zeros((self.rank, columns))
-        self.count = 0
+        self.count = self.start = 0
 
     def left(self, matrix: npt.ArrayLike) -> Floats:
         """The matrix with its compressed axis first."""
@@ -121,7 +121,8 @@ class ProjectedAdamOracle(_MatrixOracle):
         reset: whether moments start at zero with a new basis.
         complement: what is done with the rest of the gradient.
         weight: of ``raw`` and ``sign``; APOLLO's scale.
-        corrected_eps: whether eps stands beside the corrected root.
+        corrected_eps: whether eps stands beside the corrected root, and the correction starts anew
+            with the moments.
     """
 
     alpha: float = 1.0
@@ -137,11 +138,13 @@ class ProjectedAdamOracle(_MatrixOracle):
             self.basis = basis_of(g)
             if self.reset:
                 self.mu, self.nu = np.zeros_like(self.mu), np.zeros_like(self.nu)
+                self.start = self.count
         self.count += 1
         low = self.basis.T @ g
         self.adam(low)
         if self.corrected_eps:
-            m, v = self.mu / (1 - self.b1**self.count), self.nu / (1 - self.b2**self.count)
+            age = self.count - self.start
+            m, v = self.mu / (1 - self.b1**age), self.nu / (1 - self.b2**age)
             scaled, rate = m / (np.sqrt(v) + self.eps), self.rate
         else:
             scaled, rate = self.mu / (np.sqrt(self.nu) + self.eps), self.corrected_rate

@@ -200,6 +200,17 @@ def test_grass(shape: str, subspace: Subspace, larger: bool) -> None:
     compare(tx, oracle, SHAPES[shape], lambda state: selection(state, side, rows))
 
 
+def test_steps_of_grass_are_no_larger_after_a_refresh_than_at_first() -> None:
+    """Each of the rows has a gradient while it is selected, and then never again."""
+    tx = grass(1.0, rank=1, update_interval=50)
+    params = {"kernel": jnp.zeros((8, 16))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(400):
+        gradient = jnp.zeros((8, 16)).at[t // 50].set(1.0)
+        updates, state = update({"kernel": gradient}, state, params)
+        assert float(jnp.abs(updates["kernel"]).max()) == pytest.approx(1, abs=1e-4)
+
+
 @each_shape
 @pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize("fed", [True, False], ids=["fed in", "power iteration"])
