@@ -1,5 +1,6 @@
 """Numbers that shape a state, as arguments of the optimizers."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -189,6 +190,20 @@ def test_a_rate_is_a_number_or_a_schedule(name: str) -> None:
         with pytest.raises(TypeError, match=f"learning_rate must be a number.*got {rate!r}"):
             METHODS[name].factory(rate)
     METHODS[name].factory(lambda count: 1e-3)
+
+
+OUT_OF_RANGE = [
+    (name, argument, value)
+    for name, method in METHODS.items()
+    for argument, value in [("b1", 1.0), ("b2", 1), ("b2", -0.5), ("beta", 1.5), ("eps", -1e-8)]
+    if argument in inspect.signature(method.factory).parameters
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), OUT_OF_RANGE)
+def test_rates_of_moving_averages_are_below_one(name: str, argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument} (is the|must) .*; got {value}"):
+        METHODS[name].factory(1e-3, **{argument: value})
 
 
 def test_a_rule_that_matches_nothing_is_warned_of() -> None:

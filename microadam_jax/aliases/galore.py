@@ -89,10 +89,10 @@ def galore(
             ``complement`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
             decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
             floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -174,10 +174,10 @@ def fira(
             ``complement`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
             decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
             floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -259,10 +259,10 @@ def apollo(
             ``complement`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
             decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
             floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -327,8 +327,9 @@ def apollo_mini(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace`` or
             ``matrices`` is of another class, ``weight_decay`` is a schedule, or a decay rate is an
             array in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``update_interval`` is not a positive integer (``optax.inject_hyperparams``
-            needs ``static_args=("update_interval",)``); in ``update`` without ``params``, unless
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``update_interval``
+            is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("update_interval",)``); in ``update`` without ``params``, unless
             ``weight_decay`` is the number 0.
 
     Examples:

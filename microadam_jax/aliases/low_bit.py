@@ -10,7 +10,7 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.aliases.shared_moments import adam_mini
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
-from microadam_jax.engine.transformation import require_float32
+from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.layout.partition import Partition
 from microadam_jax.transforms import quantize_state, scale_by_factored_adam
 from microadam_jax.transforms.descent import descend
@@ -25,7 +25,7 @@ def adamw8bit(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
-    nu_codec: Storage | Codec | str = "dynamic8_unsigned",
+    nu_codec: Storage | Codec | str = dynamic8(signed=False, keep_sign=True),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
     r"""Runs AdamW with both moments in 8 bits on the dynamic exponent map.
@@ -40,6 +40,9 @@ def adamw8bit(
             {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda \theta_t \right), \quad
         \tilde m_t = Q_m(m_t), \quad \tilde v_t = Q_v(v_t)
 
+    As published, a second moment far below the largest of its block becomes zero, and the next
+    step :math:`m_t / \epsilon`, as for embeddings of rare words. Here it becomes the smallest
+    number above zero; ``nu_codec="dynamic8_unsigned"`` rounds as published.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -59,8 +62,9 @@ def adamw8bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or a codec is neither a codec
             nor a name; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
-            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, a codec's name is
+            unknown, or ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -110,6 +114,9 @@ def adamw4bit(
     The second moment of a sharded parameter needs its rows' and columns' maxima over devices;
     ``nu_codec="linear4_unsigned"``, the published variant with blocks, does not.
 
+    As published, a first moment is rounded to nearest: where gradients stay below a fortieth of the
+    largest of their block it is held at zero, and the element moves a tenth as far as it would.
+    ``mu_codec=dynamic4(rounding="stochastic")`` keeps it on average.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -129,8 +136,9 @@ def adamw4bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or a codec is neither a codec
             nor a name; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
-            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, a codec's name is
+            unknown, or ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -196,8 +204,9 @@ def adamw_fp8(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or a codec is neither a codec
             nor a name; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if a codec's name is unknown, or ``mu_codec`` has no negative numbers; in
-            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, a codec's name is
+            unknown, or ``mu_codec`` has no negative numbers; in ``update`` without ``params``,
+            unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -260,8 +269,9 @@ def adamw4bit_factored(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
             ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -323,8 +333,9 @@ def adam_mini8bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
             ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -390,8 +401,9 @@ def adam_mini4bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
             ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -426,7 +438,7 @@ def _adamw(
     seed: ArrayLike,
 ) -> GradientTransformationExtraArgs:
     """AdamW with its moments stored through codecs."""
-    require_float32(b1=b1, b2=b2, eps=eps)
+    require_hyperparameters(b1=b1, b2=b2, eps=eps)
     adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
     link = quantize_state(
         adam,

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8, linear2
-from microadam_jax.engine.transformation import require_float32
+from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.subspace import OUTPUT_HEAD, Matrices
 from microadam_jax.transforms import quantize_state, scale_by_muon, scale_by_sinkhorn
 from microadam_jax.transforms.descent import descend
@@ -56,8 +56,9 @@ def lion4bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a decay rate is an array
             in fewer bits than float32, ``weight_decay`` is a schedule, or ``mu_codec`` is of
             another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1), or ``mu_codec`` is an unknown name or has no
+            negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
 
     Examples:
         >>> import jax
@@ -68,7 +69,7 @@ def lion4bit(
 
     Reference: Chen et al., Lion (arXiv 2302.06675); Li et al., 4-bit optimizers (arXiv 2309.01507).
     """
-    require_float32(b1=b1, b2=b2)
+    require_hyperparameters(b1=b1, b2=b2)
     link = quantize_state(
         optax.scale_by_lion(b1, b2),
         {"mu": mu_codec},
@@ -125,8 +126,9 @@ def muon8bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
             is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -199,8 +201,9 @@ def sinkhorn4bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
             is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax
@@ -272,8 +275,9 @@ def sinkhorn2bit(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
             is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``
-            without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update`` without ``params``, unless
+            ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

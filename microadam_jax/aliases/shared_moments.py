@@ -69,9 +69,9 @@ def adam_mini(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``partition`` or
             ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
-            has no negative numbers; in ``update`` without ``params``, unless ``weight_decay`` is
-            the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``mu_dtype`` is not a
+            floating dtype, or ``mu_codec`` is an unknown name or has no negative numbers; in
+            ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> from microadam_jax import Partition, adam_mini, memory_report
@@ -142,8 +142,9 @@ def adam_sn(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``subsets`` or ``partition``
             is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_dtype`` is not
+            a floating dtype; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -203,8 +204,9 @@ def adagrad_sn(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
             fewer bits than float32, ``weight_decay`` is a schedule, or ``subsets`` or ``partition``
             is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update`` without ``params``,
-            unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_dtype`` is not
+            a floating dtype; in ``update`` without ``params``, unless ``weight_decay`` is the
+            number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -274,8 +276,9 @@ def came(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, a decay rate or an
             epsilon is an array in fewer bits than float32, or ``partition`` is of another class; in
             ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``b1`` is a number outside (0, 1), or ``mu_dtype`` is not a floating dtype;
-            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``b1`` is a number
+            outside (0, 1), or ``mu_dtype`` is not a floating dtype; in ``update`` without
+            ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.aliases.galore import HIDDEN, Mask
+from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.subspace import (
     OUTPUT_HEAD,
@@ -22,7 +23,12 @@ from microadam_jax.subspace import (
     svd,
     top_k_rows,
 )
-from microadam_jax.transforms import decay_updated_weights, project_gradients, subspace_momentum
+from microadam_jax.transforms import (
+    decay_updated_weights,
+    project_gradients,
+    scale_by_restartable_adam,
+    subspace_momentum,
+)
 from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
 
 
@@ -51,8 +57,8 @@ def grass(
         \theta_{t+1,\sigma_j} &= \theta_{t,\sigma_j} - \eta_t \alpha \rho_j N_{t,j}
             - \eta_t \lambda \theta_{t,\sigma_j}
 
-    and Adam starts anew with other rows; all rows decay. No code of this method was ever released:
-    scope, :math:`\epsilon` and the interval are GaLore's and Optax's.
+    and Adam starts anew with other rows, its bias correction too; all rows decay. No code of this
+    method was ever released: scope, :math:`\epsilon` and the interval are GaLore's and Optax's.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -77,10 +83,10 @@ def grass(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace`` or
             ``matrices`` is of another class, or a decay rate is an array in fewer bits than
             float32; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -95,7 +101,7 @@ def grass(
     """
     return optax.chain(
         project_gradients(
-            optax.scale_by_adam(b1, b2, eps),
+            scale_by_restartable_adam(b1, b2, eps),
             of_rank(rank, subspace, top_k_rows(128)),
             refresh_every(update_interval, Refresh(moments="reset")),
             scale=scale,
@@ -164,10 +170,10 @@ def ldadam(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
             ``complement`` or ``matrices`` is of another class, or a decay rate is an array in fewer
             bits than float32; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -179,6 +185,7 @@ def ldadam(
 
     Reference: Robert et al., LDAdam (ICLR 2025, arXiv 2410.16103).
     """
+    require_hyperparameters(eps=eps)
     return optax.chain(
         project_gradients(
             optax.scale_by_adam(b1, b2, eps),
@@ -244,10 +251,10 @@ def dct_adamw(
         TypeError: if ``learning_rate`` is neither a number nor a schedule, ``subspace``,
             ``complement`` or ``matrices`` is of another class, or a decay rate is an array in fewer
             bits than float32; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -258,6 +265,7 @@ def dct_adamw(
 
     Reference: FFT-based dynamic subspace selection (arXiv 2505.17967).
     """
+    require_hyperparameters(eps=eps)
     return optax.chain(
         project_gradients(
             optax.scale_by_adam(b1, b2, eps),
@@ -328,10 +336,10 @@ def snsm(
             ``subsets`` or ``matrices`` is of another class, ``weight_decay`` is a schedule, or a
             number is an array in fewer bits than float32; in ``init``, if a leaf is not a
             floating-point array.
-        ValueError: if ``rank`` or ``update_interval`` is not a positive integer
-            (``optax.inject_hyperparams`` needs ``static_args=("rank", "update_interval")``), or
-            ``rank`` is not that of ``subspace``; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``rank`` or
+            ``update_interval`` is not a positive integer (``optax.inject_hyperparams`` needs
+            ``static_args=("rank", "update_interval")``), or ``rank`` is not that of ``subspace``;
+            in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax

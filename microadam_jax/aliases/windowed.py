@@ -125,10 +125,10 @@ def microadam(
             or ``block_size`` is traced (``optax.inject_hyperparams`` needs ``static_args``),
             ``layout`` is of another class, ``weight_decay`` is a schedule, or a number is an array
             in fewer bits than float32; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``layout`` is not a known name, ``density`` is outside (0, 1], ``window`` is
-            not a positive integer, ``block_size`` is not a positive even integer of at most 32768,
-            or ``alpha`` is outside [0, 1); in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``layout`` is not a
+            known name, ``density`` is outside (0, 1], ``window`` is not a positive integer,
+            ``block_size`` is not a positive even integer of at most 32768, or ``alpha`` is outside
+            [0, 1); in ``update`` without ``params``, unless ``weight_decay`` is the number 0.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax

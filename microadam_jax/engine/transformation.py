@@ -12,6 +12,8 @@ from jax.tree_util import KeyPath
 from microadam_jax.execution import scope, within
 from microadam_jax.trees import is_compressed, path_name
 
+DECAY_RATES = ("b1", "b2", "b3", "beta")
+
 
 def transformation(
     init: Callable[..., Any],
@@ -30,7 +32,7 @@ def transformation(
         init: from parameters to a state.
         update: from updates, state and parameters, or None, to new updates and state.
         kind: what is returned.
-        **hyperparameters: numbers of the rule that float32 is needed for; None for those left out.
+        **hyperparameters: numbers of the rule, as :func:`require_hyperparameters` checks them.
 
     Returns:
         The transformation.
@@ -38,6 +40,7 @@ def transformation(
     Raises:
         TypeError: if a hyperparameter is an array in fewer bits than float32; in ``init`` and
             ``update``, for leaves that are no floating-point arrays.
+        ValueError: if a hyperparameter is outside its range.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -47,7 +50,7 @@ def transformation(
         Traceback (most recent call last):
         TypeError: The parameter 'steps' has dtype int32, ... Leave it out: optax.masked, ...
     """
-    require_float32(**hyperparameters)
+    require_hyperparameters(**hyperparameters)
 
     def checked_init(params: optax.Params) -> Any:
         shared = scope().zeros
@@ -67,14 +70,16 @@ def transformation(
     return kind(checked_init, checked_update)
 
 
-def require_float32(**hyperparameters: Any) -> None:
-    """Refuses hyperparameters in fewer bits than float32.
+def require_hyperparameters(**hyperparameters: Any) -> None:
+    """Refuses hyperparameters in fewer bits than float32, and rates that are none.
 
     Args:
-        **hyperparameters: Python numbers, arrays, or None, by their names.
+        **hyperparameters: Python numbers, arrays, or None, by their names. Numbers named ``b1``,
+            ``b2``, ``b3`` or ``beta`` lie in [0, 1), and those named ``eps`` are not negative.
 
     Raises:
         TypeError: if one is an array of a floating dtype that is narrower.
+        ValueError: if a Python number is outside its range.
     """
     for name, value in hyperparameters.items():
         dtype = getattr(value, "dtype", None)
@@ -84,6 +89,15 @@ def require_float32(**hyperparameters: Any) -> None:
                 "float32: optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32), which "
                 "otherwise takes the dtype of the parameters."
             )
+        if not isinstance(value, int | float):
+            continue
+        if name in DECAY_RATES and not 0 <= value < 1:
+            raise ValueError(
+                f"{name} is the share of a moving average that stays, and must lie in [0, 1); got "
+                f"{value}."
+            )
+        if name.endswith("eps") and not value >= 0:
+            raise ValueError(f"{name} must be 0 or a small positive number; got {value}.")
 
 
 def _arrays(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:

@@ -77,8 +77,9 @@ def scale_by_adam_mini(
     Raises:
         TypeError: if a number is an array in fewer bits than float32, or ``partition`` or
             ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype, or ``mu_codec`` is an unknown name or
-            has no negative numbers; in ``update``, if the state was made for another partition.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``mu_dtype`` is not a
+            floating dtype, or ``mu_codec`` is an unknown name or has no negative numbers; in
+            ``update``, if the state was made for another partition.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -94,8 +94,9 @@ def scale_by_came(
     Raises:
         TypeError: if a decay rate or an epsilon is an array in fewer bits than float32, or
             ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``b1`` is a number outside (0, 1), or ``mu_dtype`` is not a floating dtype;
-            in ``update``, if the state was made for another partition.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, ``b1`` is a number
+            outside (0, 1), or ``mu_dtype`` is not a floating dtype; in ``update``, if the state was
+            made for another partition.
 
     Examples:
         >>> import jax.numpy as jnp

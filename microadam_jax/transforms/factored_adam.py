@@ -104,7 +104,7 @@ def scale_by_factored_adam(
             require_shape(leaf.path, moment, shape)
         matrix = sides(leaf.layout)
         rows, cols = matrix or ((), ())
-        nu_row = moving_average(b2, nu_row, leaf.mean_square(functools.partial(mean, axes=cols)))
+        nu_row = moving_average(b2, nu_row, mean(leaf.squares, cols))
         row_root = jnp.sqrt(nu_row / one_minus_power(b2, leaf.t))
         if matrix is None:
             return (nu_row, nu_col), (row_root, jnp.ones_like(nu_col))

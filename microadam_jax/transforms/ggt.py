@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.compressors import Compressor
-from microadam_jax.engine.transformation import require_float32
+from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.transforms.gram_window import applied, gram_window, spectrum
 from microadam_jax.transforms.window import Window, as_window
 
@@ -77,7 +77,7 @@ def scale_by_ggt(
             "scale_by_ggt sums over the window and divides by nothing, so there is nothing to "
             "normalize; leave normalized out of Window."
         )
-    require_float32(eps=eps)
+    require_hyperparameters(eps=eps)
 
     def coefficients(gram: jax.Array, newest: jax.Array, count: jax.Array) -> jax.Array:
         del count

@@ -95,8 +95,9 @@ def matrix_momentum(
 
     Raises:
         TypeError: if a number is an array in fewer bits than float32.
-        ValueError: if ``mu_codec`` has no negative numbers; in ``update``, if the state was made
-            for other matrices or stored otherwise.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` has no
+            negative numbers; in ``update``, if the state was made for other matrices or stored
+            otherwise.
     """
     require_kind(Matrices, matrices=matrices)
     storage = Unstored() if mu_codec is None else as_storage(mu_codec).signed("mu")

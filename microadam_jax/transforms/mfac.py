@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.compressors import Compressor
-from microadam_jax.engine.transformation import require_float32
+from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.transforms.gram_window import applied, gram_window, spectrum
 from microadam_jax.transforms.window import Window, as_window
 
@@ -81,7 +81,7 @@ def scale_by_mfac(
     window = as_window(window)
     if isinstance(damping, int | float) and damping <= 0:
         raise ValueError(f"damping must be positive, such as 1e-5; got {damping}.")
-    require_float32(damping=damping)
+    require_hyperparameters(damping=damping)
 
     def coefficients(gram: jax.Array, newest: jax.Array, count: jax.Array) -> jax.Array:
         terms = jnp.minimum(count, window.length) if window.normalized else window.length

@@ -59,8 +59,9 @@ def scale_by_muon(
     Raises:
         TypeError: if a number is an array in fewer bits than float32, or ``matrices`` or
             ``mu_codec`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_codec`` is an unknown name or has no negative numbers; in ``update``, if
-            the state was made for other matrices or stored otherwise.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
+            unknown name or has no negative numbers; in ``update``, if the state was made for other
+            matrices or stored otherwise.
 
     Examples:
         >>> import jax.numpy as jnp

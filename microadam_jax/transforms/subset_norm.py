@@ -79,8 +79,8 @@ def scale_by_subset_norm(
     Raises:
         TypeError: if a number is an array in fewer bits than float32, or ``subsets`` or
             ``partition`` is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if ``mu_dtype`` is not a floating dtype; in ``update``, if the state was made
-            for other subsets.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_dtype`` is not
+            a floating dtype; in ``update``, if the state was made for other subsets.
 
     Examples:
         >>> import jax.numpy as jnp

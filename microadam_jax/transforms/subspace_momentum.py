@@ -87,7 +87,8 @@ def subspace_momentum(
         TypeError: if ``subspace``, ``refresh``, ``subsets`` or ``matrices`` is of another class, or
             a number is an array in fewer bits than float32; in ``init``, if a leaf is not a
             floating-point array.
-        ValueError: if ``refresh`` rotates both moments or has a ``momentum_share``.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``refresh`` rotates
+            both moments or has a ``momentum_share``.
 
     Examples:
         >>> import jax.numpy as jnp

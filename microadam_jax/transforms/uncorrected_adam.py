@@ -58,6 +58,7 @@ def scale_by_uncorrected_adam(
     Raises:
         TypeError: if a number is an array in fewer bits than float32; in ``init``, if a leaf is not
             a floating-point array.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -108,6 +109,7 @@ def correct_bias(
     Raises:
         TypeError: if a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is
             not a floating-point array.
+        ValueError: if a decay rate is outside [0, 1).
     """
 
     def init(params: optax.Params) -> CorrectBiasState:

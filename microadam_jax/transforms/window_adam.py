@@ -88,8 +88,8 @@ def scale_by_window_adam(
         TypeError: if the window's length is a traced array, a part is of another class, or a number
             is an array in fewer bits than float32; in ``init``, if a leaf is not a floating-point
             array.
-        ValueError: if the window's length is not positive; in ``update``, if an update was not made
-            by ``compressor``.
+        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or the window's length
+            is not positive; in ``update``, if an update was not made by ``compressor``.
 
     Examples:
         >>> import jax.numpy as jnp, optax
