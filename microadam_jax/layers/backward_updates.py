@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from microadam_jax.engine.leaf_loops import once
 from microadam_jax.execution import within
@@ -16,6 +17,7 @@ from microadam_jax.layers.state_of_layers import (
     require_each_alone,
     subtree,
 )
+from microadam_jax.transforms.round_updates import RoundUpdatesState
 from microadam_jax.trees import KeyPath, path_name, without_boxes
 
 Clip = Literal["value", "layer", "global", "last_global"]
@@ -84,7 +86,8 @@ def update_in_backward(
         after: ``after(rest, x, batch) -> loss`` computes the loss from the last layer's output. An
             embedding that is used here too may be tied.
         layers: the name of the stack in the parameters, whose arrays have the layers along their
-            first axes.
+            first axes. Codecs and partitions have to know it for one: they know ``"layers"``, and
+            others by their ``stacked=``.
         clip: None, or how gradients are clipped: ``"value"``, each number to ``[-max_norm,
             max_norm]``; ``"layer"``, each layer, and what is outside of the layers, by the norm of
             its own; ``"global"``, by the norm of all, which a backward pass of its own finds
@@ -97,11 +100,14 @@ def update_in_backward(
         The functions ``init`` and ``step``.
 
     Raises:
-        ValueError: if there is no such clip; in ``init``, if the parameters have no
-            such stack, if layers share a part of the state, if the optimizer needs the gradients
-            of several parameters at a time, as ``optax.clip_by_global_norm``, M-FAC,
-            ``optax.apply_if_finite`` and ``optax.MultiSteps`` do, or if it projects on subspaces
-            drawn at random, as APOLLO does.
+        TypeError: in ``init``, if a parameter is not a floating-point array; in ``step``, if the
+            loss is not a scalar.
+        ValueError: if there is no such clip, or ``max_norm`` is not positive; in ``init``, if the
+            parameters have no such stack, if layers share a part of the state, if the optimizer
+            needs the gradients of several parameters at a time, as ``optax.clip_by_global_norm``,
+            M-FAC, ``optax.apply_if_finite`` and ``optax.MultiSteps`` do, if it takes the layers for
+            an axis of a kernel, as ``optax.adaptive_grad_clip`` does, or if it projects on
+            subspaces drawn at random, as APOLLO does.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -126,6 +132,8 @@ def update_in_backward(
     if clip is not None and clip not in get_args(Clip):
         names = ", ".join(map(repr, get_args(Clip)))
         raise ValueError(f"clip must be None or one of {names}; got {clip!r}.")
+    if clip is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+        raise ValueError(f"max_norm must be a positive number; got {max_norm!r}.")
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> Any:
@@ -135,8 +143,10 @@ def update_in_backward(
 
     def step(params: Params, state: Any, batch: Any) -> tuple[Params, Any, jax.Array]:
         last = state.norm if _by_last(clip) else None
-        run = _Step(tx, before, layer, after, layers, clip, max_norm, shardings)
         inner_state = state.inner_state if _by_last(clip) else state
+        # What is clipped is not rounded once more where the optimizer computes in float32.
+        takes_float32 = isinstance(inner_state, RoundUpdatesState)
+        run = _Step(tx, before, layer, after, layers, clip, max_norm, takes_float32, shardings)
         params, inner_state, loss, norm = run(params, inner_state, batch, last)
         return params, LastNormState(norm, inner_state) if _by_last(clip) else inner_state, loss
 
@@ -158,6 +168,7 @@ def require_layerwise(
         layers: the name of the stack.
 
     Raises:
+        TypeError: if a parameter is not a floating-point array.
         ValueError: if there is no such stack, or the optimizer looks at several layers.
     """
     if layers not in params:
@@ -165,6 +176,12 @@ def require_layerwise(
             f"The parameters have no stack {layers!r}; they have {', '.join(params)}. Give layers= "
             "its name."
         )
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"The parameter {path_name(path)!r} has dtype {jnp.result_type(leaf)}, of which "
+                "there is no gradient. Let before, layer and after take it from elsewhere."
+            )
     len_of_stack(params[layers], layers)
     extra_args = {"value": jnp.zeros([], jnp.float32)}
     used = require_each_alone(tx, jax.eval_shape(lambda p: p, params), layers, extra_args)
@@ -172,7 +189,11 @@ def require_layerwise(
 
 
 class _Step(NamedTuple):
-    """One step; the attributes are the arguments of :func:`update_in_backward`."""
+    """One step; the attributes are the arguments of :func:`update_in_backward`.
+
+    Attributes:
+        takes_float32: whether ``tx`` takes gradients in float32 for parameters in fewer bits.
+    """
 
     tx: optax.GradientTransformationExtraArgs
     before: Callable[[Params, Any], Any]
@@ -181,6 +202,7 @@ class _Step(NamedTuple):
     layers: str
     clip: Clip | None
     max_norm: float
+    takes_float32: bool
     shardings: Any
 
     def __call__(
@@ -196,6 +218,11 @@ class _Step(NamedTuple):
 
         x, inputs = jax.lax.scan(forward, x, stack)
         loss, out = jax.vjp(lambda rest, x: self.after(rest, x, batch), rest, x)
+        if jax.tree.structure(loss) != jax.tree.structure(0) or loss.shape:
+            raise TypeError(
+                "after(rest, x, batch) must return a loss that is a scalar, and nothing beside it; "
+                f"got {jax.tree.map(jax.typeof, loss)}."
+            )
         d_after, dx = out(jnp.ones_like(loss))
         used_before, used_after = self._used(rest, batch, x)
         shapes = jax.eval_shape(lambda params: params, params)
@@ -233,7 +260,7 @@ class _Step(NamedTuple):
         last, leaves = run.rest(gradients, leaves, rest, norm)
         leaves = run.counted(leaves)
         moved |= last
-        rest = jax.tree.map_with_path(lambda path, _: moved[path_name(path)], rest)
+        rest = jax.tree.map_with_path(lambda path, _: moved[keystr(path)], rest)
         new = {name: stack if name == self.layers else rest[name] for name in params}
         by_path = dict(jax.tree.leaves_with_path(new))
         # What is no dict, such as a FrozenDict, stays what it is.
@@ -263,14 +290,21 @@ class _Step(NamedTuple):
         assert norm is not None
         return jnp.where(norm < self.max_norm, 1.0, self.max_norm / jnp.where(norm > 0, norm, 1))
 
-    def clipped(self, gradients: Any, norm: jax.Array | None) -> Any:
-        """Some gradients, clipped."""
-        if self.clip == "value":
-            return jax.tree.map(lambda g: jnp.clip(g, -self.max_norm, self.max_norm), gradients)
-        scale = self.scale(_squares(gradients), norm)
-        if scale is None:
-            return gradients
-        return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
+    def clipping(self, gradients: Any, norm: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
+        """How one of these gradients is clipped."""
+        scale = None if self.clip == "value" else self.scale(_squares(gradients), norm)
+
+        def clipped(g: jax.Array) -> jax.Array:
+            wide = g.astype(jnp.float32)
+            if self.clip == "value":
+                wide = jnp.clip(wide, -self.max_norm, self.max_norm)
+            elif scale is not None:
+                wide = wide * scale
+            else:
+                return g
+            return wide if self.takes_float32 else wide.astype(g.dtype)
+
+        return clipped
 
     def placed(self, weights: Any) -> Any:
         """A layer's weights or gradients, sharded as its parameters are."""
@@ -325,7 +359,7 @@ class _Backward(NamedTuple):
             stack, own, dx, squares = carry
             gradients, dx = self._gradients(_at(stack, self._layer(turn)), turn, dx)
             squares = squares + _squares(gradients)
-            gradients = self.step.clipped(gradients, norm)
+            clipped = self.step.clipping(gradients, norm)
 
             def move(path: KeyPath, weights: jax.Array, gradient: jax.Array) -> jax.Array:
                 path = (jax.tree_util.DictKey(name), *path)
@@ -333,7 +367,8 @@ class _Backward(NamedTuple):
 
                 def update(before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                     own = dict(zip(mine, before[1:], strict=True))
-                    return self._of_layer(turn, path, gradient[None], leaves, before[0], own)
+                    one = clipped(gradient)[None]
+                    return self._of_layer(turn, path, one, leaves, before[0], own)
 
                 # A loop of its own, so that its temporaries are gone before the next one has any.
                 before = weights, *(own[place] for place in mine)
@@ -374,11 +409,12 @@ class _Backward(NamedTuple):
     def rest(
         self, gradients: Any, leaves: list[Any], rest: Params, norm: jax.Array | None
     ) -> tuple[dict[str, jax.Array], list[Any]]:
-        """The parameters that have gradients after their update, by name, and the state."""
+        """The parameters that have gradients after their update, by path, and the state."""
         params, moved = dict(jax.tree.leaves_with_path(rest)), {}
         leaves = list(leaves)
-        for path, gradient in jax.tree.leaves_with_path(self.step.clipped(gradients, norm)):
-            moved[path_name(path)], new = self._updated(path, gradient, leaves, params[path])
+        clipped = self.step.clipping(gradients, norm)
+        for path, gradient in jax.tree.leaves_with_path(gradients):
+            moved[keystr(path)], new = self._updated(path, clipped(gradient), leaves, params[path])
             for place, array in new.items():
                 leaves[place] = array
         return moved, leaves

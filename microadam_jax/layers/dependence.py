@@ -1,36 +1,60 @@
 """Tracks the dependence of a traced program's outputs on its inputs."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 
+Shape = tuple[int, ...]
 
-def dependences(function: Callable[..., Any], *arguments: Any) -> list[int]:
-    """Finds for each output array of a function the input arrays that it depends on.
+
+def dependences(program: core.ClosedJaxpr) -> list[int]:
+    """Finds for each output of a program the inputs that it depends on.
 
     What a platform's branch computes is what all others do, so that of ``platform_dependent`` the
     default counts.
 
     Args:
-        function: of trees of arrays.
-        *arguments: its arguments, or their shapes.
+        program: that ``jax.make_jaxpr`` made of a function.
 
     Returns:
-        For each leaf of the result the set of leaves of ``arguments``, as bits of an integer: bit
-        0 is the first. It may hold more than there are, and never fewer.
+        For each output the set of inputs, as bits of an integer: bit 0 is the first. It may hold
+        more than there are, and never fewer.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from microadam_jax.layers.dependence import dependences
         >>> x = jnp.ones(3)
-        >>> dependences(lambda x, y: (x + 1, x * y, 2.0), x, x)
+        >>> dependences(jax.make_jaxpr(lambda x, y: (x + 1, x * y, 2.0))(x, x))
         [1, 3, 0]
     """
-    program = jax.make_jaxpr(function)(*arguments)
     inputs = [1 << i for i in range(len(program.jaxpr.invars))]
     return _outputs(program.jaxpr, inputs)
+
+
+def mixed_first_axis(program: core.Jaxpr, shapes: Container[Shape]) -> Shape | None:
+    """Finds a reduction over the first axis, and not over all that have several elements.
+
+    Args:
+        program: the program.
+        shapes: of the arrays that count.
+
+    Returns:
+        The shape of what is reduced; None if there is no such reduction.
+    """
+    for equation in program.eqns:
+        if equation.primitive.name.startswith("reduce_"):
+            shape: Shape = getattr(equation.invars[0].aval, "shape", ())
+            axes = equation.params.get("axes", ())
+            kept = [n for axis, n in enumerate(shape) if axis not in axes]
+            if shape in shapes and 0 in axes and math.prod(kept) > 1:
+                return shape
+        for inner in _programs(equation.params):
+            found = mixed_first_axis(inner, shapes)
+            if found is not None:
+                return found
+    return None
 
 
 def _outputs(program: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
@@ -64,6 +88,15 @@ def _outputs(program: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
             results = [_union(operands)] * len(equation.outvars)
         known |= zip(equation.outvars, results, strict=True)
     return [of(variable) for variable in program.outvars]
+
+
+def _programs(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """All programs that an equation may run."""
+    for parameter in parameters.values():
+        for one in parameter if isinstance(parameter, tuple | list) else (parameter,):
+            inner = getattr(one, "jaxpr", one)
+            if isinstance(inner, core.Jaxpr):
+                yield inner
 
 
 def _called(parameters: dict[str, Any]) -> core.Jaxpr | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.execution import within
-from microadam_jax.layers.dependence import dependences
+from microadam_jax.layers.dependence import dependences, mixed_first_axis
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
 Arrays = list[jax.Array]
@@ -152,7 +152,8 @@ def require_each_alone(
 
     Raises:
         ValueError: if the update of a parameter, or what is kept for none or another, depends on
-            the gradient of a parameter, or if its random numbers would not be those of a stack.
+            the gradient of a parameter, if a reduction mixes the layers of a stack, or if its
+            random numbers would not be those of a stack.
     """
     single = {**params, layers: one_layer(params[layers])}
     single = jax.eval_shape(lambda tree: tree, single)
@@ -176,7 +177,16 @@ def require_each_alone(
         with within(layer=jnp.zeros([], jnp.int32)):
             return tx.update(gradients, state, params, **extra_args)
 
-    found = dependences(update, single, state, single)
+    program = jax.make_jaxpr(update)(single, state, single)
+    stacks = {leaf.shape for leaf in jax.tree.leaves(single[layers]) if leaf.ndim > 1}
+    if (reduced := mixed_first_axis(program.jaxpr, stacks)) is not None:
+        raise ValueError(
+            f"The optimizer takes the layers of {layers!r} for an axis of a kernel: it reduces an "
+            f"array of the shape {reduced}, of one layer, over its first axis and not over all. It "
+            "would mix the layers of the stack. Of a clip of each layer give clip='layer' in place "
+            "of optax.adaptive_grad_clip."
+        )
+    found = dependences(program)
     updates, kept = found[: len(paths)], found[len(paths) :]
     owners = [owner_of(path, set(paths)) for path, _ in jax.tree.leaves_with_path(state)]
     gradients = (1 << len(paths)) - 1
@@ -223,6 +233,8 @@ def subtree(tree: Any, keep: Callable[[KeyPath], bool]) -> Any:
 
 def _shares(name: str, what: str) -> str:
     return (
-        f"Layers share a part of the optimizer's state, so that they cannot be updated one after "
-        f"another: {name} {what}. Choose an optimizer whose state has the layers in front."
+        f"Layers share a part of the optimizer's state, or it does not know the stack for one, so "
+        f"that they cannot be updated one after another: {name} {what}. Name the stack in the "
+        "stacked= of its Storage or Partition, or choose an optimizer whose state has the layers "
+        "in front."
     )

@@ -16,7 +16,8 @@ class ScaleByRestartableAdamState(NamedTuple):
     """Holds Adam's moments, and how old they are.
 
     Attributes:
-        age: int32 of one element, of each parameter's rank: steps since its moments were zero.
+        age: int32 steps since the moments were zero, one for each row of a parameter: of stacked
+            layers each has its own.
         mu: float32 first moments, of the parameters' shapes.
         nu: float32 second moments, of the parameters' shapes.
     """
@@ -24,6 +25,10 @@ class ScaleByRestartableAdamState(NamedTuple):
     age: Any
     mu: Any
     nu: Any
+
+
+def _shape_of_rows(x: jax.Array) -> tuple[int, ...]:
+    return (*x.shape[:-1], 1) if x.ndim else ()
 
 
 def scale_by_restartable_adam(
@@ -72,7 +77,7 @@ def scale_by_restartable_adam(
         def zeros() -> Any:
             return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), params)
 
-        age = jax.tree.map(lambda x: moment_zeros(x, (1,) * x.ndim, jnp.int32), params)
+        age = jax.tree.map(lambda x: moment_zeros(x, _shape_of_rows(x), jnp.int32), params)
         return ScaleByRestartableAdamState(age, zeros(), zeros())
 
     def update(

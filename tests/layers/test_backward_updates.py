@@ -244,6 +244,34 @@ def test_clips_that_are_those_of_optax(clip: Any) -> None:
     assert distance(params, free) > 1e-4
 
 
+def test_what_is_clipped_is_not_rounded_where_the_optimizer_computes_in_float32() -> None:
+    sgd, params = optax.sgd(1.0, momentum=0.9), params_of(jnp.bfloat16)
+    tx = m.round_updates(sgd, "compensated", error="int16")
+    _, state, _ = in_backward(tx, 1, params, clip="global", max_norm=0.1)
+    clipped = optax.chain(optax.clip_by_global_norm(0.1), sgd)
+    params = params_of(jnp.bfloat16)
+    _, expected, _ = ordinary(m.round_updates(clipped, "compensated", error="int16"), 1, params)
+    traces = (optax.tree.get(s, "trace") for s in (state, expected))
+    for one, other in zip(*map(jax.tree.leaves, traces), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_paths_that_read_alike_are_apart() -> None:
+    params = {
+        "layers": {"w": jnp.ones((3, 8, 8))},
+        "a/b": jnp.ones(8),
+        "a": {"b": jnp.full(8, 2.0)},
+    }
+    training = update_in_backward(
+        optax.sgd(0.0),
+        lambda rest, x: x,
+        lambda weights, x: x + jnp.tanh(x @ weights["w"]),
+        lambda rest, x, _: jnp.mean((x @ (rest["a/b"] * rest["a"]["b"])) ** 2),
+    )
+    new, *_ = jax.jit(training.step)(params, training.init(params), jnp.eye(8))
+    assert_equal(new, params)
+
+
 def test_clip_by_the_norm_of_the_last_step() -> None:
     """Gradients of one batch and no learning rate: each step has the norm of the last."""
 
@@ -286,6 +314,10 @@ REFUSED = {
         "keeps a gradient of every parameter",
     ),
     "noise": (lambda: optax.chain(optax.add_noise(1.0, 0.0, 0), optax.sgd(1.0)), "rng_key"),
+    "kernels": (
+        lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(1.0)),
+        "for an axis of a kernel.*clip='layer'",
+    ),
     "shared": (lambda: optax.adafactor(1e-3, min_dim_size_to_factor=2), "Layers share"),
 }
 
@@ -323,6 +355,20 @@ def test_mistakes_are_told() -> None:
         training.init(params_of())
     params = {**params_of(), "blocks": {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}}
     with pytest.raises(ValueError, match="one size along their first"):
+        training.init(params)
+    for norm in (0, -1.0, "1"):
+        with pytest.raises(ValueError, match="max_norm must be a positive number"):
+            update_in_backward(optax.sgd(1.0), before, layer, after, clip="global", max_norm=norm)
+    training = update_in_backward(optax.sgd(1.0), before, layer, after)
+    with pytest.raises(TypeError, match="'steps' has dtype int32"):
+        training.init({**params_of(), "steps": jnp.array(3)})
+    for loss in (lambda rest, x, _: x.sum(0), lambda rest, x, _: (x.sum(), x)):
+        training = update_in_backward(optax.sgd(1.0), before, layer, loss)
+        with pytest.raises(TypeError, match="a loss that is a scalar"):
+            jax.eval_shape(training.step, params_of(), training.init(params_of()), batch(0))
+    params = {"trunk": {"w": jnp.ones((3, 40, 112))}}
+    training = update_in_backward(m.adamw4bit(1e-3), before, layer, after, layers="trunk")
+    with pytest.raises(ValueError, match="Name the stack in the stacked="):
         training.init(params)
 
 
