@@ -15,6 +15,7 @@ from microadam_jax.blocks import merge as merge_blocks
 from microadam_jax.codecs.maps import NF4, Dynamic8
 from microadam_jax.codecs.packing import pack_codes
 from microadam_jax.codecs.scaled import as_blocks, magnitudes, unpacked
+from microadam_jax.sharding import replicated
 
 SCALES = Dynamic8()  # the 8-bit codebook of the scales
 
@@ -104,6 +105,8 @@ class Nf4:
         )
         scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         mean = jnp.mean(scale) if scale.size else jnp.float32(0)
+        # Of numbers that are divided before, the sum is finite where they are.
+        mean = jnp.where(jnp.isinf(mean), jnp.sum(scale / max(scale.size, 1)), mean)
         grouped = self._grouped(scale - mean)
         largest = jnp.max(jnp.abs(grouped), axis=-1)
         largest = jnp.where(jnp.isfinite(mean), largest, jnp.nan)
@@ -152,7 +155,8 @@ class Nf4:
 
     def _grouped(self, scales: jax.Array) -> jax.Array:
         """Cuts arrays of one number for each block into ``(groups, group)``, padded with zeros."""
-        flat = scales.reshape(-1)
+        # Groups know no axes; scales are few.
+        flat = replicated(scales).reshape(-1)
         return jnp.pad(flat, (0, -flat.size % self.group)).reshape(-1, self.group)
 
 

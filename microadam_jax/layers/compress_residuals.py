@@ -263,8 +263,14 @@ def _with_changes(f: Callable[..., Any]) -> Callable[..., Any]:
     def both(*arguments: Any) -> tuple[Any, dict[int, jax.Array]]:
         before = jax.tree.leaves(arguments)
         outputs = f(*arguments)
-        after = enumerate(zip(before, jax.tree.leaves(arguments), strict=True))
-        return outputs, {index: new for index, (old, new) in after if new is not old}
+        after = jax.tree.leaves(arguments)
+        if len(after) != len(before):
+            raise ValueError(
+                "The function given to compress_residuals makes new variables in a module, as "
+                "nnx.Module.sow does. Make them before, or leave them out."
+            )
+        pairs = enumerate(zip(before, after, strict=True))
+        return outputs, {index: new for index, (old, new) in pairs if new is not old}
 
     return both
 

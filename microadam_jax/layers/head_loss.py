@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.sharding import explicit_sharding
 
 
@@ -37,7 +38,8 @@ def chunked_cross_entropy(
         x: ``(..., width)``, the inputs of the head, in the dtype to compute in. Logits and sums
             are float32.
         kernel: ``(width, vocabulary)``; of a tied embedding its transpose.
-        labels: integers ``(...)``, from 0 on and below ``vocabulary``.
+        labels: integers ``(...)``, from 0 on and below ``vocabulary``; the loss of others is NaN.
+            To leave tokens out, take ``jnp.where(kept, loss, 0)``, which has no gradient there.
         chunk: columns of the head at a time. A vocabulary that it does not divide is read with a
             last chunk that overlaps the one before.
 
@@ -45,7 +47,8 @@ def chunked_cross_entropy(
         float32 ``(...)``, the cross entropy of each token in nats.
 
     Raises:
-        ValueError: if the shapes do not fit, or ``chunk`` is not positive.
+        TypeError: if labels are no integers.
+        ValueError: if the shapes do not fit, or ``chunk`` is not a positive integer.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -59,9 +62,15 @@ def chunked_cross_entropy(
 
     Reference: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be a positive number of columns; got {chunk}.")
-    if kernel.ndim != 2 or x.shape[-1:] != kernel.shape[:1] or labels.shape != x.shape[:-1]:
+    require_positive("chunk", chunk)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, columns of kernel; got {labels.dtype}.")
+    if (
+        kernel.size == 0
+        or kernel.ndim != 2
+        or x.shape[-1:] != kernel.shape[:1]
+        or labels.shape != x.shape[:-1]
+    ):
         raise ValueError(
             "x must be (..., width), kernel (width, vocabulary) and labels (...); got "
             f"{x.shape}, {kernel.shape} and {labels.shape}."
@@ -77,10 +86,13 @@ def _cross_entropy(chunk: int, x: jax.Array, kernel: jax.Array, labels: jax.Arra
 def _forward(
     chunk: int, x: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    as_x, _ = _explicit(x, kernel)
+    as_logits = _as_logits(as_x, x)
+
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, picked = carry
         start, columns, fresh = _columns(i, chunk, kernel)
-        logits = jnp.where(fresh, _product(x, _at(kernel, start, chunk)), -jnp.inf)
+        logits = jnp.where(fresh, _product(x, _at(kernel, start, chunk), as_logits), -jnp.inf)
         new = jnp.maximum(largest, jnp.max(logits, axis=-1))
         finite = jnp.where(new == -jnp.inf, 0, new)  # no column so far has any probability
         total = total * jnp.exp(largest - finite)
@@ -88,28 +100,31 @@ def _forward(
         own = fresh & (columns == labels[..., None])
         return new, total, picked + jnp.sum(jnp.where(own, logits, 0), axis=-1)
 
-    # Made of x, they are sharded as it is.
-    zeros = jnp.zeros_like(x[..., 0], jnp.float32)
+    zeros = jnp.zeros(labels.shape, jnp.float32)
+    if as_logits is not None:
+        by_token = PartitionSpec(*as_logits.spec[:-1])
+        zeros = jax.sharding.reshard(zeros, NamedSharding(as_logits.mesh, by_token))
     carry = (zeros - jnp.inf, zeros, zeros)
     largest, total, picked = jax.lax.fori_loop(0, _count(chunk, kernel), body, carry)
     log_sum = largest + jnp.log(total)
-    return log_sum - picked, (x, kernel, labels, log_sum)
+    known = (labels >= 0) & (labels < kernel.shape[1])
+    return jnp.where(known, log_sum - picked, jnp.nan), (x, kernel, labels, log_sum)
 
 
 def _backward(
     chunk: int, saved: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
     x, kernel, labels, log_sum = saved
-    tokens, explicit = tuple(range(labels.ndim)), explicit_sharding(x)
-    spec = jax.typeof(kernel).sharding.spec
-    as_kernel = None if explicit is None else NamedSharding(explicit.mesh, spec)
+    tokens = tuple(range(labels.ndim))
+    as_x, as_kernel = _explicit(x, kernel)
+    as_logits = _as_logits(as_x, x)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         d_x, d_kernel = carry
         start, columns, fresh = _columns(i, chunk, kernel)
         weights = _at(kernel, start, chunk)
         chosen = (columns == labels[..., None]).astype(jnp.float32)
-        d_logits = jnp.exp(_product(x, weights) - log_sum[..., None]) - chosen
+        d_logits = jnp.exp(_product(x, weights, as_logits) - log_sum[..., None]) - chosen
         d_logits = (d_logits * gradient[..., None]).astype(x.dtype)
         # Columns that overlap are written twice, with the same values, and count once in d_x.
         own = jnp.tensordot(
@@ -122,7 +137,8 @@ def _backward(
         d_kernel = jax.lax.dynamic_update_slice_in_dim(
             d_kernel, own.astype(kernel.dtype), start, axis=1
         )
-        return d_x + _product(jnp.where(fresh, d_logits, 0), weights.T), d_kernel
+        d_part = jnp.where(fresh, d_logits, 0)
+        return d_x + _product(d_part, weights.T, as_x), d_kernel
 
     carry = (jnp.zeros_like(x, jnp.float32), jnp.zeros_like(kernel))
     d_x, d_kernel = jax.lax.fori_loop(0, _count(chunk, kernel), body, carry)
@@ -147,6 +163,27 @@ def _at(kernel: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
 
 
-def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
+def _explicit(*arrays: jax.Array) -> list[NamedSharding | None]:
+    """How arrays are sharded on Explicit axes; None for each if none is."""
+    known = next(filter(None, map(explicit_sharding, arrays)), None)
+    if known is None:
+        return [None] * len(arrays)
+    return [NamedSharding(known.mesh, jax.typeof(x).sharding.spec) for x in arrays]
+
+
+def _as_logits(as_x: NamedSharding | None, x: jax.Array) -> NamedSharding | None:
+    """How logits are sharded: over the tokens, as ``x`` is."""
+    if as_x is None:
+        return None
+    spec = (*as_x.spec, *[None] * (x.ndim - len(as_x.spec)))
+    return NamedSharding(as_x.mesh, PartitionSpec(*spec[:-1], None))
+
+
+def _product(x: jax.Array, weights: jax.Array, out_sharding: Any = None) -> jax.Array:
     """Returns ``x @ weights`` of the dtype of ``x``, summed up in float32."""
-    return jnp.matmul(x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(
+        x,
+        weights.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )

@@ -1,18 +1,25 @@
 """A product with frozen weights in NF4 that keeps nothing but their codes for its backward pass."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.layers.saved_codes import when_needed
+from microadam_jax.sharding import explicit_sharding
 
 
 def nf4_linear(
-    x: jax.Array, codes: Nf4Codes, shape: tuple[int, int], codec: Nf4 = nf4()
+    x: jax.Array,
+    codes: Nf4Codes,
+    shape: tuple[int, int],
+    codec: Nf4 = nf4(),
+    *,
+    out_sharding: Any = None,
 ) -> jax.Array:
     r"""Multiplies by frozen weights that are dequantized when they are needed.
 
@@ -29,11 +36,14 @@ def nf4_linear(
         codes: the weights, from :meth:`microadam_jax.codecs.Nf4.encode`.
         shape: ``(in, out)`` of the weights.
         codec: that encoded them.
+        out_sharding: of the product, as of ``jnp.matmul``, where mesh axes are Explicit and do not
+            tell it. There codes are to be whole, or cut along the rows of the weights.
 
     Returns:
         ``(..., out)``.
 
     Raises:
+        TypeError: if ``x`` is no floating-point array, or ``codes`` are no :class:`Nf4Codes`.
         ValueError: if the last axis of ``x`` is not ``in``, or the codes are not of that shape.
 
     Examples:
@@ -48,32 +58,53 @@ def nf4_linear(
 
     Reference: Dettmers et al., QLoRA (arXiv 2305.14314), Equation 5.
     """
+    if not isinstance(codes, Nf4Codes) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(
+            f"nf4_linear takes a floating-point array and Nf4Codes; got {jnp.result_type(x)} and "
+            f"{type(codes).__name__}."
+        )
     expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, jnp.float32))
-    if x.shape[-1] != shape[0] or [c.shape for c in codes] != [c.shape for c in expected]:
+    if x.shape[-1:] != shape[:1] or [c.shape for c in codes] != [c.shape for c in expected]:
         raise ValueError(
             f"nf4_linear got x {x.shape} and {[c.shape for c in codes]} for weights {shape}; "
             f"{codec.name} stores such weights in {[c.shape for c in expected]}, and x must end in "
             f"{shape[0]} elements. Stacked layers are taken one at a time, as by a scan."
         )
-    return _product(codec, tuple(shape), x, codes)
+    product = _Product(codec, tuple(shape), explicit_sharding(x), out_sharding)
+    return _multiply(product, x, codes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(codec: Nf4, shape: tuple[int, int], x: jax.Array, codes: Nf4Codes) -> jax.Array:
-    return x @ codec.decode(codes, shape, x.dtype)
+class _Product(NamedTuple):
+    """What is static of a product.
+
+    Attributes:
+        codec: that of the weights.
+        shape: of the weights.
+        as_x: how the input is sharded on Explicit axes; None if it is not.
+        out_sharding: of the product, if it was given.
+    """
+
+    codec: Nf4
+    shape: tuple[int, int]
+    as_x: NamedSharding | None
+    out_sharding: Any
 
 
-def _forward(
-    codec: Nf4, shape: tuple[int, int], x: jax.Array, codes: Nf4Codes
-) -> tuple[jax.Array, Nf4Codes]:
-    return _product(codec, shape, x, codes), codes
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(product: _Product, x: jax.Array, codes: Nf4Codes) -> jax.Array:
+    weights = product.codec.decode(codes, product.shape, x.dtype)
+    return jnp.matmul(x, weights, out_sharding=product.out_sharding)
 
 
-def _backward(
-    codec: Nf4, shape: tuple[int, int], codes: Nf4Codes, dy: jax.Array
-) -> tuple[jax.Array, Any]:
+def _forward(product: _Product, x: jax.Array, codes: Nf4Codes) -> tuple[jax.Array, Nf4Codes]:
+    return _multiply(product, x, codes), codes
+
+
+def _backward(product: _Product, codes: Nf4Codes, dy: jax.Array) -> tuple[jax.Array, Any]:
     dy, late = when_needed(dy, codes)
-    return dy @ codec.decode(late, shape, dy.dtype).T, jax.tree.map(_no_gradient, codes)
+    weights = product.codec.decode(late, product.shape, dy.dtype)
+    dx = jnp.matmul(dy, weights.T, out_sharding=product.as_x)
+    return dx, jax.tree.map(_no_gradient, codes)
 
 
 def _no_gradient(x: jax.Array) -> Any:
@@ -82,4 +113,4 @@ def _no_gradient(x: jax.Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-_product.defvjp(_forward, _backward)
+_multiply.defvjp(_forward, _backward)

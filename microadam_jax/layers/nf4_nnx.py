@@ -10,6 +10,8 @@ from flax import nnx
 from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.layers.nf4_linear import nf4_linear
 
+PLACEMENT = "out_sharding", "mesh", "eager_sharding"  # of a Variable, in Flax
+
 
 class FrozenWeight(nnx.Variable):
     """Holds an array of frozen weights; no ``nnx.Param``, so that gradients pass it by."""
@@ -25,6 +27,9 @@ class Nf4Linear(nnx.Module):
             each layer is quantized by itself, and the module is to be used in a scan over them.
         codec: the format.
 
+    Raises:
+        TypeError: if ``linear`` is another layer, or ``codec`` another format.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
@@ -38,11 +43,19 @@ class Nf4Linear(nnx.Module):
 
     def __init__(self, linear: nnx.Linear, codec: Nf4 = nf4()) -> None:
         """Quantizes the kernel."""
+        if not isinstance(codec, Nf4):
+            raise TypeError(f"codec must be one that nf4() returns; got {codec!r}.")
+        if not isinstance(linear, nnx.Linear):
+            raise TypeError(f"Only an nnx.Linear can be quantized; got {type(linear).__name__}.")
         kernel = linear.kernel[...]
         encode = codec.encode
         for _ in kernel.shape[:-2]:
             encode = jax.vmap(encode)
-        self._codes, self._scales, self._groups, self._mean = map(FrozenWeight, encode(kernel))
+        codes, *others = encode(kernel)
+        # The codes have the kernel's axes, and its names for them.
+        known = linear.kernel.get_metadata()
+        self._codes = FrozenWeight(codes, **{k: known[k] for k in PLACEMENT if k in known})
+        self._scales, self._groups, self._mean = map(FrozenWeight, others)
         self.bias = linear.bias
         self.in_features, self.out_features = kernel.shape[-2:]
         self.codec, self.dtype, self.param_dtype = codec, linear.dtype, kernel.dtype
@@ -52,22 +65,28 @@ class Nf4Linear(nnx.Module):
         """Returns the quantized kernel."""
         return Nf4Codes(self._codes[...], self._scales[...], self._groups[...], self._mean[...])
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, out_sharding: Any = None) -> jax.Array:
         """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one.
+
+        Args:
+            inputs: ``(..., in)``.
+            out_sharding: of the product, as for ``nnx.Linear``.
 
         Raises:
             ValueError: if the last axis of ``inputs`` is not ``in``, or the layer is a stack, which
                 a scan takes apart.
         """
         x = inputs.astype(self.dtype or jnp.result_type(inputs, self.param_dtype))
-        y = nf4_linear(x, self.codes, (self.in_features, self.out_features), self.codec)
+        shape = self.in_features, self.out_features
+        y = nf4_linear(x, self.codes, shape, self.codec, out_sharding=out_sharding)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
     """Replaces each ``nnx.Linear`` inside a model by an :class:`Nf4Linear`, in place.
 
-    Embeddings, norms and biases stay as they are. To keep a layer as well, such as an output
+    Embeddings, norms and biases stay as they are, and so does ``nnx.LinearGeneral``, of which
+    ``nnx.MultiHeadAttention`` consists. To keep a layer as well, such as an output
     head, pass the part of the model without it.
 
     Args:
@@ -78,6 +97,7 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
         The number of layers replaced; stacked layers count once.
 
     Raises:
+        TypeError: if ``codec`` is another format.
         ValueError: if there is none.
 
     Examples:
@@ -96,7 +116,7 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
     if not count:
         raise ValueError(
             f"There is no nnx.Linear to quantize in this {type(model).__name__}: pass a model that "
-            "has some."
+            "has some; a single layer is replaced by Nf4Linear(layer)."
         )
     return count
 
@@ -131,12 +151,26 @@ def replace_linears(model: nnx.Module, make: Callable[[Any], nnx.Module]) -> int
         ['lora_a', 'lora_b']
     """
     new: dict[int, tuple[nnx.Module, nnx.Module]] = {}  # with the old, so that none gets its id
+
+    def replaced(value: Any) -> Any:
+        """``value``, or what is to be in its place."""
+        if type(value) in (nnx.Linear, Nf4Linear):
+            if id(value) not in new:
+                new[id(value)] = value, make(value)
+            return new[id(value)][1]
+        if type(value) is list:
+            value[:] = map(replaced, value)
+        elif type(value) is dict:
+            value |= {name: replaced(one) for name, one in value.items()}
+        elif isinstance(value, tuple):
+            items = list(map(replaced, value))
+            if any(one is not old for one, old in zip(items, value, strict=True)):
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
     for _, parent in list(nnx.iter_graph(model)):
-        if not isinstance(parent, nnx.Module):
-            continue
-        for name, child in list(vars(parent).items()):
-            if type(child) in (nnx.Linear, Nf4Linear):
-                if id(child) not in new:
-                    new[id(child)] = child, make(child)
-                setattr(parent, name, new[id(child)][1])
+        if isinstance(parent, nnx.Module):
+            for name, child in list(vars(parent).items()):
+                if (instead := replaced(child)) is not child:
+                    setattr(parent, name, instead)
     return len(new)

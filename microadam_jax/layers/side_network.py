@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 MIXES = ("paper", "released", "residual")
 
@@ -90,7 +91,7 @@ def fuse(down: jax.Array, side: jax.Array, gamma: jax.Array) -> jax.Array:
 
 
 def mix_hidden_states(
-    backbone: jax.Array, up: jax.Array, alpha: jax.Array | None, mix: str = "paper"
+    backbone: jax.Array, up: jax.Array, alpha: ArrayLike | None, mix: str = "paper"
 ) -> jax.Array:
     r"""Returns the hidden state that the backbone's head reads.
 
@@ -112,7 +113,7 @@ def mix_hidden_states(
         mix: ``"paper"``, ``"released"`` or ``"residual"``.
 
     Raises:
-        ValueError: if ``mix`` is none of these.
+        ValueError: if ``mix`` is none of these, or ``alpha`` does not belong to it.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -124,9 +125,14 @@ def mix_hidden_states(
     Reference: Zhang et al., QST (arXiv 2401.07159), Section 3.3, and its released code.
     """
     require_mix(mix)
+    if (alpha is None) != (mix == "residual"):
+        raise ValueError(
+            f"alpha belongs to the mixes 'paper' and 'released', and 'residual' has none; got "
+            f"mix={mix!r} with {'no alpha' if alpha is None else 'an alpha'}."
+        )
     if alpha is None:
         return backbone + up
-    alpha = (jax.nn.sigmoid(alpha) if mix == "released" else alpha).astype(up.dtype)
+    alpha = jnp.asarray(jax.nn.sigmoid(alpha) if mix == "released" else alpha, up.dtype)
     return alpha * backbone + (1 - alpha) * up
 
 

@@ -1,12 +1,13 @@
 """Quantized Side Tuning in Flax NNX: a narrow network beside a frozen backbone."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.layers.side_network import (
     adapter,
     average_pool,
@@ -99,7 +100,8 @@ class SideNetwork(nnx.Module):
         rngs: random numbers.
 
     Raises:
-        ValueError: if ``reduction`` does not divide ``width`` or an option has another value.
+        ValueError: if a size is not a positive integer, ``reduction`` does not divide ``width`` or
+            an option has another value.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -133,7 +135,10 @@ class SideNetwork(nnx.Module):
     ) -> None:
         """Draws all weights; side layers and downsamplings are stacked, layer axis first."""
         require_mix(mix)
-        if reduction < 1 or width % reduction:
+        sizes = {"layers": layers, "width": width, "reduction": reduction, "rank": rank}
+        for name, size in sizes.items():
+            require_positive(name, size)
+        if width % reduction:
             raise ValueError(
                 f"reduction {reduction} does not divide the width {width}; choose a divisor."
             )
@@ -180,7 +185,7 @@ class SideNetwork(nnx.Module):
             ValueError: if there are not as many states as layers and one.
         """
         states = iter(hidden)
-        parts = (self.layers, self.downsamplings, self.gammas)
+        parts = self.layers, self.downsamplings
         side, count = None, -1
         for count, state in enumerate(states):
             if side is None:
@@ -188,8 +193,11 @@ class SideNetwork(nnx.Module):
                 continue
             if count > self.depth:
                 break
-            layer, down, gamma = (_layer(part, count - 1) for part in parts)
-            side = _side_layer(layer, down, gamma, state, side, inputs)
+            taken = [_Taken.of(part, count - 1) for part in parts]
+            layer, down = (one.layer for one in taken)
+            side = _side_layer(layer, down, self.gammas[...][count - 1], state, side, inputs)
+            for one in taken:
+                one.put_back()
         if side is None or count != self.depth:
             found = "more" if count > self.depth else count + 1
             raise ValueError(
@@ -215,7 +223,17 @@ class SideNetwork(nnx.Module):
 
         Returns:
             :math:`h_{f,N}` and :math:`U(h_{g,N})`, ``(..., d)`` each.
+
+        Raises:
+            ValueError: if the backbone has not as many stacked layers as the side network.
         """
+        depths = {x.shape[:1] for x in jax.tree.leaves(nnx.state(backbone))}
+        if depths != {(self.depth,)}:
+            raise ValueError(
+                f"A side network of {self.depth} layers goes along a backbone of {self.depth} "
+                "stacked layers, which are the first axis of each of its arrays; got first axes of "
+                f"{sorted(depths)}. Of layers that are not stacked, give their states to the call."
+            )
         embedded = jax.lax.stop_gradient(embedded)
 
         def both(
@@ -260,12 +278,36 @@ def _downsampling(kind: str, width: int, reduction: int, rank: int, rngs: nnx.Rn
     return (Adapter if kind == "adapter" else LowRankMap)(width, reduction, rank, rngs=rngs)
 
 
-def _layer(stack: Any, index: int) -> Any:
-    """One layer of stacked ones."""
-    if isinstance(stack, nnx.Param):
-        return stack[...][index]
-    graph, state = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
+class _Taken(NamedTuple):
+    """A layer taken from stacked ones.
+
+    Attributes:
+        stack: the module of stacked layers.
+        index: which of them.
+        layer: a module of its own.
+    """
+
+    stack: Any
+    index: int
+    layer: Any
+
+    @classmethod
+    def of(cls, stack: Any, index: int) -> "_Taken":
+        graph, state = nnx.split(stack)
+        return cls(stack, index, nnx.merge(graph, jax.tree.map(lambda x: x[index], state)))
+
+    def put_back(self) -> None:
+        """Writes into the stack what a call changes: counts of random numbers, running means."""
+        whole, own = (nnx.state(part, nnx.Not(nnx.Param)) for part in (self.stack, self.layer))
+        if jax.tree.structure(whole) != jax.tree.structure(own):
+            raise ValueError(
+                "A side layer made a new variable in its call, as nnx.Module.sow does. Make it in "
+                "__init__, or leave it out."
+            )
+        if jax.tree.leaves(whole):
+            nnx.update(
+                self.stack, jax.tree.map(lambda x, new: x.at[self.index].set(new), whole, own)
+            )
 
 
 def _like(hidden: jax.Array, *params: nnx.Param) -> list[jax.Array]:

@@ -75,10 +75,24 @@ def test_no_logits_of_the_whole_vocabulary() -> None:
 
 def test_mistakes_are_told() -> None:
     x, w, labels = jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.zeros((2, 3), jnp.int32)
-    with pytest.raises(ValueError, match="positive number of columns; got 0"):
+    with pytest.raises(ValueError, match="chunk must be a positive integer; got 0"):
         chunked_cross_entropy(x, w, labels, chunk=0)
     with pytest.raises(ValueError, match=r"got \(2, 3, 4\), \(5, 4\) and \(2, 3\)"):
         chunked_cross_entropy(x, w.T, labels)
+    with pytest.raises(TypeError, match="labels must be integers, columns of kernel; got float32"):
+        chunked_cross_entropy(x, w, labels.astype(jnp.float32))
+
+
+def test_labels_that_are_no_columns_have_no_loss() -> None:
+    x, w, labels = jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.array([1, -100, 5])
+    assert (jnp.isnan(chunked_cross_entropy(x, w, labels)) == jnp.array([0, 1, 1])).all()
+
+    def kept(x: jax.Array) -> jax.Array:
+        return jnp.where(labels == 1, chunked_cross_entropy(x, w, labels), 0).sum()
+
+    loss, gradient = jax.value_and_grad(kept)(x)
+    np.testing.assert_allclose(loss, np.log(5), rtol=1e-6)
+    assert not gradient[1:].any()
 
 
 def test_columns_without_probability_may_come_first() -> None:
@@ -87,7 +101,18 @@ def test_columns_without_probability_may_come_first() -> None:
     np.testing.assert_allclose(losses, np.log(20), rtol=1e-6)
 
 
-def test_gradients_on_explicit_axes_are_those_of_one_device() -> None:
+PLACES = {
+    "tokens": (P("data"), P(), P("data")),
+    "rows of the head": (P("data"), P("tensor"), P("data")),
+    "as FSDP cuts": (P("data"), P("data"), P("data")),
+    "columns of the head": (P("data"), P(None, "tensor"), P("data")),
+    "channels": (P("data", "tensor"), P("tensor"), P("data")),
+    "the head alone": (P(), P("tensor"), P()),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_gradients_on_explicit_axes_are_those_of_one_device(name: str) -> None:
     random = np.random.default_rng(0)
     x, kernel = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((16, 8), (8, 100)))
     labels = jnp.arange(16)
@@ -96,10 +121,10 @@ def test_gradients_on_explicit_axes_are_those_of_one_device() -> None:
         return chunked_cross_entropy(x, kernel, labels, chunk=30).mean()
 
     expected = jax.grad(mean, (0, 1))(x, kernel, labels)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        placed = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, labels))
-        x, labels = placed
-        found = jax.jit(jax.grad(mean, (0, 1)))(x, kernel, labels)
+        pairs = zip((x, kernel, labels), PLACES[name], strict=True)
+        placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in pairs]
+        found = jax.jit(jax.grad(mean, (0, 1)))(*placed)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)

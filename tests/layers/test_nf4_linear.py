@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from microadam_jax.codecs import nf4
 from microadam_jax.layers import nf4_linear, saved_bytes
@@ -93,3 +95,58 @@ def test_a_shared_layer_stays_shared_and_a_subclass_what_it_is() -> None:
     assert isinstance(model.layers[0], Nf4Linear)
     assert model.layers[0] is model.layers[2]
     assert model.layers[3] is adapted
+
+
+def test_layers_in_containers_of_python_are_replaced_too() -> None:
+    def make() -> nnx.Linear:
+        return nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.modules = nnx.List([make()])
+            self.list = nnx.data([make(), [make()]])
+            self.dict = nnx.data({"a": make()})
+            self.tuple = nnx.data((make(), make()))
+
+    model = Model()
+    assert quantize_linears(model) == 6
+    assert not any(type(node) is nnx.Linear for _, node in nnx.iter_graph(model))
+
+
+def test_other_layers_and_formats_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"Only an nnx.Linear can be quantized; got Conv"):
+        Nf4Linear(nnx.Conv(2, 2, (1,), rngs=nnx.Rngs(0)))  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(TypeError, match="codec must be one that nf4"):
+        Nf4Linear(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "nf4")  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(TypeError, match="floating-point array and Nf4Codes; got int32"):
+        nf4_linear(X.astype(jnp.int32), CODES, W.shape)
+
+
+def test_weights_on_explicit_axes_are_multiplied_as_on_one_device() -> None:
+    def total(x: jax.Array, w: jax.Array, out_sharding: P | None = None) -> jax.Array:
+        return nf4_linear(x, nf4().encode(w), W.shape, out_sharding=out_sharding).sum()
+
+    expected = jax.grad(total)(X, W)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    for of_x, of_w in [
+        (P("data"), P()),
+        (P("data", None, "tensor"), P()),
+        (P("data"), P("data")),
+        (P("data", None, "tensor"), P("tensor")),
+        (P("data"), P(None, "tensor")),
+    ]:
+        with jax.set_mesh(mesh):
+            x, w = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((X, of_x), (W, of_w)))
+            found = jax.grad(total)(x, w, P("data"))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_codes_keep_the_names_of_the_kernels_axes() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    init = nnx.with_metadata(
+        nnx.initializers.lecun_normal(), out_sharding=(None, "tensor"), mesh=mesh
+    )
+    with jax.set_mesh(mesh):
+        layer = Nf4Linear(nnx.Linear(64, 128, rngs=nnx.Rngs(0), kernel_init=init))
+    specs = nnx.get_partition_spec(nnx.state(layer))
+    assert specs["_codes"].get_value() == P(None, "tensor")

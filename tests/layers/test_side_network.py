@@ -29,14 +29,9 @@ TOKENS = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, 50)
 
 
 def linear_side(**options: Any) -> SideNetwork:
+    sizes = {"layers": 3, "width": 64, "reduction": R, "rank": 8}
     return SideNetwork(
-        lambda rngs: nnx.Linear(16, 16, rngs=rngs),
-        layers=3,
-        width=64,
-        reduction=R,
-        rank=8,
-        rngs=nnx.Rngs(0),
-        **options,
+        lambda rngs: nnx.Linear(16, 16, rngs=rngs), rngs=nnx.Rngs(0), **sizes | options
     )
 
 
@@ -280,6 +275,23 @@ def flops(jaxpr: Any) -> int:
     return total
 
 
+class Noisy(nnx.Module):
+    """A side layer with random numbers and running means."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dropout, self.norm = nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.norm(x))
+
+
+def test_side_layers_keep_what_a_call_changes() -> None:
+    hidden = jax.random.normal(jax.random.key(0), (4, 2, 5, 64))
+    side = SideNetwork(Noisy, layers=3, width=64, reduction=4, rngs=nnx.Rngs(0))
+    assert not (side(hidden) == side(hidden)).all()
+    assert (side.layers.norm.mean[...] != 0).all()
+
+
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="reduction 3 does not divide the width 64"):
         SideNetwork(lambda rngs: None, layers=1, width=64, reduction=3, rngs=nnx.Rngs(0))
@@ -289,5 +301,14 @@ def test_refuses_what_does_not_fit() -> None:
         linear_side()(jnp.ones((3, 2, 64)))
     with pytest.raises(ValueError, match=r"reads 4 hidden states, .*; got more"):
         linear_side()(jnp.ones((6, 2, 64)))
+    for name, value in (("rank", 0), ("layers", -1), ("width", 0), ("reduction", 4.0)):
+        with pytest.raises(ValueError, match=f"{name} must be a positive integer; got {value}"):
+            linear_side(**{name: value})
+    stack = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: nnx.Linear(64, 64, rngs=rngs)))
+    backbone = stack(nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"3 layers goes along a backbone of 3 stacked layers.*2"):
+        linear_side().along(backbone, jnp.ones((2, 64)))
+    with pytest.raises(ValueError, match="'residual' has none; got mix='paper' with no alpha"):
+        mix_hidden_states(jnp.ones(3), jnp.ones(3), None)
     with pytest.raises(ValueError, match="does not divide the 10 channels"):
         max_pool(jnp.ones(10), 4)
