@@ -26,7 +26,9 @@ def main() -> int:
         The exit status: 2 after a mistake in the settings, 130 after Ctrl-C, as shells do.
     """
     try:
-        return 0 if compare(from_flags(), Console(highlight=False)) else 130
+        # A pipe has no width, of which the table would be cut to 80.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        return 0 if compare(from_flags(), console) else 130
     except (PretrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

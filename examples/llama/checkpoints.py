@@ -75,13 +75,10 @@ class Checkpoints:
             The state.
 
         Raises:
-            PretrainError: If the checkpoint is of another configuration.
+            PretrainError: If the checkpoint is damaged or of another configuration.
         """
         self.require_same_configuration()
-        step = self._manager.latest_step()
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(like)))
-        )["state"]
+        state = self._read(state=ocp.args.StandardRestore(_without_empty(like)))
         return jax.tree.map(
             lambda shape, array: _empty(shape) if array is None else array, like, state
         )
@@ -90,11 +87,9 @@ class Checkpoints:
         """Refuses the latest checkpoint if it is of another configuration.
 
         Raises:
-            PretrainError: If it is.
+            PretrainError: If it is, or it cannot be read.
         """
-        stored = self._manager.restore(
-            self._manager.latest_step(), args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )["config"]
+        stored = self._read(config=ocp.args.JsonRestore())
         differences = [
             f"{name} was {stored.get(name)} and is now {self._identity.get(name)}"
             for name in stored | self._identity
@@ -107,6 +102,19 @@ class Checkpoints:
                 f"The checkpoint in {self._directory} is of another configuration: "
                 f"{'; '.join(shown)}."
             )
+
+    def _read(self, **item: Any) -> Any:
+        """One item of the latest checkpoint."""
+        (name,), steps = item, sorted(self._manager.all_steps())
+        try:
+            return self._manager.restore(steps[-1], args=ocp.args.Composite(**item))[name]
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            earlier = f"step {steps[-2]}" if len(steps) > 1 else "the start"
+            raise PretrainError(
+                f"The checkpoint {self._directory / str(steps[-1])} cannot be read ({reason}). "
+                f"Remove it, and the run continues from {earlier}."
+            ) from error
 
 
 def _without_empty(tree: Any) -> Any:

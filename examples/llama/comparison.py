@@ -26,7 +26,7 @@ from .partitioning import place
 from .processes import joining_flags, leads, require_same, together
 from .progress import progress
 from .report import write_report
-from .training import Result, train
+from .training import Result, state_shapes_of, train
 
 
 def compare(config: Config, console: Console) -> bool:
@@ -45,7 +45,13 @@ def compare(config: Config, console: Console) -> bool:
     with together():
         chosen = optimizers.build(config)
         corpus = load_corpus(config)
-        place(config, corpus.vocab)  # refuses a mesh that does not fit before anything is written
+        # Before anything is written: a mesh, or an optimizer, that does not fit.
+        place(config, corpus.vocab)
+        for label, optimizer in chosen.items():
+            try:
+                state_shapes_of(config, optimizer, corpus.vocab)
+            except PretrainError as error:
+                raise PretrainError(f"{label}: {error}") from error
     require_same(
         json.dumps(config.shared()),
         "The processes were started with different flags: only --process-id may differ.",

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -146,6 +146,11 @@ class Config:
                 f"--hidden {self.hidden} does not split into {self.heads} heads of even width, "
                 "which rotary positions need."
             )
+        if self.tokenizer == "bpe" and self.vocab_size < 256:
+            raise PretrainError(
+                f"--vocab-size {self.vocab_size} must be at least 256, as the byte-pair encoding "
+                "has a token for each byte."
+            )
         if self.batch % self.accumulation:
             raise PretrainError(
                 f"--batch {self.batch} does not split into {self.accumulation} equal micro-batches."
@@ -209,9 +214,10 @@ def check_run(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if type(value) is int and value < 1 and field.name not in ("seed", "process_id"):
+        least = 0 if field.name in ("seed", "process_id") else 1
+        if type(value) is int and value < least:
             flag = field.name.replace("_", "-")
-            raise PretrainError(f"--{flag} must be at least 1, not {value}.")
+            raise PretrainError(f"--{flag} must be at least {least}, not {value}.")
     if config.resume is not None and config.out != config.resume:
         raise PretrainError(f"--out {config.out} is not the run to resume, {config.resume}.")
     if not 0 <= config.clip < math.inf:
@@ -272,9 +278,27 @@ def from_flags(flags: list[str] | None = None) -> Config:
     """
     given = unchecked(flags)
     base = PRESETS[given.preset] if given.resume is None else load(given.resume)
-    config = tyro.cli(Config, args=flags, default=base)
+    config = without_repetitions(tyro.cli(Config, args=flags, default=base), base)
     config.check()
     return config
+
+
+def without_repetitions(config: Any, base: Any) -> Any:
+    """Leaves out entries of lists that the run to resume has already.
+
+    Args:
+        config: The settings from flags on top of that run's.
+        base: The settings of that run.
+    """
+    if config.resume is None:
+        return config
+    lists = {f.name for f in dataclasses.fields(base) if isinstance(getattr(base, f.name), tuple)}
+    repeated = {
+        name: getattr(base, name)
+        for name in lists
+        if set(getattr(config, name)) <= set(getattr(base, name))
+    }
+    return dataclasses.replace(config, **repeated)
 
 
 class Settings(Protocol):
@@ -315,11 +339,39 @@ def saved(run: Path, paths: Iterable[str]) -> dict[str, Any]:
             "lr": tuple(values["lr"]),
             **{name: values[name] and Path(values[name]) for name in paths},
         }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PretrainError(
-            f"{path} is damaged ({error!r}), and the run cannot be resumed by it. Give its flags "
-            "again with --out elsewhere, or mend the file."
-        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, repr(error)) from error
+
+
+def restored(kind: type[Any], run: Path, values: dict[str, Any]) -> Any:
+    """Makes a configuration of the settings that :func:`saved` read.
+
+    Args:
+        kind: Its class.
+        run: The directory of the run.
+        values: The settings.
+
+    Raises:
+        PretrainError: If some are missing or of another version or type.
+    """
+    wrong = [f"{name} is unknown here" for name in values if name not in kind.__annotations__]
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        value = values.get(field.name, field.default)
+        allowed = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
+        same = field.default is None or isinstance(value, type(field.default))
+        if not same or (allowed and value not in allowed):
+            wrong.append(f"{field.name} is {value!r}")
+    if wrong:
+        raise _damaged(run / "config.json", "; ".join(wrong))
+    return kind(**values)
+
+
+def _damaged(path: Path, reason: str) -> PretrainError:
+    return PretrainError(
+        f"{path} is damaged or of another version ({reason}), and the run cannot be resumed by it. "
+        "Give its flags again with --out elsewhere, or mend the file."
+    )
 
 
 def load(run: Path) -> Config:
@@ -336,4 +388,4 @@ def load(run: Path) -> Config:
         "processes": None,
         "process_id": None,
     }
-    return Config(**values)
+    return restored(Config, run, values)

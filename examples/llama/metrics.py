@@ -60,7 +60,9 @@ class DiagnosticsFile:
     def __init__(self, path: Path, last_step: int) -> None:
         """Opens a file, and forgets what it says about steps after `last_step`."""
         lines = path.read_text().splitlines()[1:] if path.exists() else []
-        kept = [line for line in lines if int(line.partition(",")[0]) <= last_step]
+        # Rows that a crash tore have fewer fields.
+        whole = [line for line in lines if line.count(",") == 1 + len(self.FIELDS)]
+        kept = [line for line in whole if int(line.partition(",")[0]) <= last_step]
         path.write_text("\n".join([",".join(("step", "group", *self.FIELDS)), *kept, ""]))
         self.path = path
 
@@ -86,16 +88,22 @@ def largest_lost_share(state: optax.OptState) -> float:
 
 
 def _read(path: Path) -> list[Row]:
+    """The rows of a file, up to the first that a crash tore."""
+    rows: list[Row] = []
     if not path.exists():
-        return []
-    with path.open(newline="") as stream:
-        return [
-            Row(
-                step=int(row["step"]),
-                tokens=int(row["tokens"]),
-                seconds=float(row["seconds"]),
-                loss=float(row["loss"]),
-                held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
-            )
-            for row in csv.DictReader(stream)
-        ]
+        return rows
+    with path.open(newline="", errors="replace") as stream:
+        for row in csv.DictReader(line.replace("\0", "") for line in stream):
+            try:
+                rows.append(
+                    Row(
+                        step=int(row["step"]),
+                        tokens=int(row["tokens"]),
+                        seconds=float(row["seconds"]),
+                        loss=float(row["loss"]),
+                        held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
+                    )
+                )
+            except (KeyError, TypeError, ValueError):
+                break
+    return rows

@@ -114,10 +114,11 @@ def make_mesh(text: str) -> Mesh:
     sizes = dict.fromkeys(AXES, 1)
     for entry in filter(None, text.split(",")):
         axis, _, size = entry.partition("=")
-        if axis not in AXES or not size.isdecimal() or int(size) < 1:
+        again = f",{text}".count(f",{axis}=") > 1
+        if axis not in AXES or not size.isdecimal() or int(size) < 1 or again:
             raise PretrainError(
                 f"--mesh {text} must be a list such as data=2,fsdp=2 of sizes of the axes "
-                f"{', '.join(AXES)}."
+                f"{', '.join(AXES)}, each at most once."
             )
         sizes[axis] = int(size)
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]

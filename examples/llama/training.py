@@ -17,14 +17,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax.layers import update_in_backward
+from microadam_jax.layers import UpdateInBackward, update_in_backward
 
 from .checkpoints import Checkpoints
 from .config import Config, PretrainError
 from .data import Corpus
 from .metrics import Row
 from .model import Llama, Params, graph_of, init_params, pieces_of
-from .partitioning import Placement, place
+from .partitioning import place
 from .steps import run_steps
 
 
@@ -52,7 +52,9 @@ class Result:
 
     @property
     def step_seconds(self) -> float:
-        """Median time of a step."""
+        """Median time of a step; NaN before there is one."""
+        if not self.rows:
+            return math.nan
         times = [0.0, *(row.seconds for row in self.rows)]
         return statistics.median([after - before for before, after in pairwise(times)])
 
@@ -96,10 +98,7 @@ def train(
     graph = graph_of(model)
 
     param_shapes = jax.eval_shape(lambda: init_params(model, config.seed))
-    try:
-        state_shapes = jax.eval_shape(optimizer.init, param_shapes)
-    except ValueError as error:  # as of a rounding that the optimizer does not allow
-        raise PretrainError(str(error)) from error
+    state_shapes = state_shapes_of(config, optimizer, corpus.vocab)
     shardings = (placement.params, placement.state(optimizer, param_shapes))
     result = Result(rows, size_of(param_shapes), bytes_of(state_shapes), finished=True)
 
@@ -129,7 +128,9 @@ def train(
         held_out_batches.shape, placement.batches, lambda index: held_out_batches[index]
     )
     if config.update_in_backward:
-        advance = _step_in_backward(config, corpus.vocab, optimizer, placement, param_shapes)
+        step = _in_backward(config, optimizer, corpus.vocab).step
+        # The state is the optimizer's own, whichever way it is updated.
+        advance = lambda params, state, batches: step(params, state, batches[0])  # noqa: E731
     else:
         advance = _step_function(graph, optimizer)
     # Compiled ahead, so that no step's time contains it.
@@ -204,26 +205,36 @@ def _step_function(
     return step
 
 
-def _step_in_backward(
-    config: Config,
-    vocab: int,
-    optimizer: optax.GradientTransformation,
-    placement: Placement,
-    shapes: Params,
-) -> Callable[..., tuple[Params, optax.OptState, jax.Array]]:
-    training = update_in_backward(
+def state_shapes_of(config: Config, optimizer: optax.GradientTransformation, vocab: int) -> Any:
+    """The shapes of an optimizer's state.
+
+    Args:
+        config: The model, and how it is updated.
+        optimizer: Any Optax transformation.
+        vocab: Number of tokens of the tokenizer.
+
+    Raises:
+        PretrainError: If the optimizer is not suited to the parameters or the way they are updated.
+    """
+    shapes = jax.eval_shape(lambda: init_params(config.model(vocab), config.seed))
+    try:
+        if config.update_in_backward:
+            return jax.eval_shape(_in_backward(config, optimizer, vocab).init, shapes)
+        return jax.eval_shape(optimizer.init, shapes)
+    except ValueError as error:  # as of a rounding that the optimizer does not allow
+        raise PretrainError(str(error)) from error
+
+
+def _in_backward(
+    config: Config, optimizer: optax.GradientTransformation, vocab: int
+) -> UpdateInBackward:
+    return update_in_backward(
         optimizer,
         *pieces_of(config.model(vocab)),
         clip="global" if config.clip else None,
         max_norm=config.clip or 1.0,
-        shardings=placement.params,
+        shardings=place(config, vocab).params,
     )
-    try:
-        jax.eval_shape(training.init, shapes)
-    except ValueError as error:
-        raise PretrainError(f"--update-in-backward: {error}") from error
-    # The state is the optimizer's own, whichever way it is updated.
-    return lambda params, state, batches: training.step(params, state, batches[0])
 
 
 def _mean_gradient(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -177,6 +178,17 @@ def test_an_interrupted_run_ends_where_it_would_have(
     assert losses[0] == losses[1]
     with pytest.raises(PretrainError, match="of another configuration: seed was 0 and is now 1"):
         compare(dataclasses.replace(resumed, seed=1), QUIET)
+    # The frozen weights are in no checkpoint.
+    others = tmp_path / "others"
+    shutil.copytree(weights, others)
+    content = bytearray((others / "model.safetensors").read_bytes())
+    content[-4:] = bytes(4)
+    (others / "model.safetensors").write_bytes(content)
+    settings = json.loads((tmp_path / "again" / "config.json").read_text())
+    settings["weights"] = str(others)
+    (tmp_path / "again" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(PretrainError, match=r"of another configuration: .*examples and weights"):
+        compare(from_flags(["--resume", str(tmp_path / "again")]), QUIET)
 
 
 def test_batches_are_passes_over_the_texts(weights: Path, texts: Path, tmp_path: Path) -> None:
@@ -185,6 +197,10 @@ def test_batches_are_passes_over_the_texts(weights: Path, texts: Path, tmp_path:
     seen = np.concatenate([job.batch(step)["tokens"] for step in range(steps)])
     assert len({row.tobytes() for row in seen}) > 0.9 * len(seen)
     np.testing.assert_array_equal(job.batch(3)["tokens"], job.batch(3)["tokens"])
+
+
+def test_a_mark_of_the_byte_order_is_no_text() -> None:
+    assert read_texts(b"\xef\xbb\xbftext,sentiment\na,negative\n", "x") == [("a", 0)]
 
 
 def test_copies_and_contradictions_are_left_out() -> None:
@@ -200,6 +216,8 @@ def test_copies_and_contradictions_are_left_out() -> None:
     [
         (b"text,label\na,negative", "x has no column 'sentiment'"),
         (b"text,sentiment\na,angry", "x, record 2: unknown label 'angry'; the labels are negative"),
+        (b"sentiment,text\npositive", "x, record 2: there is no text"),
+        (b"text,sentiment\n" + b"a" * 200_000 + b",positive", "x, after line 1: field larger than"),
     ],
 )
 def test_a_bad_table_is_one_sentence(table: bytes, sentence: str) -> None:
@@ -231,7 +249,40 @@ def test_packages_are_checked(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match=r"b\.txt cannot be read from"):
         packages.read_member(wheel, "b.txt")
     with pytest.raises(PretrainError, match="is damaged"):
-        packages.extract(b"no archive", tmp_path / "folder")
+        packages.extract_all(b"no archive", tmp_path / "folder")
+
+
+def test_unpacked_files_that_are_damaged_are_unpacked_again(tmp_path: Path) -> None:
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("inside/a.txt", "text")
+    path = packages.extract(wheel, "inside/a.txt", tmp_path / "a.txt")
+    folder = packages.extract_all(wheel.read_bytes(), tmp_path / "folder")
+    for one in (path, folder / "inside" / "a.txt"):
+        one.write_text("tex7")
+    packages.extract(wheel, "inside/a.txt", path)
+    packages.extract_all(wheel.read_bytes(), folder)
+    assert path.read_text() == (folder / "inside" / "a.txt").read_text() == "text"
+
+
+def test_sizes_that_the_model_or_the_texts_lack_are_refused(
+    weights: Path, texts: Path, tmp_path: Path
+) -> None:
+    config = small(weights, texts, tmp_path)
+    for change, sentence in [
+        ({"seq_len": POSITIONS + 1}, f"--seq-len 25 is more than the {POSITIONS} positions"),
+        ({"held_out": 4}, "--batch 8 needs as many held-out texts.*--held-out takes 4 at most"),
+    ]:
+        with pytest.raises(PretrainError, match=sentence):
+            Classification(dataclasses.replace(config, **change), QUIET)
+
+
+def test_only_own_files_are_removed(weights: Path, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "qst").mkdir()
+    (tmp_path / "qst" / "mine.py").write_text("precious")
+    config = small(weights, texts, tmp_path, method="qst", optimizer="adamw")
+    assert compare(dataclasses.replace(config, steps=1), QUIET)
+    assert (tmp_path / "qst" / "mine.py").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

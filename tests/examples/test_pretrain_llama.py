@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import time
 import warnings
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
 from examples.llama import optimizers
+from examples.llama.checkpoints import Checkpoints
 from examples.llama.comparison import compare
 from examples.llama.config import PRESETS, PretrainError, from_flags
+from examples.llama.metrics import MetricsFile
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -217,6 +221,14 @@ def test_mistakes_reach_the_terminal_as_one_sentence(script: Script, tmp_path: P
         ("--warmup 2", "--warmup 2.0 must be a share of the steps"),
         ("--clip -1", "--clip -1.0 must be a norm, or 0"),
         ("--steps 0", "--steps must be at least 1, not 0"),
+        ("--seed -1", "--seed must be at least 0, not -1"),
+        ("--mesh data=1,data=1", "each at most once"),
+        ("--tokenizer bpe --vocab-size 10", "--vocab-size 10 must be at least 256"),
+        ("--optimizer sgd,mfac --update-in-backward", "mfac: .*depends on the gradient of"),
+        (
+            "--optimizer adamw,lion4bit --param-dtype bfloat16 --rounding momentum",
+            "lion4bit: .*momentum",
+        ),
     ],
 )
 def test_mistakes_leave_no_files(flags: str, sentence: str, tmp_path: Path) -> None:
@@ -232,6 +244,42 @@ def test_a_damaged_configuration_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(PretrainError, match=r"config\.json is damaged"):
             from_flags(["--resume", str(tmp_path)])
+    whole = PRESETS["tiny"].to_json()
+    for change, sentence in [
+        ({"newflag": 1}, "newflag is unknown here"),
+        ({"hidden": "x"}, "hidden is 'x'"),
+        ({"schedule": "foo"}, "schedule is 'foo'"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(whole | change))
+        with pytest.raises(PretrainError, match=f"of another version .{sentence}"):
+            from_flags(["--resume", str(tmp_path)])
+
+
+def test_a_damaged_checkpoint_is_one_sentence_with_a_remedy(tmp_path: Path) -> None:
+    flags = [*SMALL, "--steps", "3", "--save-every", "1", "--optimizer", "sgd"]
+    run([*flags, "--out", str(tmp_path)])
+    checkpoints = tmp_path / "sgd" / "checkpoints"
+    config, state = {"config": ocp.args.JsonRestore()}, {"state": ocp.args.StandardRestore()}
+    parts = {"config/metadata": config, "state/_METADATA": state, "state": state}
+    for broken, item in parts.items():
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(checkpoints / "3", copy)
+        damaged = checkpoints / "3" / broken
+        shutil.rmtree(damaged) if damaged.is_dir() else damaged.write_text("?")
+        message = r"checkpoints/3 cannot be read .*from step 2"
+        with Checkpoints(checkpoints, {}) as opened, pytest.raises(PretrainError, match=message):
+            opened._read(**item)
+        shutil.rmtree(checkpoints / "3")
+        shutil.move(copy, checkpoints / "3")
+
+
+def test_a_torn_row_of_metrics_ends_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,tokens,seconds,loss,held_out_loss\n1,64,0.5,2.0,\n2,128,1")
+    assert [row.step for row in MetricsFile(path, 2).rows] == [1]
+    path.write_text("\0\0\0")
+    assert MetricsFile(path, 2).rows == []
 
 
 def test_flags_override_presets_and_the_resumed_run(tmp_path: Path) -> None:
@@ -245,6 +293,9 @@ def test_flags_override_presets_and_the_resumed_run(tmp_path: Path) -> None:
     assert resumed.lr == ("a=0.5",)
     assert resumed.opt == ("a.momentum=0.9",)
     assert resumed.out == tmp_path
+    # Flags need not be repeated, and may be.
+    again = from_flags(["--resume", str(tmp_path), "--lr", "a=0.5", "--opt", "a.momentum=0.9"])
+    assert (again.lr, again.opt) == (resumed.lr, resumed.opt)
     assert "steps" in json.loads((tmp_path / "config.json").read_text())
     assert run(["--resume", str(tmp_path), "--mesh", "data=2"])[0]
     with pytest.raises(PretrainError, match="steps was 3 and is now 4; seed was 0 and is now 1"):
