@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def require_kind(kind: type, **parts: Any) -> None:
@@ -55,6 +56,23 @@ def require_positive(name: str, value: object, *arguments: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         hint = if_traced(value, *arguments)
         raise ValueError(f"{name} must be a positive integer; got {value!r}.{hint}")
+
+
+def require_floating(function: str, **arrays: Any) -> None:
+    """Refuses what is no array of a floating dtype.
+
+    Args:
+        function: that takes the arrays.
+        **arrays: by their names.
+
+    Raises:
+        TypeError: if one is none.
+    """
+    for name, value in arrays.items():
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(value).__name__ if dtype is None else f"one of {dtype}"
+            raise TypeError(f"{function} takes a floating-point array as {name}; got {got}.")
 
 
 def if_traced(value: object, *arguments: str) -> str:

@@ -186,7 +186,8 @@ def sinkhorn4bit(
         beta: :math:`\beta`, in [0, 1): the decay of a matrix's momentum.
         b1: the decay of other parameters' first moment, in [0, 1).
         b2: the decay of other parameters' second moment, in [0, 1).
-        eps: beside the root mean squares of rows and columns, and in Adam-mini's denominator.
+        eps: beside the root mean squares of rows and columns, and in Adam-mini's denominator. A
+            matrix of small gradients moves as far as one of large.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.
@@ -260,7 +261,8 @@ def sinkhorn2bit(
         beta: :math:`\beta`, in [0, 1): the decay of a matrix's momentum.
         b1: the decay of other parameters' first moment, in [0, 1).
         b2: the decay of other parameters' second moment, in [0, 1).
-        eps: beside the root mean squares of rows and columns, and in Adam-mini's denominator.
+        eps: beside the root mean squares of rows and columns, and in Adam-mini's denominator. A
+            matrix of small gradients moves as far as one of large.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.

@@ -253,7 +253,8 @@ def came(
             \frac{m_t}{\sqrt{R_t C_t / \bar R_t}} + \lambda \theta_t \right)
 
     Its first updates are 11 times the learning rate per element with the default
-    :math:`\beta_3`: warm up, and take half to nine tenths of AdamW's learning rate.
+    :math:`\beta_3`, and larger where gradients keep their direction: warm up, and take half to
+    nine tenths of AdamW's learning rate.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -262,7 +263,8 @@ def came(
         b3: :math:`\beta_3`, of the instability, in [0, 1).
         eps: :math:`\epsilon_1`, added to squared gradients.
         instability_eps: :math:`\epsilon_2`, added to squared deviations.
-        clip_threshold: the largest root mean square of a parameter's update.
+        clip_threshold: the largest root mean square of a parameter's update before its momentum
+            and its division by the instability, which may make it larger.
         weight_decay: :math:`\lambda`, multiplied by the learning rate.
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         partition: which parameters are linear maps, and between which axes; see

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from microadam_jax.arguments import require_floating
 from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes
 from microadam_jax.layers.saved_codes import when_needed, with_codes
 from microadam_jax.sharding import place_on
@@ -34,6 +35,7 @@ def fp8_rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.A
         The outputs, in the shape and dtype of ``x``.
 
     Raises:
+        TypeError: if one is no floating-point array.
         ValueError: if ``scale`` is no vector as long as the last axis.
 
     Examples:
@@ -45,6 +47,7 @@ def fp8_rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.A
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
+    require_floating("fp8_rms_norm", x=x, scale=scale)
     if x.ndim == 0 or scale.shape != x.shape[-1:]:
         raise ValueError(
             "fp8_rms_norm takes inputs (..., n) and a scale of shape (n,); got shapes "
@@ -64,6 +67,9 @@ def fp8_silu(x: jax.Array) -> jax.Array:
     Returns:
         The outputs, in the shape and dtype of ``x``.
 
+    Raises:
+        TypeError: if ``x`` is no floating-point array.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from microadam_jax.layers import fp8_silu
@@ -72,6 +78,7 @@ def fp8_silu(x: jax.Array) -> jax.Array:
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
+    require_floating("fp8_silu", x=x)
     return _silu(x)
 
 
@@ -88,6 +95,7 @@ def fp8_multiply(a: jax.Array, b: jax.Array) -> jax.Array:
         The product, in that shape and dtype.
 
     Raises:
+        TypeError: if one is no floating-point array.
         ValueError: if shapes or dtypes differ.
 
     Examples:
@@ -98,7 +106,7 @@ def fp8_multiply(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
-    _require_alike("fp8_multiply", a, b)
+    _require_alike("fp8_multiply", a=a, b=b)
     return _multiply(a, b)
 
 
@@ -117,6 +125,7 @@ def fp8_silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
         The product, in that shape and dtype.
 
     Raises:
+        TypeError: if one is no floating-point array.
         ValueError: if shapes or dtypes differ.
 
     Examples:
@@ -128,11 +137,13 @@ def fp8_silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
-    _require_alike("fp8_silu_gate", gate, up)
+    _require_alike("fp8_silu_gate", gate=gate, up=up)
     return _silu_gate(gate, up)
 
 
-def _require_alike(name: str, a: jax.Array, b: jax.Array) -> None:
+def _require_alike(name: str, **arrays: jax.Array) -> None:
+    require_floating(name, **arrays)
+    a, b = arrays.values()
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
             f"{name} takes two arrays of one shape and dtype; got {a.dtype}{list(a.shape)} and "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from microadam_jax.arguments import require_floating
 from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes
 from microadam_jax.layers.saved_codes import once_differentiable, when_needed, with_codes
 
@@ -59,6 +60,7 @@ def fp8_linear(
         The outputs ``(..., out)`` in the dtype of ``x``; for a sequence a tuple of them.
 
     Raises:
+        TypeError: if one is no floating-point array.
         ValueError: if a kernel is no matrix with as many rows as ``x`` has channels.
 
     Examples:
@@ -74,7 +76,9 @@ def fp8_linear(
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5 and Figure 4.
     """
     kernels = tuple(kernel) if isinstance(kernel, Sequence) else (kernel,)
+    require_floating("fp8_linear", x=x)
     for each in kernels:
+        require_floating("fp8_linear", kernel=each)
         if each.ndim != 2 or x.ndim == 0 or x.shape[-1] != each.shape[0]:
             raise ValueError(
                 f"fp8_linear multiplies (..., in) by (in, out); got inputs of shape {x.shape} and "
@@ -173,5 +177,7 @@ def _product(
         cpu=functools.partial(in_wider, jnp.float32),
         default=functools.partial(in_wider, jnp.bfloat16),
     )
-    # One after the other: their product may be too small for float32 where the result is not.
-    return product * left.scales * right.scales
+    # One after the other: their product may be too small for float32 where the result is not, and
+    # the smaller first, as the larger alone may be too large.
+    smaller = jnp.minimum(left.scales, right.scales)
+    return product * smaller * jnp.maximum(left.scales, right.scales)

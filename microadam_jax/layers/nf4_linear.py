@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from microadam_jax.arguments import require_floating
 from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.layers.saved_codes import when_needed
 from microadam_jax.sharding import explicit_sharding
@@ -58,11 +59,9 @@ def nf4_linear(
 
     Reference: Dettmers et al., QLoRA (arXiv 2305.14314), Equation 5.
     """
-    if not isinstance(codes, Nf4Codes) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise TypeError(
-            f"nf4_linear takes a floating-point array and Nf4Codes; got {jnp.result_type(x)} and "
-            f"{type(codes).__name__}."
-        )
+    require_floating("nf4_linear", x=x)
+    if not isinstance(codes, Nf4Codes):
+        raise TypeError(f"nf4_linear takes Nf4Codes as codes; got {type(codes).__name__}.")
     expected = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, jnp.float32))
     if x.shape[-1:] != shape[:1] or [c.shape for c in codes] != [c.shape for c in expected]:
         raise ValueError(

@@ -73,8 +73,9 @@ def scale_by_came(
 
     Vectors keep :math:`v_t` for each element and :math:`m_t` is their update. Nothing is
     corrected for its start at zero: with the default decay rates the first update is 11 per
-    element and falls to 1 over about :math:`1 / (1 - \beta_3)` steps, so warm the learning rate
-    up or choose a smaller :math:`\beta_3`.
+    element. Of gradients without a direction it falls to 1 over about :math:`1 / (1 - \beta_3)`
+    steps, so warm the learning rate up or choose a smaller :math:`\beta_3`; of one that stays the
+    same, :math:`u_t - m_t` vanishes and it rises, to 49 after 300 steps.
 
     Args:
         b1: :math:`\beta_1`, of the momentum, in (0, 1): with 0, :math:`u_t - m_t` would be zero.

@@ -113,6 +113,25 @@ def test_linear_of_any_magnitude(magnitude: float) -> None:
         np.testing.assert_allclose(a / by, b, rtol=0.2, atol=0.2)
 
 
+def test_a_small_product_of_large_inputs_and_small_weights_is_finite() -> None:
+    small = fp8_linear(X * 1e37, W * 1e-3)
+    np.testing.assert_allclose(small / 1e34, fp8_linear(X, W), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fp8_linear(jnp.ones((2, 3), jnp.int32), jnp.ones((3, 4))),
+        lambda: fp8_silu(2.0),
+        lambda: fp8_multiply(jnp.arange(3), jnp.arange(3)),
+        lambda: fp8_rms_norm(jnp.arange(3), jnp.ones(3)),
+    ],
+)
+def test_what_is_no_floating_point_array_is_refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match="takes a floating-point array as"):
+        call()
+
+
 def test_zeros_and_nans() -> None:
     for f in (
         lambda x: fp8_linear(x, W),
