@@ -95,7 +95,7 @@ def adamw4bit(
     weight_decay: float | jax.Array = 1e-2,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    mu_codec: Storage | Codec | str = "dynamic4",
+    mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     nu_codec: Storage | Codec | str = "rank1_linear4",
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
@@ -114,9 +114,10 @@ def adamw4bit(
     The second moment of a sharded parameter needs its rows' and columns' maxima over devices;
     ``nu_codec="linear4_unsigned"``, the published variant with blocks, does not.
 
-    As published, a first moment is rounded to nearest: where gradients stay below a fortieth of the
-    largest of their block it is held at zero, and the element moves a tenth as far as it would.
-    ``mu_codec=dynamic4(rounding="stochastic")`` keeps it on average.
+    The first moment is rounded stochastically. As published, it is rounded to nearest
+    (``mu_codec="dynamic4"``): where gradients stay below a fortieth of the largest of their block
+    it is then held at zero, and where they end, as those of a dead unit, it never decays, while the
+    second moment does, so that the element runs away.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -238,7 +239,7 @@ def adamw4bit_factored(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     partition: Partition | None = None,
-    mu_codec: Storage | Codec | str = "dynamic4",
+    mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
     r"""Runs AdamW with a first moment in 4 bits and a factored second one.
@@ -250,6 +251,8 @@ def adamw4bit_factored(
         \theta_{t+1} = \theta_t - \eta_t \left( \frac{m_t / (1 - \beta_1^t)}
             {\sqrt{r_t c_t / (\bar r_t (1 - \beta_2^t))} + \epsilon} + \lambda \theta_t \right)
 
+    The first moment is rounded stochastically, and not to nearest as published; see
+    :func:`adamw4bit`.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.
@@ -302,7 +305,7 @@ def adam_mini8bit(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     partition: Partition | None = None,
-    mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
+    mu_codec: Storage | Codec | str = dynamic8(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
     r"""Runs Adam-mini with its first moment in 8 bits: 1.02 bytes per parameter.
@@ -314,6 +317,9 @@ def adam_mini8bit(
         m_t = \beta_1 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
         \tilde m_t = Q(m_t)
 
+    Rounded to nearest, a small moment beside large ones never decays, and the step of an element
+    without any more gradient grows as its second moment vanishes; so it is rounded
+    stochastically.
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.

@@ -90,7 +90,7 @@ def muon8bit(
     *,
     consistent_rms: ArrayLike = 0.2,
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
-    mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
+    mu_codec: Storage | Codec | str = dynamic8(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> GradientTransformationExtraArgs:
     r"""Runs Muon on matrices and Adam-mini on all else, momentum in 8 bits: 1.02 bytes.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.codecs import Codec, Storage, as_storage
+from microadam_jax.codecs import Codec, Storage, as_storage, dynamic4
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import Partition, as_partition, warn_unnamed
@@ -39,7 +39,7 @@ def scale_by_factored_adam(
     eps: ArrayLike = 1e-8,
     *,
     partition: Partition | None = None,
-    mu_codec: Storage | Codec | str = "dynamic4",
+    mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, with a factored second moment and a stored first one.

@@ -2,6 +2,7 @@ import functools
 import gc
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +204,29 @@ def test_small_elements_of_a_block_move_no_faster_than_with_adamw() -> None:
     for _ in range(200):
         updates, state = update(gradients, state, params)
     assert float(jnp.abs(updates["kernel"]).max()) <= 1.05e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw4bit", "adamw4bit_factored", "adam_mini8bit", "adam_mini4bit"]
+)
+def test_a_unit_without_any_more_gradient_stands_still(name: str) -> None:
+    """A moment that is rounded to nearest would stay, while the second one vanishes."""
+    params = {"mlp": {"up_proj": {"kernel": jnp.zeros((16, 256))}}}
+    steps = 2500
+
+    def moved(tx: optax.GradientTransformation) -> float:
+        def step(carry: Any, t: jax.Array) -> tuple[Any, None]:
+            g = jax.random.normal(jax.random.fold_in(jax.random.key(0), t % 50), (16, 256))
+            g = g.at[:, 5].multiply(jnp.where(t < 100, 1.0, 0.0))
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(lambda _: g, params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps))[0][0])
+        return float(jnp.abs(jax.tree.leaves(run((params, tx.init(params))))[0][:, 5]).max())
+
+    own = METHODS[name].factory(1e-3, weight_decay=0.0)
+    assert moved(own) < 1.3 * moved(optax.adamw(1e-3, weight_decay=0.0))
 
 
 def test_lion_against_the_oracle_over_many_steps() -> None:
