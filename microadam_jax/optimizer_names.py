@@ -93,10 +93,18 @@ def optimizer(text: str) -> optax.GradientTransformation:
         >>> from microadam_jax.optimizer_names import optimizer
         >>> tx = optimizer("adam_mini:mu_dtype=bfloat16")
     """
-    name, *settings = text.split(":")
-    pairs = (setting.partition("=") for setting in settings)
-    factory = factory_named(name, {key: option_value(value) for key, _, value in pairs})
+    name, *settings = text.strip().split(":")
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key in options:
+            raise ValueError(f"{text} must be NAME:OPTION=VALUE:..., with each option once.")
+        options[key] = option_value(value)
+    factory = factory_named(name, options)
     try:
-        return factory(1e-3)
+        tx = factory(1e-3)
     except TypeError as error:
-        raise ValueError(f"{text}: {error}.") from error
+        raise ValueError(f"{text}: {str(error).removesuffix('.')}.") from error
+    if not hasattr(tx, "init"):
+        raise ValueError(f"{name} makes no optimizer of a rate alone, as it returns {tx!r}.")
+    return tx

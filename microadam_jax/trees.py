@@ -91,10 +91,24 @@ def rows_of(
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     plain = jax.tree.structure(without_boxes(tree), is_leaf=is_leaf)
-    columns = [plain.flatten_up_to(without_boxes(other)) for other in rest]
+    columns = [_flattened_up_to(plain, other) for other in rest]
     return treedef, [
         (path, leaf, *others) for (path, leaf), *others in zip(leaves, *columns, strict=True)
     ]
+
+
+def _flattened_up_to(plain: Any, other: PyTree) -> list[Any]:
+    try:
+        return plain.flatten_up_to(without_boxes(other))
+    except ValueError as error:
+        # JAX's own sentence prints the arrays.
+        found = jax.tree.structure(without_boxes(other))
+        raise ValueError(
+            f"Trees that belong together differ: the gradients have {plain.num_leaves} arrays, and "
+            f"the state or the parameters {found.num_leaves} in another structure. Give update the "
+            "parameters, gradients and state of one tree; a parameter whose gradient is None must "
+            "have been None in init."
+        ) from error
 
 
 def columns_of(treedef: Any, rows: Sequence[tuple[Any, ...]], results: int) -> tuple[PyTree, ...]:

@@ -80,7 +80,8 @@ class Storage:
 
     Raises:
         TypeError: if a codec is neither a codec nor a name.
-        ValueError: if a name is unknown, or a pattern is not a regular expression.
+        ValueError: if a name is unknown, a pattern is not a regular expression, or a number is not
+            an integer of at least 0.
 
     Examples:
         >>> from microadam_jax import Storage
@@ -101,6 +102,10 @@ class Storage:
         rules = PathRules((pattern, as_codec(codec)) for pattern, codec in rules)
         object.__setattr__(self, "rules", rules)
         path_pattern(self.stacked)
+        for name in ("min_size", "min_row", "layer_axis"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0; got {value!r}.")
 
     @functools.cached_property
     def codecs(self) -> tuple[Codec, ...]:

@@ -7,6 +7,7 @@ originals.
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from microadam_jax.arguments import require_positive
 from microadam_jax.layout.axes import ELEMENTWISE, Axes, Fused, Kernel
 
 Rule = tuple[str, Axes | Fused | Kernel]
@@ -56,17 +57,21 @@ def transformer_rules(
         Pairs of a path pattern and the axes, for :class:`Partition`.
 
     Raises:
-        ValueError: if ``weight`` is not one of those, or ``kv_heads`` does not divide ``heads``.
+        ValueError: if ``weight`` is not one of those, a number of heads is not a positive integer,
+            or ``kv_heads`` does not divide ``heads``.
 
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 3 and Section 2.3.
     """
     if weight not in (None, "in out", "out in"):
         raise ValueError(f"weight must be 'in out', 'out in' or None; got {weight!r}.")
+    for name, count in (("heads", heads), ("kv_heads", kv_heads)):
+        if count is not None:
+            require_positive(name, count)
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads is not None and (heads is None or kv_heads < 1 or heads % kv_heads):
         raise ValueError(f"kv_heads={kv_heads} must divide heads={heads}.")
     return (
-        (r"b|beta|[^/]*[Bb]ias", ELEMENTWISE),
+        (r"b|beta|offset|[^/]*[Bb]ias", ELEMENTWISE),
         (rf"scale|gamma|{NORM}/(weight|kernel|w)", Axes("feature ->")),
         (rf"(embeddings?|input_embedding|{EMBEDDINGS}/weight|wte)", Axes("token embed -> token")),
         (POSITIONS, Axes("position embed -> position")),

@@ -108,10 +108,17 @@ class Partition:
     def __post_init__(self) -> None:
         if self.unknown not in UNKNOWN:
             raise ValueError(f"Partition.unknown must be one of {UNKNOWN}; got {self.unknown!r}.")
-        if self.layer_axis < 0:
-            raise ValueError(f"layer_axis must not be negative; got {self.layer_axis}.")
+        if not isinstance(self.layer_axis, int) or self.layer_axis < 0:
+            raise ValueError(
+                f"layer_axis must be an integer of at least 0; got {self.layer_axis!r}."
+            )
         rules = PathRules(self.rules)
-        parsed = ((p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in rules)
+        parsed = tuple((p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in rules)
+        for pattern, axes in parsed:
+            if not hasattr(axes, "fit"):
+                raise TypeError(
+                    f"The rule of {pattern!r} must be axes such as 'in | out -> out'; got {axes!r}."
+                )
         object.__setattr__(self, "rules", PathRules(parsed))
         path_pattern(self.stacked)
 

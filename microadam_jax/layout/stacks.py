@@ -34,13 +34,15 @@ def layer_axes(
 ) -> dict[str, int | None]:
     r"""Returns by path the axis along which each leaf of a tree stacks layers; None for none.
 
-    A box that names its axes counts first. Otherwise ``stacked`` must match the path of a
+    A box that names its axes counts first, also for the leaves of its container that have none.
+    Otherwise ``stacked`` must match the path of a
     container of the leaf, or of the leaf itself, and what follows must be no index of a layer:
     ``layers/0/``, ``layers/layer_0/`` and ``blocks/block_3/`` hold single layers.
 
     The default pattern knows names only, which single layers have too. So it is for containers,
     and also asks the leaves below one: a stack has one size along the layer axis in all of them, no
-    kernel of two axes and no bias of one. Of names such as ``hidden_layers`` and ``conv_stack``
+    kernel of two axes and no bias of one; where all have one size along the next axis too, and a
+    smaller one, it is left open. Of names such as ``hidden_layers`` and ``conv_stack``
     it takes more to be a stack: a bias or norm scale that has a layer axis as well.
 
     Args:
@@ -58,12 +60,17 @@ def layer_axes(
     asks_tree = stacked == STACKED
     found = _stacks(leaves, layer_axis) if asks_tree else frozenset()
 
+    named = {leaf.path: axis for leaf in leaves if (axis := _named_axis(leaf)) is not None}
+    # What a box says of one leaf of a container holds for those that have none.
+    told = {c: axis for path, axis in named.items() for c, _ in _parts(stacked, path)}
+
     def axis_of(leaf: LeafShape) -> int | None:
         rank = len(leaf.shape)
-        if len(leaf.axes) == rank:
-            axes = [i for i, name in enumerate(leaf.axes) if name in LAYER_AXIS_NAMES]
-            if axes:
-                return axes[0]
+        if leaf.path in named:
+            return named[leaf.path]
+        known = next((told[c] for c, _ in _parts(stacked, leaf.path) if c in told), None)
+        if known is not None:
+            return known if rank > known else None
         if asks_tree:
             is_stacked = any(container in found for container, _ in _parts(stacked, leaf.path))
         else:
@@ -129,10 +136,29 @@ class _Group:
         indices = [m["index"] for rest, _ in self.leaves if (m := _index(rest))]
         if any(int(index) for index in indices):
             return False
+        if layer_axis == 0 and self._seems_stacked_along_axis_1():
+            return False
         if indices or _DOUBTFUL.search(self.container):
             # A body that consists of one module calls it `Block_0`.
             return any(_VECTOR.search(f"{self.container}/{rest}") for rest, _ in self.leaves)
         return True
+
+    def _seems_stacked_along_axis_1(self) -> bool:
+        """True if layers could be along axis 1 as well, and would be fewer there.
+
+        So are those that ``nn.scan`` stacks with ``variable_axes={"params": 1}``, where no kernel
+        has another number of inputs than the norm has features.
+        """
+        kinds = {bool(_VECTOR.search(f"{self.container}/{rest}")) for rest, _ in self.leaves}
+        shapes = {shape[:2] for _, shape in self.leaves}
+        return len(kinds) == 2 and len(shapes) == 1 and max(shapes)[0] > max(shapes)[-1]
+
+
+def _named_axis(leaf: LeafShape) -> int | None:
+    """Returns the layer axis that a leaf's box names."""
+    if len(leaf.axes) != len(leaf.shape):
+        return None
+    return next((i for i, name in enumerate(leaf.axes) if name in LAYER_AXIS_NAMES), None)
 
 
 def _stacks(leaves: Sequence[LeafShape], layer_axis: int) -> frozenset[str]:

@@ -3,9 +3,9 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import jax
 import optax
@@ -19,6 +19,8 @@ from microadam_jax.planner.compiled import CompiledPlan, compiled_plan
 from microadam_jax.planner.llama import stacked_model
 from microadam_jax.planner.meshes import parse_mesh, undivided
 from microadam_jax.transforms.round_updates import Rounding, round_updates
+
+T = TypeVar("T")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         if options.rounding != "nearest" and options.dtype != "bfloat16":
             raise ValueError(f"--rounding {options.rounding} needs --param-dtype bfloat16.")
         chosen = {
-            name: _optimizer(name, rounding=options.rounding)
+            name.strip(): _optimizer(name, rounding=options.rounding)
             for name in options.optimizer.split(",")
         }
         shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
@@ -82,20 +84,21 @@ def run(options: argparse.Namespace) -> None:
         if whole := undivided(model.params, mesh):
             print(f"not divided by this mesh, and so not cut: {', '.join(whole)}")
         if options.topology is None:
-            plans = {
-                name: arithmetic_plan(
+            plans = _of_each(
+                chosen,
+                lambda tx: arithmetic_plan(
                     model, tx, mesh, update_in_backward=options.update_in_backward
-                )
-                for name, tx in chosen.items()
-            }
+                ),
+            )
             print_arithmetic(plans, options.memory_per_device)
             parts = {
                 name: {"parameters": p.parameters, "gradients": p.gradients, "state": p.state}
                 for name, p in plans.items()
             }
         else:
-            compiled = {
-                name: compiled_plan(
+            compiled = _of_each(
+                chosen,
+                lambda tx: compiled_plan(
                     model,
                     tx,
                     mesh,
@@ -104,9 +107,8 @@ def run(options: argparse.Namespace) -> None:
                     options.seq,
                     update_in_backward=options.update_in_backward,
                     remat=options.remat == "layer",
-                )
-                for name, tx in chosen.items()
-            }
+                ),
+            )
             where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
             print(f"compiled for {where}, {_backward(options)}")
             print_compiled(compiled, options.memory_per_device)
@@ -117,6 +119,20 @@ def run(options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _of_each(
+    chosen: Mapping[str, optax.GradientTransformation],
+    plan: Callable[[optax.GradientTransformation], T],
+) -> dict[str, T]:
+    """The plans of optimizers; one that has none is named."""
+    plans = {}
+    for name, tx in chosen.items():
+        try:
+            plans[name] = plan(tx)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return plans
 
 
 def _optimizer(text: str, *, rounding: str) -> optax.GradientTransformation:

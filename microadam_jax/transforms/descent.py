@@ -112,7 +112,12 @@ def descend(
         apply: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        if params is None and (decays_at_all or apply):
+        if params is None and apply:
+            raise ValueError(
+                "fused_apply updates the parameters: give them as the third argument, "
+                "apply(gradients, state, params)."
+            )
+        if params is None and decays_at_all:
             raise ValueError(NEEDS_PARAMS)
         *link_states, decay_state, scale_state = state
         decays = True if mask is None else mask(updates) if _is_function(mask) else mask

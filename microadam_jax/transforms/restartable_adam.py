@@ -8,16 +8,18 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.engine.transformation import transformation
+from microadam_jax.layout.stacks import layer_axes
 from microadam_jax.sharding import moment_zeros
 from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.trees import KeyPath, box_path, leaf_shapes, map_with_path, path_name
 
 
 class ScaleByRestartableAdamState(NamedTuple):
     """Holds Adam's moments, and how old they are.
 
     Attributes:
-        age: int32 steps since the moments were zero, one for each row of a parameter: of stacked
-            layers each has its own.
+        age: int32 of each parameter's rank, steps since its moments were zero: one number, or one
+            for each of stacked layers.
         mu: float32 first moments, of the parameters' shapes.
         nu: float32 second moments, of the parameters' shapes.
     """
@@ -25,10 +27,6 @@ class ScaleByRestartableAdamState(NamedTuple):
     age: Any
     mu: Any
     nu: Any
-
-
-def _shape_of_rows(x: jax.Array) -> tuple[int, ...]:
-    return (*x.shape[:-1], 1) if x.ndim else ()
 
 
 def scale_by_restartable_adam(
@@ -77,7 +75,14 @@ def scale_by_restartable_adam(
         def zeros() -> Any:
             return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), params)
 
-        age = jax.tree.map(lambda x: moment_zeros(x, _shape_of_rows(x), jnp.int32), params)
+        axes = layer_axes(list(leaf_shapes(params).values()))
+
+        def newborn(path: KeyPath, x: jax.Array) -> tuple[jax.Array]:
+            layers = axes[path_name(box_path(path))]
+            shape = tuple(n if axis == layers else 1 for axis, n in enumerate(x.shape))
+            return (moment_zeros(x, shape, jnp.int32),)
+
+        (age,) = map_with_path(newborn, 1, params)
         return ScaleByRestartableAdamState(age, zeros(), zeros())
 
     def update(

@@ -1,5 +1,6 @@
 """Parameters in bfloat16 that learn as those in float32 do."""
 
+import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -97,7 +98,7 @@ def round_updates(
         rounding: ``"stochastic"``, ``"compensated"`` or ``"momentum"``.
         error: the codec :math:`C` of ``"compensated"``: ``"int8"``, 24-bit parameters in 3 bytes,
             stochastically rounded; ``"int16"``, which restores every float32 exactly;
-            ``"float32"`` or another codec or its name.
+            ``"float32"``; or another codec, rounded stochastically, or its name.
         seed: of stochastic rounding, which draws from the seed, the step, the leaf's path and the
             position in the leaf: the same on any mesh.
 
@@ -106,10 +107,11 @@ def round_updates(
 
     Raises:
         TypeError: in ``init``, for parameters in float16.
-        ValueError: if there is no such rounding or codec; with ``"momentum"``, in ``init``, if the
-            optimizer has no first moment in float32, as low-bit optimizers, or its update is no
-            smooth function of each element's own, as that of Lion or Muon; in ``update``, without
-            ``params``, or if the state was stored through another codec.
+        ValueError: if there is no such rounding or codec, or the codec rounds to nearest or has no
+            -1; with ``"momentum"``, in ``init``, if the optimizer has no first moment in float32,
+            as low-bit optimizers, or its update is no smooth function of each element's own, as
+            that of Lion or Muon; in ``update``, without ``params``, or if the state was stored
+            through another codec.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -201,9 +203,23 @@ def _codec(error: Split | Codec | str) -> Split | Codec:
     if error in ("int8", "int16"):
         return Split(int(str(error)[3:]))
     try:
-        return as_codec(error)  # pyrefly: ignore
+        codec = as_codec(error)  # pyrefly: ignore
     except ValueError as unknown:
         raise ValueError(f"{unknown} For rounding errors there are int8 and int16 too.") from None
+    numbers = getattr(codec, "map", None)
+    if numbers is not None and numbers.values[0] > -1:
+        raise ValueError(
+            f"error={codec.name} has no -1: a block whose largest error is negative would lose a "
+            "part of it at every step. Take 'int8', 'int16', 'float32', or one with symmetric=True."
+        )
+    if getattr(codec, "rounding", "stochastic") == "stochastic":
+        return codec
+    if isinstance(error, str):
+        return dataclasses.replace(codec, rounding="stochastic")  # pyrefly: ignore
+    raise ValueError(
+        f"error={codec.name} is rounded to nearest, which loses small errors at every step as the "
+        "parameters do. Give it rounding='stochastic', or 'int8' or 'int16'."
+    )
 
 
 def _rounded(parameter: Any) -> bool:

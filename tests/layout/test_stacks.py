@@ -18,7 +18,7 @@ from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.stacks import STACKED, layer_axes, layer_axis_of
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.models import MODELS
-from microadam_jax.trees import leaf_shapes, path_name
+from microadam_jax.trees import LeafShape, leaf_shapes, path_name
 
 Shape = tuple[int, ...]
 
@@ -220,3 +220,24 @@ def test_axes_do_not_depend_on_values() -> None:
     shapes = {"layers/mlp/kernel": (7, 16, 24), "layers/norm/scale": (7, 16)}
     arrays = {path: np.zeros(shape) for path, shape in shapes.items()}
     assert axes(arrays) == axes(tree(**shapes))
+
+
+def test_a_box_tells_the_layer_axis_of_its_whole_container() -> None:
+    leaves = [
+        LeafShape("layers/up/kernel", (64, 5, 96), ("embed", "layers", "mlp")),
+        LeafShape("layers/norm/scale", (64, 5)),
+    ]
+    assert set(layer_axes(leaves).values()) == {1}
+
+
+def test_what_may_be_stacked_along_the_next_axis_is_left_open() -> None:
+    along_the_next = [
+        LeafShape("layers/norm/scale", (64, 5)),
+        LeafShape("layers/query/kernel", (64, 5, 64)),
+    ]
+    assert set(layer_axes(along_the_next).values()) == {None}
+    along_the_first = [
+        LeafShape("layers/norm/scale", (5, 64)),
+        LeafShape("layers/query/kernel", (5, 64, 64)),
+    ]
+    assert set(layer_axes(along_the_first).values()) == {0}

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import microadam_jax as m
+from microadam_jax.codecs import dynamic8
 from microadam_jax.codecs.rounding import bfloat16_stochastic, dither
 from microadam_jax.codecs.split import Split
 from microadam_jax.engine.stored_step import typed_key
@@ -396,6 +397,10 @@ def test_mistakes_are_told() -> None:
     params = jnp.ones(8, jnp.bfloat16)
     with pytest.raises(ValueError, match="'stochastic', 'compensated', 'momentum'; got 'nearest'"):
         round_updates(optax.sgd(1.0), "nearest")  # pyrefly: ignore
+    with pytest.raises(ValueError, match="rounded to nearest, which loses small errors"):
+        round_updates(optax.sgd(1.0), "compensated", error=dynamic8(symmetric=True))
+    with pytest.raises(ValueError, match="dynamic8_b256 has no -1"):
+        round_updates(optax.sgd(1.0), "compensated", error="dynamic8")
     with pytest.raises(ValueError, match=r"Unknown codec 'int4'.*int8 and int16"):
         round_updates(optax.sgd(1.0), "compensated", error="int4")
     with pytest.raises(ValueError, match="8 or 16; got 4"):
@@ -417,13 +422,13 @@ def test_the_memory_report_says_what_is_kept() -> None:
     alone = m.memory_report(inner, params).total
     reports = {
         name: m.memory_report(round_updates(inner, "compensated", error=name), params)
-        for name in ("int8", "int16", "float32", "dynamic8")
+        for name in ("int8", "int16", "float32", "linear4")
     }
     kept = {name: report.total - alone - 4 for name, report in reports.items()}
     size = 256 * 1024
     assert kept == {
         "int8": size + 1, "int16": 2 * size + 1, "float32": 4 * size + 1,
-        "dynamic8": size + 1024 * 4 + 2 + 4096,
+        "linear4": size // 2 + 2048 * 4 + 2,
     }  # fmt: skip
     assert reports["int8"].fields["RoundUpdatesState.error.int8.codes"] == size + 1
     assert reports["int8"].remarks["in float32: updates are not rounded"] == ("norm",)
@@ -517,3 +522,17 @@ def test_in_boxes_of_flax() -> None:
             landed = optax.apply_updates(params, updates)
             assert jax.tree.leaves(landed)[0].dtype == jnp.bfloat16
             assert jax.tree.structure(landed) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("error", ["linear4", "e4m3"])
+def test_codecs_by_name_lose_no_small_errors(error: str) -> None:
+    tx = round_updates(optax.sgd(1e-5), "compensated", error=error)
+    start = jnp.ones(4096, jnp.bfloat16)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = tx.update(jnp.ones_like(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=1000)
+    assert float(params.astype(jnp.float32).mean()) == pytest.approx(0.99, abs=2e-3)
