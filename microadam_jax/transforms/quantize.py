@@ -36,6 +36,11 @@ from microadam_jax.trees import (
 from pallas_kernels.dispatch import names_kernel
 
 SIGNED_FIELDS = ("mu", "m", "m1", "m2", "trace", "ema", "momentum")
+# Other names may stand for anything, such as weights.
+NONNEGATIVE_FIELDS = ("nu", "nu_max", "n", "v", "v_row", "v_col", "e_g", "e_x", "exp_avg_sq")
+NONNEGATIVE_SUMS = ("sum_of_squares", "grad_sum_sq", "grad_sum_of_squares")
+# Where a name means something else: Adan's difference of gradients, SM3's momentum, a Hessian.
+SIGNED_IN = {"v": ("ScaleByAdanState",), "nu": ("ScaleBySM3State", "SophiaState")}
 
 
 class QuantizedState(NamedTuple):
@@ -87,8 +92,9 @@ def quantize_state(
     Raises:
         TypeError: if ``codecs`` is not a mapping, or one of its values is not a codec.
         ValueError: if a codec does not exist or cannot hold a field, if ``elementwise`` is not true
-            of ``inner``; in ``init``, if there is no field of a name; in ``update``, if the state
-            was stored through other codecs.
+            of ``inner``; in ``init``, if there is no field of a name, or one holds integers, may
+            have signs that its codec has not, or is a part of a difference that rounding makes
+            negative; in ``update``, if the state was stored through other codecs.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -120,6 +126,7 @@ def quantize_state(
             if name not in storages:
                 return _map_fields(store, value, zeros, leaf=kept)
             found.append(name)
+            _require_numbers(name, value)
             # To quantize zeros takes the compiler as long as there are elements: it folds them.
             known = all(jax.tree.leaves(zeros))
             return (storages[name].zeros if known else storages[name].encode_tree)(value)
@@ -133,12 +140,15 @@ def quantize_state(
         # To trace the inner init once more takes longer than all else that init does.
         shapes_suffice = traced and all(jax.tree.leaves(zeros))
         state = shapes if shapes_suffice else inner.init(params)
+        for kind, name in _fields(state):
+            if name in storages:
+                _require_fit(storages[name], kind, name)
         stored = _map_fields(store, state, zeros, leaf=kept)
         missing = [name for name in storages if name not in found]
         if missing:
             raise ValueError(
                 f"The state has no field {missing[0]!r} to store; it has "
-                f"{', '.join(dict.fromkeys(_field_names(state)))}."
+                f"{', '.join(dict.fromkeys(name for _, name in _fields(state)))}."
             )
         return QuantizedState(jnp.zeros([], jnp.int32), stored)
 
@@ -237,6 +247,7 @@ class _Step(NamedTuple):
         """Updates each leaf by itself, in chunks."""
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
+        leaf_sizes = [leaf.shape for leaf in jax.tree.leaves(gradients)]
         fields: list[tuple[Storage | Unstored, Any, list[StoredLeaf]]] = []
 
         def per_leaf(name: str, value: Any) -> bool:
@@ -246,6 +257,7 @@ class _Step(NamedTuple):
             return (
                 leaves != []
                 and jax.tree.structure(without_boxes(value)) == structure
+                and [leaf.shape for leaf in leaves] == leaf_sizes
                 and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
             )
 
@@ -357,13 +369,39 @@ def _zeros_of(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return state_zeros(shape, shape.shape, shape.dtype)
 
 
-def _field_names(node: Any) -> Iterator[str]:
-    """The names of all fields of a state's NamedTuples."""
+def _fields(node: Any) -> Iterator[tuple[str, str]]:
+    """The names of a state's NamedTuples, each with those of its fields."""
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        yield from node._fields
+        yield from ((type(node).__name__, name) for name in node._fields)
     if isinstance(node, dict | list | tuple):
         for child in node.values() if isinstance(node, dict) else node:
-            yield from _field_names(child)
+            yield from _fields(child)
+
+
+def _require_numbers(name: str, value: Any) -> None:
+    for leaf in jax.tree.leaves(value):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"The field {name!r} holds {leaf.dtype}, and codecs store floating-point numbers. "
+                "Leave it out."
+            )
+
+
+def _require_fit(storage: Storage, kind: str, name: str) -> None:
+    """Refuses a field that would lose its signs, or whose rounding gives NaN."""
+    if kind.startswith("ScaleByRStdDev"):
+        raise ValueError(
+            f"{kind} takes the root of nu - mu**2, which rounding of {name!r} makes negative. Take "
+            "rmsprop without centered=True."
+        )
+    if all(codec.signed for codec in storage.codecs):
+        return
+    if kind in SIGNED_IN.get(name, ()) or name not in (*NONNEGATIVE_FIELDS, *NONNEGATIVE_SUMS):
+        raise ValueError(
+            f"The field {name!r} of {kind} may have both signs, which a codec without negative "
+            "numbers cannot hold: take a signed one. Known to have none are "
+            f"{', '.join((*NONNEGATIVE_FIELDS, *NONNEGATIVE_SUMS))}."
+        )
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

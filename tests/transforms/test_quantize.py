@@ -335,6 +335,43 @@ def test_another_codec_is_an_error_with_both_names(tmp_path: Path) -> None:
     gc.collect()
 
 
+@pytest.mark.parametrize(
+    ("inner", "field"),
+    [
+        (optax.adan(1e-2), "g"),
+        (optax.adan(1e-2), "v"),
+        (optax.sm3(1e-2), "nu"),
+        (optax.rprop(1e-2), "prev_updates"),
+        (optax.contrib.schedule_free(optax.sgd(1e-2), 1e-2), "z"),
+        (optax.contrib.prodigy(1.0), "exp_avg"),
+    ],
+)
+def test_fields_that_may_be_negative_are_refused_to_codecs_that_are_not(
+    inner: optax.GradientTransformation, field: str
+) -> None:
+    params = {"w": jnp.zeros((64, 256))}
+    with pytest.raises(ValueError, match=f"{field!r} of .* may have both signs"):
+        quantize_state(inner, {field: "dynamic8_unsigned"}).init(params)
+    quantize_state(inner, {field: "dynamic8"}).init(params)
+
+
+def test_what_no_codec_can_hold_is_refused() -> None:
+    params = jnp.zeros((64, 256))
+    with pytest.raises(ValueError, match="'count' holds int32"):
+        quantize_state(optax.adam(1e-3), {"count": "float32"}).init(params)
+    with pytest.raises(ValueError, match=r"the root of nu - mu\*\*2"):
+        quantize_state(optax.rmsprop(1e-3, centered=True), {"nu": "dynamic8_unsigned"}).init(params)
+
+
+def test_scalars_of_a_state_are_no_moments_of_a_single_parameter() -> None:
+    params = jnp.ones((64, 256))
+    inner = optax.contrib.schedule_free(optax.sgd(1e-2), 1e-2)
+    tx = quantize_state(inner, {"z": "float32"}, elementwise=True)
+    updates, _ = tx.update(params, tx.init(params), params)
+    expected, _ = inner.update(params, inner.init(params), params)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
 def test_bad_arguments_are_refused() -> None:
     adam = optax.scale_by_adam()
     with pytest.raises(ValueError, match="no field 'trace' to store; it has count, mu, nu"):
