@@ -13,6 +13,8 @@ from microadam_jax.execution import scope, within
 from microadam_jax.layout.path_rules import PathRules
 from microadam_jax.trees import KeyPath, box_path, path_name, rows_of
 
+BRANCHING = ("MultiSteps", "ApplyIfFinite", "AccumulateIntoResidual")
+
 Squares = dict[str, jax.Array]
 
 
@@ -120,7 +122,8 @@ def with_diagnostics(
         The transformation.
 
     Raises:
-        ValueError: if a pattern is not a regular expression.
+        ValueError: if a pattern is not a regular expression; in ``init``, if one of those is
+            inside.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -166,6 +169,7 @@ def with_diagnostics(
         observed = _Observed()
         with within(observed=observed):
             inner_state = inner.init(params)
+        _require_in_every_step(inner_state)
 
         def zeros(defined: bool = observed.feeds_back) -> dict[str, jax.Array]:
             return {name: jnp.zeros([], jnp.float32) for name in names if defined}
@@ -209,3 +213,17 @@ def _part_sent(rest: jax.Array, accumulated: jax.Array) -> jax.Array:
 
 def _relative(error: jax.Array, rest: jax.Array) -> jax.Array:
     return jnp.sqrt(error / jnp.where(rest == 0, 1, rest))
+
+
+def _require_in_every_step(state: Any) -> None:
+    """Refuses what takes a step in a branch, out of which nothing can be observed."""
+
+    def name(node: Any) -> str:
+        return type(node).__name__.removesuffix("State")
+
+    for node in jax.tree.leaves(state, is_leaf=lambda node: name(node) in BRANCHING):
+        if name(node) in BRANCHING:
+            raise ValueError(
+                f"with_diagnostics cannot look into {name(node)}, which takes a step in some "
+                "updates only. Put it around with_diagnostics."
+            )

@@ -118,8 +118,8 @@ def run_with(
         implementation: None takes for each parameter the kernel of the device that the program is
             compiled for, and XLA's program where there is none or its shapes are not supported.
             ``"xla"`` takes XLA's program everywhere. ``"mosaic_tpu"`` insists on the TPU kernels,
-            ``"triton"`` on those for GPUs, which have not run on one yet, for every parameter
-            that is compressed or stored in few bits.
+            ``"triton"`` and ``"jax_triton"`` on those for GPUs, which have not run on one yet, for
+            every parameter that is compressed or stored in few bits.
         shardings: of the parameters: a tree of ``NamedSharding``, or a prefix of one, as for
             :func:`state_shardings`. Kernels need it on a mesh with Auto axes, where the types of
             arrays do not have it; without it XLA compiles the step there. On Explicit axes, and

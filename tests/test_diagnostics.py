@@ -14,7 +14,15 @@ from rich.console import Console
 from examples.llama.comparison import compare
 from examples.llama.config import from_flags
 from examples.llama.metrics import DiagnosticsFile
-from microadam_jax import adamw8bit, error_feedback, microadam, to_dense, top_k, with_diagnostics
+from microadam_jax import (
+    accumulate_into_residual,
+    adamw8bit,
+    error_feedback,
+    microadam,
+    to_dense,
+    top_k,
+    with_diagnostics,
+)
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 GROUPS = {"matrices": "w.*"}
@@ -90,3 +98,14 @@ def test_the_example_logs_them(tmp_path: Path) -> None:
         (step, group) for step in "24" for group in ("attention", "feed-forward", "other")
     ]
     assert all(0 < float(row["kept_mass"]) < 1 for row in rows)
+
+
+def test_guards_inside_are_refused() -> None:
+    params = {"w": jnp.ones((64, 256))}
+    for inner in (
+        optax.MultiSteps(microadam(1e-3), 2).gradient_transformation(),
+        optax.apply_if_finite(microadam(1e-3), 2),
+        accumulate_into_residual(microadam(1e-3), 2),
+    ):
+        with pytest.raises(ValueError, match="Put it around with_diagnostics"):
+            with_diagnostics(inner).init(params)
