@@ -840,7 +840,7 @@ def test_a_bad_notation_is_named() -> None:
 
 
 def test_a_bad_layer_axis_is_refused() -> None:
-    with pytest.raises(ValueError, match="layer_axis must not be negative; got -1"):
+    with pytest.raises(ValueError, match="layer_axis must be an integer of at least 0; got -1"):
         Partition(layer_axis=-1)
 
 
@@ -849,12 +849,18 @@ def test_a_bad_layout_of_weights_is_refused() -> None:
         transformer_rules(weight="in, out")  # pyrefly: ignore
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 3), (4, 0), (4, 8), (None, 2), (0, None)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 3), (4, 8), (None, 2)])
 def test_key_heads_that_do_not_divide_the_query_heads_are_refused(
     heads: int | None, kv_heads: int | None
 ) -> None:
     with pytest.raises(ValueError, match=rf"must divide heads={heads}"):
         transformer_rules(heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(("name", "count"), [("heads", 0), ("kv_heads", 0), ("heads", 4.0)])
+def test_heads_are_counted(name: str, count: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer; got {count}"):
+        transformer_rules(**{"heads": 4, name: count})  # pyrefly: ignore
 
 
 # --- Reports --------------------------------------------------------------------------------------
