@@ -381,8 +381,8 @@ def scaled_codes(
     if keep_sign:
         zero = numbers.zero
         assert zero is not None
-        # The quotient of a small number may be flushed to zero.
-        off, beside = (block < 0, zero - 1) if numbers.signed else (block > 0, zero + 1)
+        # Not of the block: a second reader would make XLA write it, where GPUs go in two passes.
+        off, beside = (y < 0, zero - 1) if numbers.signed else (y > 0, zero + 1)
         codes = jnp.where(off & (codes == zero), beside, codes)
     return jnp.where(usable, codes, 0)
 

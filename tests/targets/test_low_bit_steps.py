@@ -79,7 +79,7 @@ def test_on_layers_of_real_models(model: str, tpu: Mesh) -> None:
 
 @pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE)
 def test_on_a_tpu(make: Callable[..., optax.GradientTransformation], v5e: Mesh) -> None:
-    assert temporaries(make, v5e, "tpu") < 0.1
+    assert temporaries(make, v5e, "tpu") < 0.11
 
 
 def test_matrices_of_a_stack_are_turned_in_place(v5e: Mesh) -> None:
