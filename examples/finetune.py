@@ -9,14 +9,13 @@ python examples/finetune.py --help
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 # A script sees its own directory only; what it shares with pre-training is beside that.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.finetuning.comparison import compare
 from examples.finetuning.config import from_flags
 from examples.llama.config import PretrainError
+from examples.llama.progress import make_console
 
 
 def main() -> int:
@@ -26,9 +25,7 @@ def main() -> int:
         The exit status: 2 after a mistake in the settings, 130 after Ctrl-C, as shells do.
     """
     try:
-        # A pipe has no width, of which the table would be cut to 80.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-        return 0 if compare(from_flags(), console) else 130
+        return 0 if compare(from_flags(), make_console()) else 130
     except (PretrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

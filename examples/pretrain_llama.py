@@ -21,7 +21,7 @@ import sys
 from llama.comparison import compare
 from llama.config import PretrainError, from_flags, unchecked
 from llama.processes import join, together
-from rich.console import Console
+from llama.progress import make_console
 
 
 def main() -> int:
@@ -33,8 +33,7 @@ def main() -> int:
     try:
         # Before anything that may fail in one process only, such as reading the run to resume.
         given = unchecked()
-        # A pipe has no width, of which the table would be cut to 80.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        console = make_console()
         if given.coordinator is not None:
             # Where one never comes, JAX ends the others with a stack trace and no cause.
             count = given.processes or "all"

@@ -58,6 +58,20 @@ def require_positive(name: str, value: object, *arguments: str) -> None:
         raise ValueError(f"{name} must be a positive integer; got {value!r}.{hint}")
 
 
+def require_not_negative(name: str, value: object) -> None:
+    """Refuses a number that is no integer of at least 0.
+
+    Args:
+        name: of the number.
+        value: the number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0; got {value!r}.")
+
+
 def require_floating(function: str, **arrays: Any) -> None:
     """Refuses what is no array of a floating dtype.
 

@@ -47,13 +47,14 @@ def compare(config: Config, console: Console) -> bool:
         soft_wrap=True,
     )
     results: dict[str, Finetuned] = {}
+    digest = job.digest  # of all weights, which takes a while
     message = "Finishing the step, then saving (Ctrl-C again quits at once) ..."
     with Interruption(console, message) as interruption:
         for label, method in config.runs().items():
             folder = config.out / label
             identity = {
                 **config.identity(),
-                "examples and weights": job.digest,
+                "examples and weights": digest,
                 "state format": STATE_FORMAT,
             }
             with Checkpoints(folder / "checkpoints", identity) as checkpoints:

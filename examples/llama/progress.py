@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .metrics import Row
 
 _SECONDS_BETWEEN_LINES = 15.0
+
+
+def make_console() -> Console:
+    """Makes a console; a pipe has no width, of which tables would be cut to 80."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 @contextlib.contextmanager

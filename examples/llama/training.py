@@ -128,9 +128,7 @@ def train(
         held_out_batches.shape, placement.batches, lambda index: held_out_batches[index]
     )
     if config.update_in_backward:
-        step = _in_backward(config, optimizer, corpus.vocab).step
-        # The state is the optimizer's own, whichever way it is updated.
-        advance = lambda params, state, batches: step(params, state, batches[0])  # noqa: E731
+        advance = _step_in_backward(config, optimizer, corpus.vocab)
     else:
         advance = _step_function(graph, optimizer)
     # Compiled ahead, so that no step's time contains it.
@@ -205,6 +203,8 @@ def _step_function(
     return step
 
 
+# The comparison asks before the first optimizer is trained, and `train` again.
+@functools.cache
 def state_shapes_of(config: Config, optimizer: optax.GradientTransformation, vocab: int) -> Any:
     """The shapes of an optimizer's state.
 
@@ -223,6 +223,14 @@ def state_shapes_of(config: Config, optimizer: optax.GradientTransformation, voc
         return jax.eval_shape(optimizer.init, shapes)
     except ValueError as error:  # as of a rounding that the optimizer does not allow
         raise PretrainError(str(error)) from error
+
+
+def _step_in_backward(
+    config: Config, optimizer: optax.GradientTransformation, vocab: int
+) -> Callable[..., tuple[Params, optax.OptState, jax.Array]]:
+    step = _in_backward(config, optimizer, vocab).step
+    # The state is the optimizer's own, whichever way it is updated.
+    return lambda params, state, batches: step(params, state, batches[0])
 
 
 def _in_backward(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from microadam_jax.arguments import require_not_negative
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne
@@ -103,9 +104,7 @@ class Storage:
         object.__setattr__(self, "rules", rules)
         path_pattern(self.stacked)
         for name in ("min_size", "min_row", "layer_axis"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0; got {value!r}.")
+            require_not_negative(name, getattr(self, name))
 
     @functools.cached_property
     def codecs(self) -> tuple[Codec, ...]:

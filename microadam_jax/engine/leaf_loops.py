@@ -22,6 +22,7 @@ PIECE = 2**18  # elements of a piece at least: fewer take no longer than to laun
 PIECES = 256  # of a large tree, about
 TOGETHER = 128  # leaves in a loop, each of which is asked at each turn whether it is its own
 ALONE = 4096  # elements from which leaves share a loop, where a step is a few operations
+COPIED = 64  # part of a leaf up to which its inputs are stacked with others': little to copy
 SHARE = (
     32  # part of a tree up to which they do: larger leaves are few, and copying them takes memory
 )
@@ -322,8 +323,8 @@ class _Loop:
         return [once(turn == i, lambda _: new, before) for i, before in enumerate(state)]
 
     def _is_small(self, x: Any) -> bool:
-        """Whether an input is stacked with those of other leaves, as it takes little to copy."""
-        return x.size * 64 <= math.prod(self.chunks.shape)
+        """Returns True if an input is stacked with those of other leaves."""
+        return x.size <= math.prod(self.chunks.shape) / COPIED
 
     def _all_chunks(self, carried: Arrays, inputs: Arrays) -> Arrays:
         chunk = functools.partial(self._chunk, inputs)

@@ -1,7 +1,7 @@
 """A training step that updates each layer inside the backward pass."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.tree_util import keystr
 
 from microadam_jax.engine.leaf_loops import once
 from microadam_jax.execution import within
+from microadam_jax.layers.clips import Clip, ClipName, sum_of_squares
 from microadam_jax.layers.state_of_layers import (
     StateParts,
     len_of_stack,
@@ -20,7 +21,6 @@ from microadam_jax.layers.state_of_layers import (
 from microadam_jax.transforms.round_updates import RoundUpdatesState
 from microadam_jax.trees import KeyPath, path_name, without_boxes
 
-Clip = Literal["value", "layer", "global", "last_global"]
 Params = dict[str, Any]
 
 
@@ -56,7 +56,7 @@ def update_in_backward(
     after: Callable[[Params, Any, Any], jax.Array],
     *,
     layers: str = "layers",
-    clip: Clip | None = None,
+    clip: ClipName | None = None,
     max_norm: float = 1.0,
     shardings: Any = None,
 ) -> UpdateInBackward:
@@ -129,32 +129,25 @@ def update_in_backward(
 
     Reference: LOMO (arXiv 2306.09782), fused backward.
     """
-    if clip is not None and clip not in get_args(Clip):
-        names = ", ".join(map(repr, get_args(Clip)))
-        raise ValueError(f"clip must be None or one of {names}; got {clip!r}.")
-    if clip is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
-        raise ValueError(f"max_norm must be a positive number; got {max_norm!r}.")
+    clipping, by_last = Clip.named(clip, max_norm), clip == "last_global"
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> Any:
         require_layerwise(tx, params, layers)
         state = tx.init(params)
-        return LastNormState(jnp.zeros([], jnp.float32), state) if _by_last(clip) else state
+        return LastNormState(jnp.zeros([], jnp.float32), state) if by_last else state
 
     def step(params: Params, state: Any, batch: Any) -> tuple[Params, Any, jax.Array]:
-        last = state.norm if _by_last(clip) else None
-        inner_state = state.inner_state if _by_last(clip) else state
+        last = state.norm if by_last else None
+        inner_state = state.inner_state if by_last else state
         # What is clipped is not rounded once more where the optimizer computes in float32.
-        takes_float32 = isinstance(inner_state, RoundUpdatesState)
-        run = _Step(tx, before, layer, after, layers, clip, max_norm, takes_float32, shardings)
+        in_float32 = isinstance(inner_state, RoundUpdatesState)
+        chosen = clipping._replace(in_float32=in_float32)
+        run = _Step(tx, before, layer, after, layers, chosen, shardings)
         params, inner_state, loss, norm = run(params, inner_state, batch, last)
-        return params, LastNormState(norm, inner_state) if _by_last(clip) else inner_state, loss
+        return params, LastNormState(norm, inner_state) if by_last else inner_state, loss
 
     return UpdateInBackward(init, step)
-
-
-def _by_last(clip: Clip | None) -> bool:
-    return clip == "last_global"
 
 
 def require_layerwise(
@@ -189,20 +182,14 @@ def require_layerwise(
 
 
 class _Step(NamedTuple):
-    """One step; the attributes are the arguments of :func:`update_in_backward`.
-
-    Attributes:
-        takes_float32: whether ``tx`` takes gradients in float32 for parameters in fewer bits.
-    """
+    """One step; the attributes are the arguments of :func:`update_in_backward`."""
 
     tx: optax.GradientTransformationExtraArgs
     before: Callable[[Params, Any], Any]
     layer: Callable[[Any, Any], Any]
     after: Callable[[Params, Any, Any], jax.Array]
     layers: str
-    clip: Clip | None
-    max_norm: float
-    takes_float32: bool
+    clip: Clip
     shardings: Any
 
     def __call__(
@@ -240,23 +227,23 @@ class _Step(NamedTuple):
 
             return jax.tree.map_with_path(add, d_after, d_before)
 
-        if self.clip == "global":
+        if self.clip.name == "global":
             # Nothing is updated: the pass only finds the norm.
             dx_first, squares = run.norm(stack, dx)
             gradients = of_rest(into(dx_first)[0], lambda path: True)
-            norm = jnp.sqrt(squares + _squares(gradients))
+            norm = jnp.sqrt(squares + sum_of_squares(gradients))
         early = {path for path in used_after if path not in used_before}
         leaves = jax.tree.leaves(state)
         # What the loss alone reads is updated first, so that its gradient does not outlive it.
         gradients = subtree(d_after, lambda path: path in early)
-        squares = _squares(gradients)
+        squares = sum_of_squares(gradients)
         moved, leaves = run.rest(gradients, leaves, rest, norm)
         # Else a compiler may update the head after the layers, and keep its gradient until then.
         dx, moved, leaves = jax.lax.optimization_barrier((dx, moved, leaves))
         stack, leaves, dx, of_layers = run.stack(stack, leaves, dx, norm)
         late = {path for path, _ in jax.tree.leaves_with_path(rest)} - early
         gradients = of_rest(into(dx)[0], lambda path: path in late)
-        squares = squares + of_layers + _squares(gradients)
+        squares = squares + of_layers + sum_of_squares(gradients)
         last, leaves = run.rest(gradients, leaves, rest, norm)
         leaves = run.counted(leaves)
         moved |= last
@@ -280,31 +267,6 @@ class _Step(NamedTuple):
             return {path for path, variable in own if id(variable) in read}
 
         return used(self.before, batch), used(self.after, x, batch)
-
-    def scale(self, squares: jax.Array, norm: jax.Array | None) -> jax.Array | None:
-        """Returns the factor of all gradients; None if there is none."""
-        if self.clip in (None, "value"):
-            return None
-        if self.clip == "layer":
-            norm = jnp.sqrt(squares)
-        assert norm is not None
-        return jnp.where(norm < self.max_norm, 1.0, self.max_norm / jnp.where(norm > 0, norm, 1))
-
-    def clipping(self, gradients: Any, norm: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
-        """How one of these gradients is clipped."""
-        scale = None if self.clip == "value" else self.scale(_squares(gradients), norm)
-
-        def clipped(g: jax.Array) -> jax.Array:
-            wide = g.astype(jnp.float32)
-            if self.clip == "value":
-                wide = jnp.clip(wide, -self.max_norm, self.max_norm)
-            elif scale is not None:
-                wide = wide * scale
-            else:
-                return g
-            return wide if self.takes_float32 else wide.astype(g.dtype)
-
-        return clipped
 
     def placed(self, weights: Any) -> Any:
         """A layer's weights or gradients, sharded as its parameters are."""
@@ -344,7 +306,7 @@ class _Backward(NamedTuple):
         def body(turn: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             dx, squares = carry
             gradients, dx = self._gradients(_at(stack, self._layer(turn)), turn, dx)
-            return dx, squares + _squares(gradients)
+            return dx, squares + sum_of_squares(gradients)
 
         return jax.lax.fori_loop(0, self._count, body, (dx, jnp.zeros([], jnp.float32)))
 
@@ -358,8 +320,8 @@ class _Backward(NamedTuple):
         def body(turn: jax.Array, carry: Any) -> Any:
             stack, own, dx, squares = carry
             gradients, dx = self._gradients(_at(stack, self._layer(turn)), turn, dx)
-            squares = squares + _squares(gradients)
-            clipped = self.step.clipping(gradients, norm)
+            squares = squares + sum_of_squares(gradients)
+            clipped = self.step.clip.of(gradients, norm)
 
             def move(path: KeyPath, weights: jax.Array, gradient: jax.Array) -> jax.Array:
                 path = (jax.tree_util.DictKey(name), *path)
@@ -412,7 +374,7 @@ class _Backward(NamedTuple):
         """The parameters that have gradients after their update, by path, and the state."""
         params, moved = dict(jax.tree.leaves_with_path(rest)), {}
         leaves = list(leaves)
-        clipped = self.step.clipping(gradients, norm)
+        clipped = self.step.clip.of(gradients, norm)
         for path, gradient in jax.tree.leaves_with_path(gradients):
             moved[keystr(path)], new = self._updated(path, clipped(gradient), leaves, params[path])
             for place, array in new.items():
@@ -453,12 +415,6 @@ class _Backward(NamedTuple):
 
     def _layer(self, turn: jax.Array) -> jax.Array:
         return self._count - 1 - turn
-
-
-def _squares(gradients: Any) -> jax.Array:
-    leaves = jax.tree.leaves(gradients)
-    zero = jnp.zeros([], jnp.float32)
-    return sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in leaves), zero)
 
 
 def _at(stack: Any, i: jax.Array) -> Any:

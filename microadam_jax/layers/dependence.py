@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.extend import core
 
-Shape = tuple[int, ...]
+from microadam_jax.trees import Shape
 
 
 def dependences(program: core.ClosedJaxpr) -> list[int]:

@@ -1,7 +1,7 @@
 """The cross entropy of an output head, without the logits of the whole vocabulary at a time."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,13 +86,14 @@ def _cross_entropy(chunk: int, x: jax.Array, kernel: jax.Array, labels: jax.Arra
 def _forward(
     chunk: int, x: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    as_x, _ = _explicit(x, kernel)
-    as_logits = _as_logits(as_x, x)
+    placement = _Placement.of(x, kernel)
 
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, picked = carry
         start, columns, fresh = _columns(i, chunk, kernel)
-        logits = jnp.where(fresh, _product(x, _at(kernel, start, chunk), as_logits), -jnp.inf)
+        logits = jnp.where(
+            fresh, _product(x, _at(kernel, start, chunk), placement.logits), -jnp.inf
+        )
         new = jnp.maximum(largest, jnp.max(logits, axis=-1))
         finite = jnp.where(new == -jnp.inf, 0, new)  # no column so far has any probability
         total = total * jnp.exp(largest - finite)
@@ -101,9 +102,8 @@ def _forward(
         return new, total, picked + jnp.sum(jnp.where(own, logits, 0), axis=-1)
 
     zeros = jnp.zeros(labels.shape, jnp.float32)
-    if as_logits is not None:
-        by_token = PartitionSpec(*as_logits.spec[:-1])
-        zeros = jax.sharding.reshard(zeros, NamedSharding(as_logits.mesh, by_token))
+    if placement.tokens is not None:
+        zeros = jax.sharding.reshard(zeros, placement.tokens)
     carry = (zeros - jnp.inf, zeros, zeros)
     largest, total, picked = jax.lax.fori_loop(0, _count(chunk, kernel), body, carry)
     log_sum = largest + jnp.log(total)
@@ -116,15 +116,14 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, Any]:
     x, kernel, labels, log_sum = saved
     tokens = tuple(range(labels.ndim))
-    as_x, as_kernel = _explicit(x, kernel)
-    as_logits = _as_logits(as_x, x)
+    placement = _Placement.of(x, kernel)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         d_x, d_kernel = carry
         start, columns, fresh = _columns(i, chunk, kernel)
         weights = _at(kernel, start, chunk)
         chosen = (columns == labels[..., None]).astype(jnp.float32)
-        d_logits = jnp.exp(_product(x, weights, as_logits) - log_sum[..., None]) - chosen
+        d_logits = jnp.exp(_product(x, weights, placement.logits) - log_sum[..., None]) - chosen
         d_logits = (d_logits * gradient[..., None]).astype(x.dtype)
         # Columns that overlap are written twice, with the same values, and count once in d_x.
         own = jnp.tensordot(
@@ -132,13 +131,13 @@ def _backward(
             d_logits,
             (tokens, tokens),
             preferred_element_type=jnp.float32,
-            out_sharding=as_kernel,
+            out_sharding=placement.kernel,
         )
         d_kernel = jax.lax.dynamic_update_slice_in_dim(
             d_kernel, own.astype(kernel.dtype), start, axis=1
         )
         d_part = jnp.where(fresh, d_logits, 0)
-        return d_x + _product(d_part, weights.T, as_x), d_kernel
+        return d_x + _product(d_part, weights.T, placement.x), d_kernel
 
     carry = (jnp.zeros_like(x, jnp.float32), jnp.zeros_like(kernel))
     d_x, d_kernel = jax.lax.fori_loop(0, _count(chunk, kernel), body, carry)
@@ -163,20 +162,28 @@ def _at(kernel: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
 
 
-def _explicit(*arrays: jax.Array) -> list[NamedSharding | None]:
-    """How arrays are sharded on Explicit axes; None for each if none is."""
-    known = next(filter(None, map(explicit_sharding, arrays)), None)
-    if known is None:
-        return [None] * len(arrays)
-    return [NamedSharding(known.mesh, jax.typeof(x).sharding.spec) for x in arrays]
+class _Placement(NamedTuple):
+    """Tells how arrays are sharded on Explicit axes; None for each if none is."""
 
+    x: NamedSharding | None = None
+    kernel: NamedSharding | None = None
+    logits: NamedSharding | None = None
+    tokens: NamedSharding | None = None
 
-def _as_logits(as_x: NamedSharding | None, x: jax.Array) -> NamedSharding | None:
-    """How logits are sharded: over the tokens, as ``x`` is."""
-    if as_x is None:
-        return None
-    spec = (*as_x.spec, *[None] * (x.ndim - len(as_x.spec)))
-    return NamedSharding(as_x.mesh, PartitionSpec(*spec[:-1], None))
+    @classmethod
+    def of(cls, x: jax.Array, kernel: jax.Array) -> "_Placement":
+        known = explicit_sharding(x) or explicit_sharding(kernel)
+        if known is None:
+            return cls()
+        spec = jax.typeof(x).sharding.spec
+        spec = (*spec, *[None] * (x.ndim - len(spec)))
+        specs = (
+            PartitionSpec(*spec),
+            jax.typeof(kernel).sharding.spec,
+            PartitionSpec(*spec[:-1], None),
+            PartitionSpec(*spec[:-1]),
+        )
+        return cls(*(NamedSharding(known.mesh, spec) for spec in specs))
 
 
 def _product(x: jax.Array, weights: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -74,7 +74,7 @@ def nf4_linear(
 
 
 class _Product(NamedTuple):
-    """What is static of a product.
+    """Holds what is static of a product.
 
     Attributes:
         codec: that of the weights.

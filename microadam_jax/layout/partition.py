@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from microadam_jax.arguments import require_kind
+from microadam_jax.arguments import require_kind, require_not_negative
 from microadam_jax.execution import all_leaves
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
@@ -108,10 +108,7 @@ class Partition:
     def __post_init__(self) -> None:
         if self.unknown not in UNKNOWN:
             raise ValueError(f"Partition.unknown must be one of {UNKNOWN}; got {self.unknown!r}.")
-        if not isinstance(self.layer_axis, int) or self.layer_axis < 0:
-            raise ValueError(
-                f"layer_axis must be an integer of at least 0; got {self.layer_axis!r}."
-            )
+        require_not_negative("layer_axis", self.layer_axis)
         rules = PathRules(self.rules)
         parsed = tuple((p, Axes(axes) if isinstance(axes, str) else axes) for p, axes in rules)
         for pattern, axes in parsed:

@@ -37,8 +37,10 @@ from pallas_kernels.dispatch import names_kernel
 
 SIGNED_FIELDS = ("mu", "m", "m1", "m2", "trace", "ema", "momentum")
 # Other names may stand for anything, such as weights.
-NONNEGATIVE_FIELDS = ("nu", "nu_max", "n", "v", "v_row", "v_col", "e_g", "e_x", "exp_avg_sq")
-NONNEGATIVE_SUMS = ("sum_of_squares", "grad_sum_sq", "grad_sum_of_squares")
+NONNEGATIVE_FIELDS = (
+    *("nu", "nu_max", "n", "v", "v_row", "v_col", "e_g", "e_x", "exp_avg_sq"),
+    *("sum_of_squares", "grad_sum_sq", "grad_sum_of_squares"),
+)
 # Where a name means something else: Adan's difference of gradients, SM3's momentum, a Hessian.
 SIGNED_IN = {"v": ("ScaleByAdanState",), "nu": ("ScaleBySM3State", "SophiaState")}
 
@@ -247,7 +249,7 @@ class _Step(NamedTuple):
         """Updates each leaf by itself, in chunks."""
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
-        leaf_sizes = [leaf.shape for leaf in jax.tree.leaves(gradients)]
+        expected = [leaf.shape for leaf in jax.tree.leaves(gradients)]
         fields: list[tuple[Storage | Unstored, Any, list[StoredLeaf]]] = []
 
         def per_leaf(name: str, value: Any) -> bool:
@@ -257,7 +259,7 @@ class _Step(NamedTuple):
             return (
                 leaves != []
                 and jax.tree.structure(without_boxes(value)) == structure
-                and [leaf.shape for leaf in leaves] == leaf_sizes
+                and [leaf.shape for leaf in leaves] == expected
                 and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
             )
 
@@ -396,11 +398,11 @@ def _require_fit(storage: Storage, kind: str, name: str) -> None:
         )
     if all(codec.signed for codec in storage.codecs):
         return
-    if kind in SIGNED_IN.get(name, ()) or name not in (*NONNEGATIVE_FIELDS, *NONNEGATIVE_SUMS):
+    if kind in SIGNED_IN.get(name, ()) or name not in NONNEGATIVE_FIELDS:
         raise ValueError(
             f"The field {name!r} of {kind} may have both signs, which a codec without negative "
             "numbers cannot hold: take a signed one. Known to have none are "
-            f"{', '.join((*NONNEGATIVE_FIELDS, *NONNEGATIVE_SUMS))}."
+            f"{', '.join(NONNEGATIVE_FIELDS)}."
         )
 
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.stacks import layer_axes
 from microadam_jax.sharding import moment_zeros
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import adam_moments, one_minus_power, zero_moments
 from microadam_jax.trees import KeyPath, box_path, leaf_shapes, map_with_path, path_name
 
 
@@ -72,9 +72,6 @@ def scale_by_restartable_adam(
     """
 
     def init(params: optax.Params) -> ScaleByRestartableAdamState:
-        def zeros() -> Any:
-            return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), params)
-
         axes = layer_axes(list(leaf_shapes(params).values()))
 
         def newborn(path: KeyPath, x: jax.Array) -> tuple[jax.Array]:
@@ -83,7 +80,7 @@ def scale_by_restartable_adam(
             return (moment_zeros(x, shape, jnp.int32),)
 
         (age,) = map_with_path(newborn, 1, params)
-        return ScaleByRestartableAdamState(age, zeros(), zeros())
+        return ScaleByRestartableAdamState(age, *zero_moments(params))
 
     def update(
         updates: optax.Updates,
@@ -92,10 +89,8 @@ def scale_by_restartable_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByRestartableAdamState]:
         del params, extra_args
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         age = jax.tree.map(optax.safe_increment, state.age)
-        mu = jax.tree.map(lambda g, m: moving_average(b1, m, g), gradients, state.mu)
-        nu = jax.tree.map(lambda g, v: moving_average(b2, v, jnp.square(g)), gradients, state.nu)
+        mu, nu = adam_moments(b1, b2, updates, state.mu, state.nu)
 
         def scaled(g: jax.Array, a: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             root = jnp.sqrt(v / one_minus_power(b2, a))

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import adam_moments, one_minus_power, zero_moments
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
@@ -70,10 +70,7 @@ def scale_by_uncorrected_adam(
     """
 
     def init(params: optax.Params) -> ScaleByUncorrectedAdamState:
-        def zeros() -> Any:
-            return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), params)
-
-        return ScaleByUncorrectedAdamState(zeros(), zeros())
+        return ScaleByUncorrectedAdamState(*zero_moments(params))
 
     def update(
         updates: optax.Updates,
@@ -82,10 +79,7 @@ def scale_by_uncorrected_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByUncorrectedAdamState]:
         del params, extra_args
-        mu = jax.tree.map(lambda g, m: moving_average(b1, m, _float32(g)), updates, state.mu)
-        nu = jax.tree.map(
-            lambda g, v: moving_average(b2, v, jnp.square(_float32(g))), updates, state.nu
-        )
+        mu, nu = adam_moments(b1, b2, updates, state.mu, state.nu)
         scaled = jax.tree.map(
             lambda g, m, v: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), updates, mu, nu
         )

@@ -1,4 +1,4 @@
-"""Which outputs of a program depend on which of its inputs, on every release of JAX."""
+"""Tests which outputs of a program depend on which of its inputs, on every release of JAX."""
 
 import jax
 import jax.numpy as jnp

@@ -182,7 +182,7 @@ def test_adamw_against_the_oracle_over_many_steps() -> None:
 
 
 def test_a_row_seen_once_stays_where_adamw_leaves_it() -> None:
-    """Where a second moment far below its block's largest became zero, steps would be m / eps."""
+    """Zero second moments far below their block's largest would make steps of m / eps."""
     params = {"embedding": jnp.zeros((64, 256))}
     seen = jnp.zeros((64, 256)).at[3].set(1.0).at[3, 0].set(3e-4)
     moved = {}
