@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.path_rules import PathRules
 from microadam_jax.trees import KeyPath, box_path, path_name, rows_of
@@ -122,8 +123,9 @@ def with_diagnostics(
         The transformation.
 
     Raises:
-        ValueError: if a pattern is not a regular expression; in ``init``, if one of those is
-            inside.
+        TypeError: if ``inner`` is no transformation.
+        ValueError: if a pattern is not a regular expression, or a group is named ``"other"``; in
+            ``init``, if one of those is inside.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -138,6 +140,12 @@ def with_diagnostics(
         >>> optax.tree_utils.tree_get(tx.init(params), "kept_mass")
         {}
     """
+    require_transformation(inner=inner)
+    if "other" in groups:
+        raise ValueError(
+            "groups may not name one 'other', which is that of all leaves in no group; got "
+            f"{dict(groups)}."
+        )
     inner = optax.with_extra_args_support(inner)
     rules = PathRules((pattern, name) for name, pattern in groups.items())
     names = (*groups, "other")

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath
 
-from microadam_jax.trees import LeafShape, leaf_shapes, without_boxes
+from microadam_jax.arguments import require_transformation
+from microadam_jax.trees import LeafShape, leaf_shapes, path_name, without_boxes
 from pallas_kernels.dispatch import check_implementation, names_kernel
 
 
@@ -132,10 +133,11 @@ def run_with(
     Raises:
         NotImplementedError: if the implementation was tried and left out; in ``update``, if it
             cannot run with a parameter. It says why.
-        TypeError: if ``shardings`` holds anything but ``NamedSharding``.
+        TypeError: if ``tx`` is no transformation, or ``shardings`` holds anything but
+            ``NamedSharding``.
         ValueError: if there is no such implementation; in ``init`` and ``update``, if no
             transformation in ``tx`` has a kernel, or one that stores its state in few bits is not
-            elementwise.
+            elementwise, or if ``shardings`` are those of another tree.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -146,12 +148,15 @@ def run_with(
         >>> params = {"w": jnp.zeros((64, 256))}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
+    require_transformation(tx=tx)
     check_implementation("run_with", implementation)
     _require_named(shardings)
     inner = optax.with_extra_args_support(tx)
     changes: dict[str, Any] = {"implementation": implementation, "shardings": shardings}
 
     def init(params: optax.Params) -> optax.OptState:
+        if shardings is not None:
+            shardings_by_path("shardings", shardings, params)
         with within(asked=[], **changes):
             return inner.init(params)
 
@@ -182,6 +187,54 @@ def _require_named(shardings: Any) -> None:
                 f"the parameters lie; at {jax.tree_util.keystr(path) or 'its root'} it has "
                 f"{sharding!r}. Give NamedSharding(mesh, spec)."
             )
+
+
+def shardings_by_path(
+    name: str, shardings: Any, params: optax.Params
+) -> dict[KeyPath, NamedSharding]:
+    """Maps the path of each parameter to its sharding.
+
+    Args:
+        name: of the argument, for errors.
+        shardings: a tree of ``NamedSharding`` for the parameters, or a prefix of one.
+        params: the parameters, or shapes of them.
+
+    Raises:
+        ValueError: if a parameter has no sharding, or one of more axes than it has, or if there is
+            one for no parameter.
+    """
+    try:
+        placed = _by_path(shardings, params)
+    except ValueError as error:
+        raise ValueError(f"{name} {_difference(shardings, params)}") from error
+    for path, leaf in jax.tree.leaves_with_path(params):
+        spec = getattr(placed[path], "spec", ())
+        if any(spec[len(leaf.shape) :]):
+            raise ValueError(
+                f"{name} would cut {path_name(path)!r} of shape {leaf.shape} as {spec}, which has "
+                "more axes. Give it a sharding of its own."
+            )
+    return placed
+
+
+def _difference(shardings: Any, params: optax.Params) -> str:
+    """Says in which leaves a tree is no prefix of that of the parameters."""
+
+    def covers(start: KeyPath, path: KeyPath) -> bool:
+        return path[: len(start)] == start
+
+    given = [path for path, _ in jax.tree.leaves_with_path(without_boxes(shardings))]
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    missing = [path for path in paths if not any(covers(start, path) for start in given)]
+    surplus = [start for start in given if not any(covers(start, path) for path in paths)]
+    parts = [
+        f"{what} {', '.join(repr(path_name(path)) for path in found[:3])}"
+        + f" and {len(found) - 3} more" * (len(found) > 3)
+        for what, found in (("have none for", missing), ("have one for no parameter at", surplus))
+        if found
+    ]
+    told = " and ".join(parts) or "have another structure than the parameters"
+    return f"{told}. Give one NamedSharding for each parameter, or one for all below a node."
 
 
 def _by_path(

@@ -9,9 +9,10 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microadam_jax.execution import within
+from microadam_jax.arguments import require_transformation
+from microadam_jax.execution import shardings_by_path, within
 from microadam_jax.sharding import fitted, only_on, shards_along, told_axes
-from microadam_jax.trees import KeyPath, owner_of, path_name, without_boxes
+from microadam_jax.trees import KeyPath, owner_of, path_name
 
 # What arrays may take on a device beyond their share before anything is said: few can act on less.
 UNNOTICED_BYTES = 2**20
@@ -55,8 +56,10 @@ def state_shardings(
             device than if they were cut. It names them.
 
     Raises:
-        ValueError: if there is no sharding to take the mesh from, if ``zero_axis`` is no axis of
-            it, or if its devices do not have such a memory.
+        TypeError: if ``tx`` is no transformation.
+        ValueError: if there is no sharding to take the mesh from, or one has more axes than its
+            parameter, if ``zero_axis`` is no axis of the mesh, or if its devices do not have such
+            a memory.
 
     Examples:
         >>> import jax, optax
@@ -69,12 +72,10 @@ def state_shardings(
         >>> optax.tree_utils.tree_get(state, "mu")["dynamic8_b256"]["codes"]["w"].spec[0]
         'fsdp'
     """
+    require_transformation(tx=tx)
     leaves = jax.tree.leaves_with_path(params)
-    # A prefix names a box by what stands in its place.
-    prefix = without_boxes(param_shardings)
-    columns = jax.tree.leaves(jax.tree.broadcast(prefix, params))
-    shardings = {path: sharding for (path, _), sharding in zip(leaves, columns, strict=True)}
-    mesh = _mesh_of(columns)
+    shardings = shardings_by_path("param_shardings", param_shardings, params)
+    mesh = _mesh_of([*shardings.values()])
     _require_memory(mesh, memory_kind)
     state, axes = _state_of(tx, params)
 

@@ -15,6 +15,7 @@ from microadam_jax import (
     Refresh,
     Storage,
     Window,
+    accumulate_into_residual,
     adam_mini,
     adam_mini8bit,
     adam_sn,
@@ -32,12 +33,17 @@ from microadam_jax import (
     muon8bit,
     project_gradients,
     quantize_state,
+    round_updates,
+    run_with,
     snsm,
     sparse_ggt,
     sparse_mfac,
+    state_shardings,
     top_k,
+    with_diagnostics,
 )
 from microadam_jax.codecs import affine4
+from microadam_jax.layers import update_in_backward
 from microadam_jax.methods import METHODS
 from microadam_jax.subspace import gaussian, svd, top_k_rows
 
@@ -158,6 +164,14 @@ def test_an_interval_keeps_what_the_method_does_with_moments() -> None:
         (lambda: sparse_mfac(1e-3, compressor=0.1), "compressor must be .*got 0.1"),
         (lambda: sparse_ggt(1e-3, window=2.5), r"window must be .*Window\(10\); got 2.5"),
         (lambda: top_k(0.1, blocks=256), r"blocks must be .*Blocks\(256\); got 256"),
+        (lambda: run_with(optax.adam), r"tx must be a transf.*Call it: adam\("),
+        (lambda: with_diagnostics(None), "inner must be a transf.*got None"),
+        (lambda: quantize_state(optax.sgd, {}), r"inner must be a transf.*Call it: sgd\("),
+        (lambda: round_updates(optax.sgd), r"inner must be a transf.*Call it: sgd\("),
+        (lambda: accumulate_into_residual(optax.sgd, 2), r"inner must be a.*Call it: sgd\("),
+        (lambda: project_gradients(optax.sgd, svd(2)), r"inner must be a.*Call it: sgd\("),
+        (lambda: state_shardings(optax.sgd, PARAMS, None), r"tx must be a.*Call it: sgd\("),
+        (lambda: update_in_backward(optax.sgd, len, len, len), r"tx must be a.*Call it: sgd\("),
         (
             lambda: snsm(1e-3, weight_decay=lambda count: 0.1),
             "weight_decay must be a number.*<func",
@@ -176,6 +190,7 @@ def test_parts_of_another_class_are_refused(make: Any, message: str) -> None:
         (lambda: adam_mini(1e-3, mu_dtype="float23"), "mu_dtype must be .* got 'float23'"),
         (lambda: error_feedback(residual="dynamic8_unsigned"), "both signs.*dynamic8_unsigned"),
         (lambda: top_k(count=1.5), "count must be a positive integer; got 1.5"),
+        (lambda: with_diagnostics(optax.sgd(1), {"other": "w"}), "one 'other'.*{'other': 'w'}"),
         (lambda: Window(True), "Window.length must be a positive integer; got True"),
     ],
 )

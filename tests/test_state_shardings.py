@@ -13,7 +13,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_jax import adam_mini, adamw8bit, came, memory_report, microadam, state_shardings
+from microadam_jax import (
+    adam_mini,
+    adamw8bit,
+    came,
+    memory_report,
+    microadam,
+    run_with,
+    state_shardings,
+)
 from microadam_jax.methods import METHODS
 from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
 
@@ -206,6 +214,25 @@ def test_other_shardings_and_trees_without_parameters_are_refused() -> None:
         state_shardings(microadam(1e-3), SHAPES, P())
     with pytest.raises(ValueError, match="no parameters"):
         state_shardings(microadam(1e-3), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("specs", "sentence"),
+    [
+        ({"w": P()}, "have none for 'b'"),
+        ({"w": P(), "b": P(), "c": {"d": P()}}, "have one for no parameter at 'c/d'"),
+        ({"w": P(), "bias": P()}, "have none for 'b' and have one for no parameter at 'bias'"),
+        ([P(), P()], "have none for 'b', 'w' and have one for no parameter at '0', '1'"),
+        (P(None, "fsdp"), r"cut 'b' of shape \(1024,\) as .*, which has more axes"),
+    ],
+    ids=str,
+)
+def test_shardings_of_another_tree_are_refused(specs: Any, sentence: str) -> None:
+    shardings, tx = on(mesh_of(), specs), microadam(1e-3)
+    with pytest.raises(ValueError, match=f"param_shardings .*{sentence}"):
+        state_shardings(tx, SHAPES, shardings)
+    with pytest.raises(ValueError, match=f"shardings .*{sentence}"):
+        jax.eval_shape(run_with(tx, shardings=shardings).init, SHAPES)
 
 
 @pytest.mark.parametrize("spec", [P("fsdp", "tp"), P("fsdp"), P(None, "fsdp")], ids=str)

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.engine.leaf_loops import once
 from microadam_jax.execution import within
 from microadam_jax.layers.clips import Clip, ClipName, sum_of_squares
@@ -100,8 +101,8 @@ def update_in_backward(
         The functions ``init`` and ``step``.
 
     Raises:
-        TypeError: in ``init``, if a parameter is not a floating-point array; in ``step``, if the
-            loss is not a scalar.
+        TypeError: if ``tx`` is no transformation; in ``init``, if a parameter is not a
+            floating-point array; in ``step``, if the loss is not a scalar.
         ValueError: if there is no such clip, or ``max_norm`` is not positive; in ``init``, if the
             parameters have no such stack, if layers share a part of the state, if the optimizer
             needs the gradients of several parameters at a time, as ``optax.clip_by_global_norm``,
@@ -130,6 +131,7 @@ def update_in_backward(
     Reference: LOMO (arXiv 2306.09782), fused backward.
     """
     clipping, by_last = Clip.named(clip, max_norm), clip == "last_global"
+    require_transformation(tx=tx)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> Any:

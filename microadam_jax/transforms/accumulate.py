@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import within
 from microadam_jax.transforms.descent import Fusable
@@ -65,7 +66,7 @@ def accumulate_into_residual(
         per element in :func:`error_feedback`, and of nothing in :func:`project_gradients`.
 
     Raises:
-        TypeError: if ``every_k`` is not an integer.
+        TypeError: if ``inner`` is no transformation, or ``every_k`` no integer.
         ValueError: if ``every_k`` is below 1; in ``init``, if a parameter has no residual.
 
     Examples:
@@ -89,6 +90,7 @@ def accumulate_into_residual(
         raise TypeError(f"every_k must be an int, the same for all steps; got {every_k!r}.")
     if every_k < 1:
         raise ValueError(f"every_k must be at least 1; got {every_k}.")
+    require_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AccumulateIntoResidualState:

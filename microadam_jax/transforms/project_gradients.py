@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
@@ -108,9 +109,9 @@ def project_gradients(
         elements for each field, and a dense basis n r.
 
     Raises:
-        TypeError: if ``subspace``, ``refresh``, ``complement`` or ``matrices`` is of another class,
-            or a decay rate is an array in fewer bits than float32; in ``init``, if a leaf is not a
-            floating-point array.
+        TypeError: if ``inner`` is no transformation, if ``subspace``, ``refresh``, ``complement``
+            or ``matrices`` is of another class, or a decay rate is an array in fewer bits than
+            float32; in ``init``, if a leaf is not a floating-point array.
         ValueError: in ``init``, if ``b1`` or ``b2`` is needed and missing, or the inner state has
             no such moments.
 
@@ -133,6 +134,7 @@ def project_gradients(
     Reference: Zhao et al., GaLore (arXiv 2403.03507), Algorithm 2; Robert et al., LDAdam (arXiv
         2410.16103).
     """
+    require_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
     projection = Projection(matrices, subspace, refresh)
     if isinstance(complement, type) or not hasattr(complement, "feeds_back"):

@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
 from microadam_jax.engine.stored_step import (
     Arrays,
@@ -92,7 +93,8 @@ def quantize_state(
         is compiled, as ``jax.jit(tx.init)(params)``.
 
     Raises:
-        TypeError: if ``codecs`` is not a mapping, or one of its values is not a codec.
+        TypeError: if ``inner`` is no transformation, ``codecs`` no mapping, or one of its values no
+            codec.
         ValueError: if a codec does not exist or cannot hold a field, if ``elementwise`` is not true
             of ``inner``; in ``init``, if there is no field of a name, or one holds integers, may
             have signs that its codec has not, or is a part of a difference that rounding makes
@@ -109,6 +111,7 @@ def quantize_state(
 
     Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
     """
+    require_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
     if not isinstance(codecs, Mapping):
         raise TypeError(

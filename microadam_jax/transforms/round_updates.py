@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from microadam_jax.arguments import require_transformation
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.codecs.rounding import bfloat16_stochastic
 from microadam_jax.codecs.split import Split
@@ -106,7 +107,7 @@ def round_updates(
         The optimizer. Its ``update`` needs the parameters.
 
     Raises:
-        TypeError: in ``init``, for parameters in float16.
+        TypeError: if ``inner`` is no transformation; in ``init``, for parameters in float16.
         ValueError: if there is no such rounding or codec, or the codec rounds to nearest or has no
             -1; with ``"momentum"``, in ``init``, if the optimizer has no first moment in float32,
             as low-bit optimizers, or its update is no smooth function of each element's own, as
@@ -132,6 +133,7 @@ def round_updates(
     Reference: ECO (arXiv 2601.22101) for ``"momentum"``; FlashOptim (arXiv 2602.23349) for the
     split of ``"int8"`` and ``"int16"``.
     """
+    require_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
     if rounding not in get_args(Rounding):
         raise ValueError(
