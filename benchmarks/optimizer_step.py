@@ -25,10 +25,10 @@ import optax
 from benchmarks.scale import BASE, step_of
 from microadam_jax import memory_report, microadam, run_with
 from microadam_jax.aliases.windowed import MICROADAM_LAYOUTS
+from microadam_jax.engine.descent import Fusable
 from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS, Shapes, model_shapes
 from microadam_jax.optimizer_names import optimizer
-from microadam_jax.transforms.descent import Fusable
 
 # Which of the kernels are made for a platform.
 KERNELS = {"cpu": (), "gpu": ("triton",), "tpu": ("mosaic_tpu",)}

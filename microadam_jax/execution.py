@@ -51,6 +51,11 @@ class Scope:
     zeros: dict[Hashable, list[tuple[Any, jax.Array]]] | None = None
     axes: dict[int, tuple[jax.Array, Collection[int]]] | None = None
 
+    @property
+    def names_kernel(self) -> bool:
+        """Returns True if kernels are insisted on, and the choice is not left to the device."""
+        return names_kernel(self.implementation)
+
     def implementation_for(self, transformation: str) -> str | None:
         """Returns the implementation for a transformation whose operations have kernels.
 
@@ -168,7 +173,7 @@ def run_with(
     ) -> tuple[optax.Updates, optax.OptState]:
         with within(asked=[], **changes) as here:
             results = inner.update(updates, state, params, **extra_args)
-        if names_kernel(implementation) and not here.asked:
+        if here.names_kernel and not here.asked:
             raise ValueError(
                 f"implementation={implementation!r} names kernels, and no transformation in this "
                 "optimizer has any. Leave it at None."

@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
+from microadam_jax.engine.descent import descend
 from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.layout.partition import Partition
 from microadam_jax.transforms import quantize_state, scale_by_factored_adam
-from microadam_jax.transforms.descent import descend
 
 
 def adamw8bit(

@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8, linear2
+from microadam_jax.engine.descent import descend
 from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.subspace import OUTPUT_HEAD, Matrices
 from microadam_jax.transforms import quantize_state, scale_by_muon, scale_by_sinkhorn
-from microadam_jax.transforms.descent import descend
 
 
 def lion4bit(

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.codecs import Codec, Storage
+from microadam_jax.engine.descent import descend
 from microadam_jax.layout.partition import Partition
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.transforms import (
@@ -18,7 +19,6 @@ from microadam_jax.transforms import (
     scale_by_subset_norm,
 )
 from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
-from microadam_jax.transforms.descent import descend
 
 
 def adam_mini(

@@ -13,9 +13,9 @@ from microadam_jax.arguments import if_traced
 from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import TopK, top_k
+from microadam_jax.engine.descent import descend
 from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
 from microadam_jax.transforms.deferred import compressed_where_read
-from microadam_jax.transforms.descent import descend
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.codecs import Storage, Unstored
+from microadam_jax.engine.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.engine.leaf_loops import apart
 from microadam_jax.engine.stored_step import Arrays, Rule, StoredStep, stored_steps
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope
 from microadam_jax.sharding import moment_zeros
-from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.trees import (
     KeyPath,
     LeafShape,

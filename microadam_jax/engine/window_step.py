@@ -1,16 +1,24 @@
 """The dense step of a window, on the leaves of a tree."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 
+from microadam_jax.blocks import merge
 from microadam_jax.codecs.rounding import Draw, Rows
+from microadam_jax.compressors import BlockSparse, is_compressed
+from microadam_jax.compressors.rows import overwrite_each
+from microadam_jax.engine.descent import applies, kind_of, read_by, reads_parameter
 from microadam_jax.engine.leaf_loops import Arrays, Work, each_kind, on_cpu
 from microadam_jax.engine.top_k_feedback import TopKFeedback, Uncompressed
 from pallas_kernels.dispatch import names_kernel
+from pallas_kernels.window_update import window_adam, window_apply, window_update
 
 # From target, values and indices, the implementation and the sharding to the result.
 Move = Callable[..., jax.Array]
@@ -102,19 +110,112 @@ class WindowStep(NamedTuple):
         return Moved(update, tuple(left)), values, indices
 
 
-def move_all(steps: Sequence[WindowStep], implementation: str | None) -> list[tuple[Any, ...]]:
-    """Takes the steps.
+@dataclasses.dataclass(frozen=True)
+class WindowSteps:
+    """Takes the steps of the leaves of a tree, which weight the rows of their windows alike.
 
-    Args:
-        steps: of leaves.
+    Attributes:
+        weights: of the rows in both sums, and the epsilon of the quotient.
+        newest: the row of this step.
         implementation: ``"xla"``, a kernel's name, or None, which picks by device and shape.
-
-    Returns:
-        For each leaf the result, a :class:`Moved` if it had been deferred, and its window.
-
-    Raises:
-        NotImplementedError: if the named implementation cannot run.
+        moves: the functions of leaves, and the dtypes of their results, that there are so far.
     """
+
+    weights: tuple[jax.Array, jax.Array, ArrayLike]
+    newest: jax.Array
+    implementation: str | None
+    moves: dict[Hashable, tuple[Move, jnp.dtype]] = dataclasses.field(default_factory=dict)
+
+    def of(
+        self,
+        sent: BlockSparse | Uncompressed,
+        target: Any,
+        finish: Callable[..., jax.Array],
+        window: tuple[jax.Array, jax.Array],
+        sharding: NamedSharding | None,
+    ) -> WindowStep | tuple[Any, ...]:
+        """Returns the step of a leaf, or what comes of it where no kernel and no loop takes it.
+
+        Args:
+            sent: the update, which fits ``window``.
+            target: the parameter, or the update in its place.
+            finish: from what the window gives to the result.
+            window: values and indices.
+            sharding: how the leaf is sharded, on a mesh with Auto axes.
+        """
+        step = functools.partial(
+            WindowStep, write=self._write, in_place=applies(finish), sharding=sharding
+        )
+        if isinstance(sent, Uncompressed):
+            target = sent.gradient if is_compressed(target) else target
+            how = self._move_of(sent, target, finish)
+            target = target if reads_parameter(finish) else None
+            return step(*how, target, *window, waiting=sent)
+        window = sent.write(window, self.newest)
+        if sent.shape and sent.bypass is None and not is_compressed(target):
+            return step(*self._move_of(sent, target, finish), target, *window)
+        if not sent.shape:
+            blocks = window_adam(*window, *self.weights, sent.layout.size)
+            scaled = merge(blocks, sent.layout, sent.shape)
+        else:
+            scaled = window_update(
+                *window,
+                *self.weights,
+                size=sent.layout.size,
+                n=sent.shape[-1],
+                dtype=sent.dtype if sent.bypass is None else jnp.float32,
+                implementation=self.implementation,
+                sharding=sharding,
+            )
+        scaled = sent.with_bypass(scaled).astype(sent.dtype)
+        return finish(scaled, *read_by(finish, target)), *window
+
+    def taken(self, steps: Sequence[WindowStep | tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Takes the steps.
+
+        Args:
+            steps: of leaves, or their results.
+
+        Returns:
+            For each leaf the result, a :class:`Moved` if it had been deferred, and its window.
+
+        Raises:
+            NotImplementedError: if the named implementation cannot run.
+        """
+        left = [step for step in steps if isinstance(step, WindowStep)]
+        moved = iter(_moved(left, self.implementation))
+        return [next(moved) if isinstance(step, WindowStep) else step for step in steps]
+
+    def _write(self, window: Arrays, sent: Arrays) -> Arrays:
+        return overwrite_each(window, sent, self.newest)
+
+    def _move_of(
+        self,
+        sent: BlockSparse | Uncompressed,
+        target: jax.Array,
+        finish: Callable[..., jax.Array],
+    ) -> tuple[Move, jnp.dtype]:
+        """One function for all leaves on which it does the same, and its result's dtype."""
+
+        def move(p: jax.Array, values: jax.Array, indices: jax.Array, **how: Any) -> jax.Array:
+            window = values, indices
+            if applies(finish):
+                step = finish.step, finish.decay
+                return window_apply(*window, p, *self.weights, *step, size=size, **how)
+            n = p.shape[-1]
+            u = window_update(*window, *self.weights, size=size, n=n, dtype=dtype, **how)
+            return finish(u, *read_by(finish, p))
+
+        size, dtype = sent.layout.size, sent.dtype
+        kind = kind_of(finish), size, dtype, target.dtype
+        if kind not in self.moves:
+            p = jax.ShapeDtypeStruct((), target.dtype)
+            u = jax.ShapeDtypeStruct((), dtype)
+            self.moves[kind] = move, jax.eval_shape(finish, u, *read_by(finish, p)).dtype
+        return self.moves[kind]
+
+
+def _moved(steps: Sequence[WindowStep], implementation: str | None) -> list[tuple[Any, ...]]:
     if not steps:
         return []
     of_steps = [step.arrays for step in steps]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.arguments import require_transformation
+from microadam_jax.engine.descent import Fusable
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import within
-from microadam_jax.transforms.descent import Fusable
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState
 from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.project_gradients import ProjectGradientsState

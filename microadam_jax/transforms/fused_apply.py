@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from microadam_jax.transforms.descent import Fusable
+from microadam_jax.engine.descent import Fusable
 
 
 def fused_apply(

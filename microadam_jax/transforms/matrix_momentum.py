@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.arguments import require_kind
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.engine.descent import as_it_is, finishes, read_by
 from microadam_jax.engine.leaf_loops import each_kind
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.engine.transformation import transformation
@@ -19,7 +20,6 @@ from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.partition import remark_assignment, warn_unnamed
 from microadam_jax.layout.view import WHOLE, MatrixView
 from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
-from microadam_jax.transforms.descent import as_it_is, finishes, read_by
 from microadam_jax.transforms.moments import moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.arguments import require_transformation
 from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
+from microadam_jax.engine.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.engine.stored_step import (
     Arrays,
     Rule,
@@ -21,7 +22,6 @@ from microadam_jax.engine.stored_step import (
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope
 from microadam_jax.sharding import state_zeros
-from microadam_jax.transforms.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.transforms.elementwise import require_elementwise, zeros_in
 from microadam_jax.trees import (
     KeyPath,
@@ -34,7 +34,6 @@ from microadam_jax.trees import (
     turned,
     without_boxes,
 )
-from pallas_kernels.dispatch import names_kernel
 
 SIGNED_FIELDS = ("mu", "m", "m1", "m2", "trace", "ema", "momentum")
 # Other names may stand for anything, such as weights.
@@ -169,7 +168,7 @@ def quantize_state(
         finish = finishes(finish, targets)
         step = _Step(inner, storages, state, targets, finish, seed, extra_args)
         if not elementwise:
-            _require_unnamed(scope().implementation)
+            _require_unnamed()
         run = step.leaf_by_leaf if elementwise else step.at_once
         scaled, inner_state = run(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -340,12 +339,12 @@ class _Step(NamedTuple):
         return scaled, _map_fields(assemble, shapes, shared)
 
 
-def _require_unnamed(implementation: str | None) -> None:
+def _require_unnamed() -> None:
     """Refuses the name of a kernel where none can run."""
-    if names_kernel(implementation):
+    if scope().names_kernel:
         raise ValueError(
-            f"implementation={implementation!r} needs quantize_state(..., elementwise=True): "
-            "kernels update every element alone."
+            f"implementation={scope().implementation!r} needs quantize_state(..., "
+            "elementwise=True): kernels update every element alone."
         )
 
 

@@ -1,7 +1,6 @@
 """Adam statistics of a sliding window of sparse gradients."""
 
-import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,28 +8,18 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.blocks import merge
 from microadam_jax.compressors import BlockSparse, TopK, is_compressed, require_compressor, top_k
-from microadam_jax.compressors.rows import overwrite_each
-from microadam_jax.engine.leaf_loops import Arrays
+from microadam_jax.engine.descent import finishes, read_by
 from microadam_jax.engine.top_k_feedback import Uncompressed
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.engine.window_step import Move, WindowStep, move_all
+from microadam_jax.engine.window_step import WindowStep, WindowSteps
 from microadam_jax.execution import scope
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros, unused_state
 from microadam_jax.state_format import setting
-from microadam_jax.transforms.descent import (
-    applies,
-    finishes,
-    kind_of,
-    read_by,
-    reads_parameter,
-)
 from microadam_jax.transforms.moments import moving_average, one_minus_power, power
 from microadam_jax.transforms.window import Window, as_window
 from microadam_jax.trees import KeyPath, columns_of, map_with_path, path_name, rows_of
-from pallas_kernels.window_update import window_adam, window_apply, window_update
 
 
 class ScaleByWindowAdamState(NamedTuple):
@@ -136,79 +125,7 @@ def scale_by_window_adam(
         horizon = jnp.minimum(count, window.length) if window.normalized else count
         mu_weights = jnp.float32(1 - b1) * power(b1, age) / one_minus_power(b1, horizon)
         nu_weights = jnp.float32(1 - b2) * power(b2, age) / one_minus_power(b2, horizon)
-        weights = mu_weights, nu_weights, eps
-
-        def write(window: Arrays, sent: Arrays) -> Arrays:
-            return overwrite_each(window, sent, newest)
-
-        moves: dict[Hashable, tuple[Move, jnp.dtype]] = {}
-
-        def move_of(
-            sent: BlockSparse | Uncompressed,
-            target: jax.Array,
-            finish: Callable[..., jax.Array],
-            fused: bool,
-        ) -> tuple[Move, jnp.dtype]:
-            """One function for all leaves on which it does the same, and its result's dtype."""
-
-            def move(p: jax.Array, values: jax.Array, indices: jax.Array, **how: Any) -> jax.Array:
-                if fused and applies(finish):
-                    step = finish.step, finish.decay
-                    return window_apply(values, indices, p, *weights, *step, size=size, **how)
-                window = values, indices, *weights
-                u = window_update(*window, size=size, n=p.shape[-1], dtype=dtype, **how)
-                return finish(u, *read_by(finish, p))
-
-            size, dtype = sent.layout.size, sent.dtype
-            kind = kind_of(finish), fused, size, dtype, target.dtype
-            if kind not in moves:
-                p = jax.ShapeDtypeStruct((), target.dtype)
-                u = jax.ShapeDtypeStruct((), dtype)
-                moves[kind] = move, jax.eval_shape(finish, u, *read_by(finish, p)).dtype
-            return moves[kind]
-
-        def sparse(
-            path: KeyPath,
-            sent: BlockSparse | Uncompressed,
-            target: Any,
-            finish: Callable[..., jax.Array],
-            values: jax.Array,
-            indices: jax.Array,
-        ) -> tuple[Any, ...] | WindowStep:
-            if not sent.fits((values, indices)):
-                raise ValueError(
-                    f"The update of {path_name(path)!r} keeps {sent.survivors} elements "
-                    f"in blocks of {sent.layout.size}, but this window was made for "
-                    f"{compressor}. Give the same compressor to both links."
-                )
-            fused = applies(finish)
-            step = functools.partial(
-                WindowStep, write=write, in_place=fused, sharding=placed.get(path)
-            )
-            if isinstance(sent, Uncompressed):
-                target = sent.gradient if is_compressed(target) else target
-                how = move_of(sent, target, finish, fused)
-                target = target if reads_parameter(finish) else None
-                return step(*how, target, values, indices, waiting=sent)
-            values, indices = sent.write((values, indices), newest)
-            if sent.shape and sent.bypass is None and not is_compressed(target):
-                return step(*move_of(sent, target, finish, fused), target, values, indices)
-            if not sent.shape:
-                blocks = window_adam(values, indices, *weights, sent.layout.size)
-                scaled = merge(blocks, sent.layout, sent.shape)
-            else:
-                scaled = window_update(
-                    values,
-                    indices,
-                    *weights,
-                    size=sent.layout.size,
-                    n=sent.shape[-1],
-                    dtype=sent.dtype if sent.bypass is None else jnp.float32,
-                    implementation=implementation,
-                    sharding=placed.get(path),
-                )
-            scaled = sent.with_bypass(scaled).astype(sent.dtype)
-            return finish(scaled, *read_by(finish, target)), values, indices
+        steps = WindowSteps((mu_weights, nu_weights, eps), newest, implementation)
 
         def dense(
             gradient: jax.Array,
@@ -226,12 +143,23 @@ def scale_by_window_adam(
             return moved, jnp.stack([mu, nu], axis=-1), unused
 
         def scale(
-            path: KeyPath, sent: Any, target: Any, finish: Any, *stored: jax.Array
+            path: KeyPath,
+            sent: Any,
+            target: Any,
+            finish: Callable[..., jax.Array],
+            values: jax.Array,
+            indices: jax.Array,
         ) -> tuple[jax.Array, ...] | WindowStep:
             if isinstance(sent, BlockSparse | Uncompressed):
-                return sparse(path, sent, target, finish, *stored)
+                if not sent.fits((values, indices)):
+                    raise ValueError(
+                        f"The update of {path_name(path)!r} keeps {sent.survivors} elements "
+                        f"in blocks of {sent.layout.size}, but this window was made for "
+                        f"{compressor}. Give the same compressor to both links."
+                    )
+                return steps.of(sent, target, finish, (values, indices), placed.get(path))
             if not is_compressed(sent) and compressor.keeps_dense(path, sent):
-                return dense(sent, target, finish, *stored)
+                return dense(sent, target, finish, values, indices)
             kind = "low-rank" if is_compressed(sent) else "dense"
             raise ValueError(
                 f"scale_by_window_adam got a {kind} update for {path_name(path)!r}. Put "
@@ -248,10 +176,7 @@ def scale_by_window_adam(
             state.window_indices,
             is_leaf=is_compressed,
         )
-        results = [scale(*row) for row in rows]
-        steps = [step for step in results if isinstance(step, WindowStep)]
-        moved = iter(move_all(steps, implementation))
-        results = [next(moved) if isinstance(one, WindowStep) else one for one in results]
+        results = steps.taken([scale(*row) for row in rows])
         scaled, values, indices = columns_of(treedef, results, 3)
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
