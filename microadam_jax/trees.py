@@ -149,7 +149,7 @@ class LeafKey(NamedTuple):
 def leaf_key(seed: jax.typing.ArrayLike, count: jax.Array, path: KeyPath) -> jax.Array:
     """A random key for the leaf at ``path`` in step ``count``: the same on any mesh."""
     key = jax.random.fold_in(jax.random.key(seed), count)
-    return jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+    return jax.random.fold_in(key, zlib.crc32(path_name(box_path(path)).encode()))
 
 
 def leaf_keys(
@@ -167,7 +167,7 @@ def leaf_keys(
     if not paths:
         return {}
     key = jax.random.fold_in(jax.random.key(seed), count)
-    names = [zlib.crc32(path_name((*prefix, *path)).encode()) for path in paths]
+    names = [zlib.crc32(path_name(box_path((*prefix, *path))).encode()) for path in paths]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(names, np.uint32))
     return {path: LeafKey(keys, np.int32(i)) for i, path in enumerate(paths)}
 
@@ -185,8 +185,7 @@ def unstored_arrays(name: str, field: Any, leaves: Mapping[KeyPath, LeafShape]) 
                 f"The state's field {name!r} was stored with {label}, and this optimizer "
                 "stores it without codec. Restore it with the codec it was saved with."
             )
-    arrays = jax.tree.leaves(field)
-    require_count(name, arrays, leaves)
+    arrays = leaves_for(name, field, leaves)
     for path, x in zip(leaves, arrays, strict=True):
         if x.shape != leaves[path].shape:
             raise ValueError(
@@ -196,18 +195,29 @@ def unstored_arrays(name: str, field: Any, leaves: Mapping[KeyPath, LeafShape]) 
     return arrays
 
 
-def require_count(name: str, arrays: Sequence[Any], leaves: Mapping[KeyPath, LeafShape]) -> None:
-    """Refuses a field of a state that has arrays for other parameters.
+def leaves_for(name: str, field: Any, leaves: Mapping[KeyPath, LeafShape]) -> list[Any]:
+    """Returns the arrays of a field of a state, one for each of the parameters.
+
+    Args:
+        name: of the field.
+        field: a tree with the paths of the parameters.
+        leaves: of the gradients.
 
     Raises:
-        ValueError: if there is not one for each leaf.
+        ValueError: if it holds arrays for other parameters.
     """
-    if len(arrays) != len(leaves):
+    found = jax.tree.leaves_with_path(field)
+    own, asked = [path_name(box_path(path)) for path, _ in found], [x.path for x in leaves.values()]
+    if own != asked:
+        both = zip([*own, "none"], [*asked, "none"], strict=False)
+        kept, wanted = next(pair for pair in both if pair[0] != pair[1])
         raise ValueError(
-            f"The state's field {name!r} holds {len(arrays)} parameters, and the gradients have "
-            f"{len(leaves)}: their structures differ, as where a gradient is None. Give gradients "
-            "and a state of the same parameters."
+            f"The state's field {name!r} holds {len(own)} parameters and the gradients have "
+            f"{len(asked)}, of which the first that differ are {kept!r} and {wanted!r}. Give "
+            "gradients and a state of the same parameters; one whose gradient is None must have "
+            "been None in init."
         )
+    return [x for _, x in found]
 
 
 def axis_names(params: Any) -> Iterator[tuple[KeyPath, AxisNames]]:

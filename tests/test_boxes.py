@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import adam_mini, adam_sn, came
+from microadam_jax.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 
@@ -85,6 +86,23 @@ def test_linen_names_place_the_state_of_a_train_state(tx: optax.GradientTransfor
         jax.tree.leaves(nn.unbox(state)),
         jax.tree.leaves(nn.unbox(expected)),
     )
+
+
+@pytest.mark.parametrize("names", [("embed", "mlp"), (None, "mlp"), ("embed", None)], ids=str)
+@pytest.mark.parametrize("method", ["apollo", "grass", "ldadam", "snsm"])
+def test_a_rank_in_the_place_of_a_named_axis(method: str, names: tuple[str | None, ...]) -> None:
+    tx = METHODS[method].factory(1e-2, **METHODS[method].at_rank(4))
+    plain = {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}
+    boxed = {"kernel": nn.LogicallyPartitioned(plain["kernel"], names=names)}
+    results = []
+    for params in (plain, boxed):
+        state = tx.init(params)
+        kinds = jax.tree.structure(state)
+        for _ in range(3):
+            updates, state = tx.update(params, state, params)
+        assert jax.tree.structure(state) == kinds
+        results.append(nn.unbox((updates, state)))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, results))
 
 
 def test_linen_names_are_kept_on_axes_that_are_not_averaged() -> None:

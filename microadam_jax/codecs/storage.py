@@ -28,9 +28,9 @@ from microadam_jax.trees import (
     boxed_blocks,
     boxed_like,
     leaf_shapes,
+    leaves_for,
     map_with_path,
     path_name,
-    require_count,
     unstored_arrays,
 )
 
@@ -201,8 +201,7 @@ class Storage:
         draws = [codec.needs_key for codec in codecs]
         drawn = keys() if any(draws) else [None] * len(codecs)
         own = [key if needs else None for key, needs in zip(drawn, draws, strict=True)]
-        columns = [jax.tree.leaves(field[self.label][slot]) for slot in self.slots]
-        require_count(name, columns[0], leaves)
+        columns = [leaves_for(name, field[self.label][slot], leaves) for slot in self.slots]
         rows = zip(leaves.items(), codecs, own, zip(*columns, strict=True), strict=True)
         return [self._leaf(*leaf, codec, key, slots) for leaf, codec, key, slots in rows]
 

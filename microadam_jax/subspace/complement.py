@@ -51,10 +51,12 @@ class Complement(Protocol):
     Attributes:
         Kept: the NamedTuple of what is kept.
         feeds_back: whether the first array kept is added to the next gradient.
+        uses_rest: whether :math:`G - P P^T G` plays a role, which takes a projection.
     """
 
     Kept: ClassVar[type]
     feeds_back: ClassVar[bool]
+    uses_rest: ClassVar[bool]
 
     @property
     def layouts(self) -> Slots:
@@ -78,6 +80,7 @@ class _NothingKept(NamedTuple):
 class _Memoryless:
     Kept: ClassVar[type] = _NothingKept
     feeds_back: ClassVar[bool] = False
+    uses_rest: ClassVar[bool] = True
 
     @property
     def layouts(self) -> Slots:
@@ -93,6 +96,8 @@ class _Memoryless:
 @dataclasses.dataclass(frozen=True)
 class Discard(_Memoryless):
     r"""Drops the rest, as GaLore does: the update is :math:`\alpha P N`."""
+
+    uses_rest: ClassVar[bool] = False
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
         """Returns the update in the subspace alone."""
@@ -148,6 +153,7 @@ class _Limited:
     growth: float = 1.01
     Kept: ClassVar[type] = PreviousNorm
     feeds_back: ClassVar[bool] = False
+    uses_rest: ClassVar[bool] = True
 
     @property
     def layouts(self) -> Slots:
@@ -211,6 +217,7 @@ class ScaledGradient(_Limited):
     """
 
     whole: bool = False
+    uses_rest: ClassVar[bool] = False
 
     def combine(self, step: Step, kept: Arrays) -> tuple[jax.Array, Arrays]:
         """Returns the scaled gradient alone."""
@@ -256,6 +263,7 @@ class FeedBack:
     dtype: str = "float32"
     Kept: ClassVar[type] = Residual
     feeds_back: ClassVar[bool] = True
+    uses_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the dtype."""

@@ -120,6 +120,7 @@ class Gaussian:
     Kept: ClassVar[type] = Seeded
     gathers: ClassVar[bool] = False
     seeks: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the rank."""

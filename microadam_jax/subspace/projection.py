@@ -123,6 +123,11 @@ class Projected(NamedTuple):
         shape = (*(view.shape[i] for i in view.batch), view.rows, subspace.size(view))
         return subspace.basis(kept, shape, self._key(count))
 
+    def first(self, kept: Arrays, count: jax.Array) -> jax.Array:
+        """Marks the matrices that had no basis before the step after ``count``: ``(*batch,)``."""
+        first = jnp.broadcast_to(count == 0, kept[0].shape[:-2])
+        return first | replicated(unfound(kept)) if self.projection.subspace.seeks else first
+
     def renew(self, matrix: Callable[[], jax.Array], kept: Arrays, count: jax.Array) -> Arrays:
         """A new basis if it is due or there is none; else the one that there is.
 
@@ -138,11 +143,10 @@ class Projected(NamedTuple):
         if not kept:
             return kept
 
-        subspace, due, key = self.projection.subspace, self.due(count), self._key(count)
-        first = jnp.broadcast_to(count == 0, kept[0].shape[:-2])
-        if subspace.seeks:
-            first = first | replicated(unfound(kept))
-            due = due if isinstance(due, bool) else due | jnp.any(first)
+        subspace, scheduled, key = self.projection.subspace, self.due(count), self._key(count)
+        first, due = self.first(kept, count), scheduled
+        if subspace.seeks and not isinstance(scheduled, bool):
+            due = scheduled | jnp.any(first)
 
         def find() -> Arrays:
             target = matrix()
@@ -153,7 +157,8 @@ class Projected(NamedTuple):
 
             if not subspace.seeks:
                 return new()
-            seen = replicated(jnp.any(target != 0, axis=(-2, -1)))
+            # Matrices that have a basis keep it while others of their stack are still without one.
+            seen = replicated(jnp.any(target != 0, axis=(-2, -1))) & (scheduled | first)
             found = when(due if isinstance(due, bool) else jnp.any(seen), new, lambda: kept)
             columns = zip(found, kept, none_found(kept), strict=True)
             return tuple(_where(seen, new, _where(first, none, old)) for new, old, none in columns)

@@ -1,10 +1,11 @@
 """When a subspace is found anew, and what becomes of the moments in it."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from microadam_jax.arguments import require_positive
 from microadam_jax.subspace.basis import PRECISION
@@ -118,3 +119,41 @@ def rotate_second(
     variance = nu / c2 - jnp.square(mu / c1)
     moved = jnp.matmul(jnp.square(overlap), variance, precision=PRECISION)
     return c2 * jnp.abs(moved + jnp.square(rotate_first(overlap, mu) / c1))
+
+
+def begun_anew(
+    inner: optax.GradientTransformation, inner_state: Any, begins: Any, low: optax.Updates
+) -> Any:
+    """The state of ``inner``, as it was at first for the matrices that ``begins`` marks.
+
+    Args:
+        inner: updates ``low``.
+        inner_state: its state.
+        begins: for each of ``low`` an array of its rank, with a mark for each matrix.
+        low: projected gradients.
+    """
+    fresh = inner.init(jax.tree.map(jnp.zeros_like, low))
+    marks = optax.tree_utils.tree_map_params(
+        inner.init,
+        lambda _, marks: marks,
+        inner_state,
+        begins,
+        transform_non_params=lambda _: False,
+    )
+    leaves = zip(*map(jax.tree.leaves, (marks, fresh, inner_state)), strict=True)
+    chosen = [
+        old if marks is False else jnp.where(_of_shared(marks, old), new, old)
+        for marks, new, old in leaves
+    ]
+    return jax.tree.unflatten(jax.tree.structure(inner_state), chosen)
+
+
+def _of_shared(marks: jax.Array, x: jax.Array) -> jax.Array:
+    """Marks the numbers of ``x`` that belong to marked matrices alone."""
+    if marks.ndim != x.ndim:
+        return jnp.all(marks)
+    sizes = list(zip(marks.shape, x.shape, strict=True))
+    if any(m != n and 1 not in (m, n) for m, n in sizes):
+        return jnp.all(marks)
+    shared = [axis for axis, (m, n) in enumerate(sizes) if m != n == 1]
+    return jnp.all(marks, axis=shared, keepdims=True)

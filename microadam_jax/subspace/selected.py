@@ -22,6 +22,7 @@ class _Selection:
     Kept: ClassVar[type] = Indices
     gathers: ClassVar[bool] = False
     seeks: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_rank(self.rank)
@@ -84,6 +85,7 @@ class ReplacedRows(_Selection):
 
     seed: int
     Kept: ClassVar[type] = WeightedIndices
+    orthonormal: ClassVar[bool] = False
 
     def layouts(self, size: int) -> Slots:
         """Indices and weights."""
@@ -153,7 +155,8 @@ def sampled_rows(
 
     With the chances :math:`q_i` and replacement, row :math:`\sigma_j` has the weight
     :math:`\rho_j = 1 / \sqrt{r q_{\sigma_j}}`, so that :math:`E[P P^T] = I`; a row that is drawn
-    twice counts twice. Without replacement all weights are 1.
+    twice counts twice. It is no projection, so that the rest of a gradient cannot be used and
+    moments cannot be rotated. Without replacement all weights are 1, and both are possible.
 
     Args:
         rank: :math:`r`; no more than there are rows.

@@ -61,11 +61,14 @@ class Subspace(Protocol):
         gathers: whether a new basis needs the whole gradient on one device.
         seeks: whether a basis is found from the gradient. One of zeros then finds none: the old
             basis stays, and without one the first gradient that is not zero finds it.
+        orthonormal: whether the vectors of a basis are, so that :math:`P P^T` is a projection. Of
+            others it only has the mean of the identity.
     """
 
     Kept: ClassVar[type]
     gathers: ClassVar[bool]
     seeks: ClassVar[bool]
+    orthonormal: ClassVar[bool]
 
     @property
     def rank(self) -> int:
@@ -113,6 +116,7 @@ class KeepsVectors:
     Kept: ClassVar[type] = Vectors
     gathers: ClassVar[bool] = True
     seeks: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the rank."""

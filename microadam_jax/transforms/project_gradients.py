@@ -12,7 +12,7 @@ from microadam_jax.arguments import require_transformation
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
-from microadam_jax.layout.view import WHOLE, Layout, MatrixView
+from microadam_jax.layout.view import ONE, WHOLE, Layout, MatrixView
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import state_zeros, tell_axes
 from microadam_jax.subspace.basis import Basis
@@ -25,11 +25,17 @@ from microadam_jax.subspace.projection import (
     unfolded,
     when,
 )
-from microadam_jax.subspace.refresh import Refresh, rotate_first, rotate_second
+from microadam_jax.subspace.refresh import Refresh, begun_anew, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import one_minus_power
-from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
+from microadam_jax.trees import (
+    KeyPath,
+    boxed_like,
+    boxed_moments,
+    map_with_path,
+    without_boxes,
+)
 
 FIRST_MOMENTS = ("mu", "trace")
 
@@ -112,8 +118,9 @@ def project_gradients(
         TypeError: if ``inner`` is no transformation, if ``subspace``, ``refresh``, ``complement``
             or ``matrices`` is of another class, or a decay rate is an array in fewer bits than
             float32; in ``init``, if a leaf is not a floating-point array.
-        ValueError: in ``init``, if ``b1`` or ``b2`` is needed and missing, or the inner state has
-            no such moments.
+        ValueError: if the rest of a gradient is used, or moments are rotated, with a basis that is
+            not orthonormal; in ``init``, if ``b1`` or ``b2`` is needed and missing, or the inner
+            state has no such moments.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -139,6 +146,7 @@ def project_gradients(
     projection = Projection(matrices, subspace, refresh)
     if isinstance(complement, type) or not hasattr(complement, "feeds_back"):
         raise TypeError(f"complement must be one such as Discard(); got {complement!r}.")
+    _require_projection(subspace, refresh, complement)
     rules = _Rules(projection, complement, scale, b1, b2)
 
     def init(params: optax.Params) -> ProjectGradientsState:
@@ -200,28 +208,30 @@ def project_gradients(
             leaf, view = leaves[path], leaves[path].assigned.view
             if view is None:
                 entered.append(None)
-                return jnp.asarray(False), float32(g), *stored[: width + bases]
+                never = jnp.zeros((1,) * g.ndim, bool)
+                return never, float32(g), *stored[: width + bases]
             one = rules.enter(leaf, view, g, state.count, stored[:width], stored[width:])
             entered.append(one)
             low = view.unfold(one.step.low, rules.low(view), g)
             slots = ((rules.low(view), None),) * width + rules.projection.slots(view)
             kept = zip((*one.moments, *one.basis), slots, stored, strict=False)
             arrays = (view.unfold(x, slot, g).astype(old.dtype) for x, (slot, _), old in kept)
-            return jnp.asarray(one.due), low, *arrays
+            return view.unfold(one.begins[..., None, None], ONE, g), low, *arrays
 
         columns = (*moments.values(), *state.basis, *state.complement)
-        due, low, *new = map_with_path(enter, 2 + width + bases, updates, *columns)
-        new = [boxed_like(tree, old) for tree, old in zip(new, columns, strict=False)]
-        inner_state = state.inner_state
+        begins, low, *new = map_with_path(enter, 2 + width + bases, updates, *columns)
+        # A gradient's box names axes that its projection has not: inside there are no boxes.
+        begins, low, inner_state = without_boxes((begins, low, state.inner_state))
         if refresh.moments in ("rotate_first", "rotate"):
-            inner_state = _with_fields(inner_state, dict(zip(moments, new, strict=False)))
+            rotated = dict(zip(moments, map(without_boxes, new), strict=False))
+            inner_state = _with_fields(inner_state, rotated)
         elif refresh.moments == "reset":
-            inner_state = _reset(inner, inner_state, due, low)
+            inner_state = begun_anew(inner, inner_state, begins, low)
         with within(micro_batch=None):
             scaled, inner_state = inner.update(low, inner_state, None, **extra_args)
         if refresh.moments == "released":
-            later = jax.tree.map(lambda due: due & (state.count > 0), due)
-            inner_state = _reset(inner, inner_state, later, low)
+            later = jax.tree.map(lambda begins: begins & (state.count > 0), begins)
+            inner_state = begun_anew(inner, inner_state, later, low)
 
         leaving = iter(entered)
 
@@ -242,9 +252,9 @@ def project_gradients(
         )
         return out, ProjectGradientsState(
             jnp.asarray(optax.safe_increment(state.count)),
-            subspace.Kept(*new[width:]),
+            subspace.Kept(*map(boxed_like, new[width:], state.basis)),
             complement.Kept(*map(boxed_like, rest, state.complement)),
-            inner_state,
+            boxed_like(inner_state, state.inner_state),
         )
 
     return transformation(init, update, b1=b1, b2=b2)
@@ -273,10 +283,18 @@ def _with_residual(
 
 
 class _Entered(NamedTuple):
-    """A matrix between its projection and its way back; all arrays are folded."""
+    """A matrix between its projection and its way back; all arrays are folded.
+
+    Attributes:
+        view: how the parameter is folded.
+        begins: ``(*batch,)``, the matrices whose moments begin anew.
+        step: the step.
+        moments: in the new basis.
+        basis: the new one.
+    """
 
     view: MatrixView
-    due: jax.Array | bool
+    begins: jax.Array
     step: Step
     moments: Arrays
     basis: Arrays
@@ -355,10 +373,14 @@ class _Rules(NamedTuple):
         # Of a basis that is drawn from its step, the one before is that of the step before.
         old, new = leaf.basis(view, kept, count - 1), leaf.basis(view, renewed, count)
         due = leaf.due(count)
+        begins = jnp.broadcast_to(due, gradient.shape[:-2])
+        if self.projection.refresh.moments == "reset" and kept:
+            # The moments of a matrix that had no basis are zeros, and now their age is too.
+            begins = begins | leaf.first(kept, count)
         lost = self._lost(due, old, new, moments) if self.complement.needs_b1 else None
         moved = self._moved(due, old, new, moments, count)
         step = Step(gradient, new.project(gradient), gradient, new, self.scale, lost)
-        return _Entered(view, due, step, moved, renewed)
+        return _Entered(view, begins, step, moved, renewed)
 
     def _moved(
         self, due: jax.Array | bool, old: Basis, new: Basis, moments: Arrays, count: jax.Array
@@ -391,21 +413,18 @@ class _Rules(NamedTuple):
         return when(due, missed, lambda: jnp.zeros_like(old.back(mu)))
 
 
-def _reset(
-    inner: optax.GradientTransformationExtraArgs, inner_state: Any, due: Any, low: Any
-) -> Any:
-    """The inner state, where a new basis is due as it was at first."""
-    fresh = inner.init(jax.tree.map(jnp.zeros_like, low))
-    flags = optax.tree_utils.tree_map_params(
-        inner.init,
-        lambda _, flag: flag,
-        inner_state,
-        due,
-        transform_non_params=lambda _: False,
+def _require_projection(subspace: Subspace, refresh: Refresh, complement: Complement) -> None:
+    """Refuses to subtract or to rotate what a basis of other vectors inflates."""
+    rotates = refresh.moments in ("rotate_first", "rotate")
+    if subspace.orthonormal or not (complement.uses_rest or rotates):
+        return
+    use = f"Refresh(moments={refresh.moments!r})" if rotates else type(complement).__name__
+    raise ValueError(
+        f"{use} takes a basis of orthonormal vectors, and those of {subspace} are not: P P^T is "
+        "the identity in the mean alone, and several times as long where it is not zero, so that "
+        "steps go uphill. Take svd, orthogonal_gaussian or sampled_rows(rank, replacement=False), "
+        "or combine it with Discard() or ScaledGradient() and Refresh(moments='keep')."
     )
-    leaves = zip(*map(jax.tree.leaves, (flags, fresh, inner_state)), strict=True)
-    chosen = [old if flag is False else jnp.where(flag, new, old) for flag, new, old in leaves]
-    return jax.tree.unflatten(jax.tree.structure(inner_state), chosen)
 
 
 def _is_field(path: KeyPath, value: Any) -> bool:

@@ -199,3 +199,16 @@ def test_a_dropped_leaf_is_an_error(name: str) -> None:
     grads = {**PARAMS, "w": None}
     with pytest.raises(ValueError, match=r"None|structure|mismatch"):
         jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_of_other_parameters_is_an_error(name: str) -> None:
+    """They may have the same shapes: renamed in another order, or another layer that is frozen."""
+    tx, w = METHODS[name].factory(1e-3), jnp.ones((64, 256))
+    for before, after in (
+        ({"wi": w, "wo": w}, {"up": w, "down": w}),
+        ({"wi": w, "wo": None}, {"wi": None, "wo": w}),
+    ):
+        state = jax.eval_shape(tx.init, before)
+        with pytest.raises(ValueError, match=r"None|structure|mismatch"):
+            jax.eval_shape(tx.update, after, state, after)

@@ -16,15 +16,21 @@ from microadam_jax import (
     Matrices,
     Refresh,
     adam_sn,
+    fira,
     galore,
+    grass,
     ldadam,
     project_gradients,
+    snsm,
     subspace_momentum,
 )
 from microadam_jax.layout.subsets import Subsets
+from microadam_jax.methods import METHODS
 from microadam_jax.subspace import (
+    Discard,
     FeedBack,
     NormMatchedRest,
+    ScaledGradient,
     Subspace,
     dct_columns,
     gaussian,
@@ -253,8 +259,10 @@ def test_gradients_of_zeros_and_of_low_rank_are_no_nan(name: str) -> None:
         "one": jnp.outer(jnp.arange(6.0), jnp.ones(8)).astype(jnp.bfloat16),
         "thin": jnp.ones((2, 9), jnp.float16),
     }
-    refresh = Refresh(1, moments="rotate", momentum_share=0.5)
-    for complement in (FeedBack(), NormMatchedRest()):
+    orthonormal = SUBSPACES[name].orthonormal
+    refresh = Refresh(1, moments="rotate" if orthonormal else "keep", momentum_share=0.5)
+    complements = (FeedBack(), NormMatchedRest()) if orthonormal else (Discard(), ScaledGradient())
+    for complement in complements:
         tx = project_gradients(
             optax.scale_by_adam(), SUBSPACES[name], refresh, complement, b1=0.9, b2=0.99
         )
@@ -297,6 +305,30 @@ def test_the_first_gradient_that_is_not_zero_finds_the_basis(name: str, every: i
     assert jnp.linalg.norm(found) > 0
     _, later = update(zeros, after)
     jax.tree.map(np.testing.assert_array_equal, later.basis, after.basis)
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "grass", "snsm", "ldadam", "dct_adamw"])
+def test_a_layer_without_a_gradient_leaves_the_others_their_bases(name: str) -> None:
+    """As an expert that nothing was sent to, or a layer of a stack that is frozen."""
+    refresh = Refresh(4, moments="reset" if name == "grass" else "keep")
+    tx = METHODS[name].factory(1e-2, rank=2, update_interval=refresh)
+    stacks = [
+        {"layers": {"kernel": jnp.asarray(g, jnp.float32)}}
+        for g, _ in zip(gradients((3, 8, 12)), range(7), strict=False)
+    ]
+    dead = jax.tree.map(lambda g: g.at[2].set(0), stacks)
+    alive, others = (passed_with_params(tx, *steps) for steps in (stacks, dead))
+    for one, other in zip(jax.tree.leaves(alive), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(*(x[:2] if len(x.shape) == 3 else x for x in (one, other)))
+
+
+@pytest.mark.parametrize("late", [slice(None), 1], ids=["all", "one layer"])
+def test_moments_begin_where_a_first_gradient_comes_between_two_bases(late: Any) -> None:
+    """Their age would else be that of the layers beside them, and a step five times too large."""
+    g = {"layers": {"kernel": jnp.ones((2, 8, 12))}}
+    quiet = jax.tree.map(lambda x: x.at[late].set(0), g)
+    updates, _ = passed_with_params(grass(1.0, rank=2, update_interval=1000), *[quiet] * 99, g)
+    np.testing.assert_allclose(np.abs(updates["layers"]["kernel"]).max((1, 2)), 1, rtol=1e-3)
 
 
 def test_a_limiter_that_saw_zeros_opens_again() -> None:
@@ -361,6 +393,12 @@ def test_a_reset_starts_the_moments_anew() -> None:
         (lambda: Matrices(side="left"), "side"),
         (lambda: Matrices(square="left"), "square"),
         (lambda: FeedBack(dtype="int8"), "dtype"),
+        (lambda: snsm(1e-2, rank=2, subspace=sampled_rows(2)), "RawRest takes .*ReplacedRows"),
+        (lambda: fira(1e-2, rank=2, subspace=gaussian(2)), "NormMatchedRest takes .*Gaussian"),
+        (
+            lambda: ldadam(1e-3, rank=2, subspace=gaussian(2), complement=Discard()),
+            r"Refresh\(moments='rotate'\) takes .*Gaussian.*replacement=False",
+        ),
         (lambda: subspace_momentum(subspace=svd(1), refresh=Refresh(moments="rotate")), "second"),
     ],
 )
@@ -431,9 +469,10 @@ def test_selections_along_a_whole_axis_gather_no_gradient(name: str, mode: str) 
     ids=str,
 )
 def test_explicit_axes_of_any_placement(name: str, spec: P) -> None:
-    tx = project_gradients(
-        optax.scale_by_adam(), SUBSPACES[name], Refresh(3), FeedBack(), b1=0.9, b2=0.999
-    )
+    subspace = SUBSPACES[name]
+    complement = FeedBack() if subspace.orthonormal else ScaledGradient()
+    inner = optax.scale_by_adam()
+    tx = project_gradients(inner, subspace, Refresh(3), complement, b1=0.9, b2=0.999)
     mesh = mesh_of("explicit")
     heads = jnp.asarray(next(gradients((16, 32))), jnp.float32).reshape(16, 8, 4)
     params = {"query": {"kernel": heads}, "mlp": jnp.asarray(next(gradients((16, 32))), "float32")}
