@@ -116,10 +116,11 @@ class PowerSGD:
 
         Lengths do not matter to the iteration, and without them it cannot under- or overflow.
         """
-        length = jnp.sqrt(jnp.sum(jnp.square(sent.right), axis=-2, keepdims=True))
+        right = _near_one(sent.right, (-2,))
+        length = jnp.sqrt(jnp.sum(jnp.square(right), axis=-2, keepdims=True))
         usable = (length > 0) & jnp.isfinite(length)
         start = RightFactor(*carried).right
-        return RightFactor(jnp.where(usable, sent.right / jnp.where(usable, length, 1), start))
+        return RightFactor(jnp.where(usable, right / jnp.where(usable, length, 1), start))
 
     def window(
         self,
@@ -174,12 +175,20 @@ def power_sgd(rank: int = 4, stacked: str = STACKED, seed: int = 0) -> PowerSGD:
     return PowerSGD(rank, stacked, seed)
 
 
+def _near_one(matrix: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """``matrix`` times a power of two, so that squares neither over- nor underflow."""
+    largest = jnp.max(jnp.abs(matrix), axis=axes, keepdims=True)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    return matrix * jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -126, 126))
+
+
 def _orthonormalized(matrix: jax.Array, rows: tuple[int, ...]) -> jax.Array:
     """The columns along the last axis, orthonormal over the axes ``rows`` (Gram and Schmidt)."""
 
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sum(x * y, axis=rows, keepdims=True)
 
+    matrix = _near_one(matrix, rows)
     lengths = jnp.sqrt(dot(matrix, matrix))
     columns: list[jax.Array] = []
     for j in range(matrix.shape[-1]):

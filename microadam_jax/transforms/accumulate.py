@@ -48,8 +48,9 @@ def accumulate_into_residual(
     the more micro-batches, the more is lost.
 
     Links before the error feedback, such as ``optax.clip_by_global_norm``, see the gradient of
-    each micro-batch instead of the mean. All other links, their counts and schedules see only
-    steps. Put ``optax.apply_if_finite`` around it: it then skips single micro-batches. In
+    each micro-batch instead of the mean; one that keeps arrays, such as ``optax.trace``, would
+    remember the last micro-batch alone and is refused. All other links, their counts and schedules
+    see only steps. Put ``optax.apply_if_finite`` around it: it then skips single micro-batches. In
     :func:`fused_apply` no update is written, which the compiler otherwise keeps for all leaves at
     once.
 
@@ -67,7 +68,8 @@ def accumulate_into_residual(
 
     Raises:
         TypeError: if ``inner`` is no transformation, or ``every_k`` no integer.
-        ValueError: if ``every_k`` is below 1; in ``init``, if a parameter has no residual.
+        ValueError: if ``every_k`` is below 1; in ``init``, if a parameter has no residual, or a
+            link before it keeps arrays.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -98,6 +100,7 @@ def accumulate_into_residual(
         with within(micro_batch=batch):
             inner_state = inner.init(params)
         _require_residuals(params, batch)
+        _require_nothing_before_residuals(inner_state)
         return AccumulateIntoResidualState(jnp.zeros([], jnp.int32), inner_state)
 
     def update(
@@ -144,6 +147,30 @@ def accumulate_into_residual(
 
 def _holds_residual(node: Any) -> bool:
     return isinstance(node, ErrorFeedbackState | ProjectGradientsState)
+
+
+def _require_nothing_before_residuals(state: Any) -> None:
+    """Refuses links whose state would forget all micro-batches but the last."""
+    if isinstance(state, dict):
+        state = tuple(state.values())
+    elif _holds_residual(state) or not isinstance(state, tuple):
+        return
+    elif not hasattr(state, "_fields"):
+        holding = [any(map(_holds_residual, _nodes(link))) for link in state]
+        before = state[: holding.index(True)] if any(holding) else ()
+        if any(jnp.ndim(x) for x in jax.tree.leaves(before)):
+            names = ", ".join(type(link).__name__ for link in before if jax.tree.leaves(link))
+            raise ValueError(
+                f"{names} before the error feedback keeps arrays, and would remember the last of "
+                "every_k micro-batches alone. Put it behind, or around accumulate_into_residual; "
+                "or take optax.MultiSteps, which keeps a sum of gradients."
+            )
+    for link in state:
+        _require_nothing_before_residuals(link)
+
+
+def _nodes(state: Any) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=_holds_residual)
 
 
 def _require_residuals(tree: Any, batch: MicroBatch) -> None:

@@ -71,8 +71,9 @@ def error_feedback(
         compressor: :math:`C`.
         residual: :math:`Q`, a codec or one of ``"affine4"``, ``"float32"``, ``"bfloat16"``.
         alpha: the share of the residual that goes straight to the parameters each step, past
-            the preconditioner and in gradient units, and leaves the residual. The released
-            MicroAdam offers it for pre-training. None switches it off.
+            the preconditioner of a window and in gradient units, and leaves the residual; with
+            :func:`to_dense` it goes into the link behind as all else. The released MicroAdam
+            offers it for pre-training. None switches it off.
         seed: of stochastic rounding, which draws from the seed, the step and the leaf's path.
 
     Returns:

@@ -64,7 +64,7 @@ def test_a_zero_gradient_does_not_stop_the_iteration() -> None:
     np.testing.assert_allclose(sent, gradient, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e-8, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-22, 1e-15, 1e-8, 1.0, 1e12, 1e20])
 def test_the_scale_of_a_gradient_does_not_matter(scale: float) -> None:
     """The published 1e-8 in the orthonormalization would shrink what is sent of a small one."""
     tx = optax.chain(compress(power_sgd(3)), to_dense())

@@ -160,6 +160,20 @@ def test_methods_without_a_residual_are_refused() -> None:
     assert "3 of 3" in refused(accumulate_into_residual(within, 2))
 
 
+def test_a_link_before_it_that_remembers_is_refused() -> None:
+    """Of micro-batches 1, 0, 1, 0 it would keep the zeros alone."""
+    momentum = optax.trace(0.9)
+    for inner in (
+        optax.chain(momentum, microadam(1e-3)),
+        optax.masked(optax.chain(optax.clip_by_global_norm(1.0), momentum, microadam(1e-3)), True),
+    ):
+        with pytest.raises(ValueError, match="TraceState before the error feedback keeps arrays"):
+            jax.eval_shape(accumulate_into_residual(inner, 2).init, PARAMS)
+    counting = optax.scale_by_schedule(lambda count: 1.0)
+    for inner in (optax.chain(counting, microadam(1e-3)), optax.chain(microadam(1e-3), momentum)):
+        jax.eval_shape(accumulate_into_residual(inner, 2).init, PARAMS)
+
+
 def test_a_jitted_update_inside_is_refused_and_not_taken_from_its_cache() -> None:
     inner = microadam(1e-3)
     jitted = optax.GradientTransformationExtraArgs(inner.init, jax.jit(inner.update))
