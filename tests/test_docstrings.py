@@ -58,3 +58,16 @@ def test_public_docstrings() -> None:
     verbs = re.compile(f"(?!({PLURALS})$)[A-Z][a-z]+s$")
     assert not {value: words[0] for value, words in values.items() if not verbs.match(words[0])}
     assert not [v for v, words in values.items() if raises(v) and "Raises:" not in words]
+
+
+def test_the_reference_has_what_is_public() -> None:
+    """All but types of parts and what parts ask each other."""
+    internal = {"as_codec", "as_storage", "encoded_bytes", "of_rank", "refresh_every"}
+    internal |= {"is_compressed", "require_compressor", "OUTPUT_HEAD", "Fp8ActivationCodes"}
+    shown = set(re.findall(r"^::: \S+\.(\w+)$", PAGE.read_text(), re.M))
+    for part in ("", ".transforms", ".subspace", ".layers"):
+        public = set(importlib.import_module(f"microadam_jax{part}").__all__)
+        assert not public - shown - internal, part
+    for part in (".codecs", ".compressors"):
+        names = importlib.import_module(f"microadam_jax{part}").__all__
+        assert not {name for name in names if name.islower()} - shown - internal, part
