@@ -115,7 +115,10 @@ def _options(flags: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str,
         target, equals, value = flag.partition("=")
         label, dot, option = target.partition(".")
         if not (equals and dot):
-            raise PretrainError(f"--opt {flag} does not have the form LABEL.OPTION=VALUE.")
+            example = f"{next(iter(options))}.{option or label or 'b1'}={value or '0.9'}"
+            raise PretrainError(
+                f"--opt {flag} does not have the form LABEL.OPTION=VALUE, such as {example}."
+            )
         _require_label("--opt", flag, label, options)
         options[label][option] = option_value(value)
     return options
