@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..llama.config import PretrainError, check_run, restored, saved, without_repetitions
+from ..llama.config import PretrainError, check_run, continued, restored, saved
 
 METHODS = ("full", "lora", "qlora", "qst")
 # For classification docs/finetuning.md says which of these were chosen by a sweep; the others
@@ -207,7 +207,7 @@ def from_flags(flags: list[str] | None = None) -> Config:
     """
     given = tyro.cli(Config, args=flags)
     base = JOBS[given.job] if given.resume is None else load(given.resume)
-    config = without_repetitions(tyro.cli(Config, args=flags, default=base), base)
+    config = continued(tyro.cli(Config, args=flags, default=base), base)
     config.check()
     return config
 

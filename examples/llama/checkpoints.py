@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from .config import PretrainError
+from .config import PretrainError, differences_of
 
 
 class Checkpoints:
@@ -90,17 +90,9 @@ class Checkpoints:
             PretrainError: If it is, or it cannot be read.
         """
         stored = self._read(config=ocp.args.JsonRestore())
-        differences = [
-            f"{name} was {stored.get(name)} and is now {self._identity.get(name)}"
-            for name in stored | self._identity
-            if stored.get(name) != self._identity.get(name)
-        ]
-        if differences:
-            more = len(differences) - 3
-            shown = differences[:3] + [f"{more} more differ"] * (more > 0)
+        if differences := differences_of(stored, self._identity):
             raise PretrainError(
-                f"The checkpoint in {self._directory} is of another configuration: "
-                f"{'; '.join(shown)}."
+                f"The checkpoint in {self._directory} is of another configuration: {differences}."
             )
 
     def _read(self, **item: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -215,9 +215,11 @@ def check_run(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         least = 0 if field.name in ("seed", "process_id") else 1
+        flag = field.name.replace("_", "-")
         if type(value) is int and value < least:
-            flag = field.name.replace("_", "-")
             raise PretrainError(f"--{flag} must be at least {least}, not {value}.")
+        if type(value) is int and value >= 2**31:
+            raise PretrainError(f"--{flag} must be below {2**31}, not {value}.")
     if config.resume is not None and config.out != config.resume:
         raise PretrainError(f"--out {config.out} is not the run to resume, {config.resume}.")
     if not 0 <= config.clip < math.inf:
@@ -278,17 +280,20 @@ def from_flags(flags: list[str] | None = None) -> Config:
     """
     given = unchecked(flags)
     base = PRESETS[given.preset] if given.resume is None else load(given.resume)
-    config = without_repetitions(tyro.cli(Config, args=flags, default=base), base)
+    config = continued(tyro.cli(Config, args=flags, default=base), base)
     config.check()
     return config
 
 
-def without_repetitions(config: Any, base: Any) -> Any:
-    """Leaves out entries of lists that the run to resume has already.
+def continued(config: Any, base: Any) -> Any:
+    """Leaves out entries of lists that the run to resume has already, and refuses other settings.
 
     Args:
         config: The settings from flags on top of that run's.
         base: The settings of that run.
+
+    Raises:
+        PretrainError: If settings differ that two parts of one run must share.
     """
     if config.resume is None:
         return config
@@ -298,7 +303,24 @@ def without_repetitions(config: Any, base: Any) -> Any:
         for name in lists
         if set(getattr(config, name)) <= set(getattr(base, name))
     }
-    return dataclasses.replace(config, **repeated)
+    config = dataclasses.replace(config, **repeated)
+    if differences := differences_of(base.identity(), config.identity()):
+        raise PretrainError(
+            f"The run in {config.resume} is of another configuration: {differences}. Leave these "
+            "flags out, or start another run with --out."
+        )
+    return config
+
+
+def differences_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Names the settings that are others than they were; nothing if all are the same."""
+    differences = [
+        f"{name} was {before.get(name)} and is now {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    more = len(differences) - 3
+    return "; ".join(differences[:3] + [f"{more} more differ"] * (more > 0))
 
 
 class Settings(Protocol):
@@ -360,6 +382,8 @@ def restored(kind: type[Any], run: Path, values: dict[str, Any]) -> Any:
         value = values.get(field.name, field.default)
         allowed = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
         same = field.default is None or isinstance(value, type(field.default))
+        if isinstance(field.default, tuple):
+            same = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
         if not same or (allowed and value not in allowed):
             wrong.append(f"{field.name} is {value!r}")
     if wrong:

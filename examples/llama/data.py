@@ -92,8 +92,9 @@ def load_corpus(config: Config) -> Corpus:
     shortest = min(len(train), len(held_out))
     if shortest <= config.seq_len:
         raise PretrainError(
-            f"The text is too short: its smaller part has {shortest} tokens, "
-            f"but one sequence needs {config.seq_len + 1}."
+            f"The text is too short: its smaller part has {shortest} tokens, but one sequence "
+            f"needs {config.seq_len + 1}. Give more --text, raise --max-bytes {config.max_bytes} "
+            f"or lower --seq-len {config.seq_len}."
         )
     return Corpus(
         train=train,

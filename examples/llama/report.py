@@ -116,6 +116,8 @@ def plot_losses(
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    if not values.size:  # somebody removed the rows of a run that was finished
+        return values
     return np.convolve(values, np.full(width, 1 / width), mode="valid")
 
 

@@ -177,7 +177,14 @@ def require_each_alone(
         with within(layer=jnp.zeros([], jnp.int32)):
             return tx.update(gradients, state, params, **extra_args)
 
-    program = jax.make_jaxpr(update)(single, state, single)
+    try:
+        program = jax.make_jaxpr(update)(single, state, single)
+    except TypeError as error:
+        raise TypeError(
+            "The optimizer cannot be updated with gradients, state and parameters alone "
+            f"({error}). A line search, as of optax.lbfgs, needs the loss function, and has no "
+            "place in a backward pass."
+        ) from error
     stacks = {leaf.shape for leaf in jax.tree.leaves(single[layers]) if leaf.ndim > 1}
     if (reduced := mixed_first_axis(program.jaxpr, stacks)) is not None:
         raise ValueError(

@@ -130,7 +130,7 @@ def _of_each(
     for name, tx in chosen.items():
         try:
             plans[name] = plan(tx)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
     return plans
 

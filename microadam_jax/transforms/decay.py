@@ -32,12 +32,12 @@ def is_zero(weight_decay: Any) -> bool:
 
 
 def require_number(weight_decay: Any) -> None:
-    """Refuses a schedule of the decay.
+    """Refuses a schedule of the decay, and what is no number.
 
     Raises:
-        TypeError: if ``weight_decay`` is a function.
+        TypeError: if ``weight_decay`` is a function, or a text.
     """
-    if callable(weight_decay):
+    if callable(weight_decay) or isinstance(weight_decay, str):
         raise TypeError(
             f"weight_decay must be a number; got {weight_decay!r}. It is multiplied by the "
             "learning rate, which may be a schedule; to change it by itself use "

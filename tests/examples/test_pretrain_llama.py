@@ -222,6 +222,8 @@ def test_mistakes_reach_the_terminal_as_one_sentence(script: Script, tmp_path: P
         ("--clip -1", "--clip -1.0 must be a norm, or 0"),
         ("--steps 0", "--steps must be at least 1, not 0"),
         ("--seed -1", "--seed must be at least 0, not -1"),
+        ("--eval-batches 10000000000", "--eval-batches must be below 2147483648, not 1"),
+        ("--max-bytes 10", "Give more --text, raise --max-bytes 10 or lower --seq-len"),
         ("--mesh data=1,data=1", "each at most once"),
         ("--tokenizer bpe --vocab-size 10", "--vocab-size 10 must be at least 256"),
         ("--optimizer sgd,mfac --update-in-backward", "mfac: .*depends on the gradient of"),
@@ -248,6 +250,7 @@ def test_a_damaged_configuration_is_one_sentence(tmp_path: Path) -> None:
     for change, sentence in [
         ({"newflag": 1}, "newflag is unknown here"),
         ({"hidden": "x"}, "hidden is 'x'"),
+        ({"lr": [3]}, r"lr is \(3,\)"),
         ({"schedule": "foo"}, "schedule is 'foo'"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(whole | change))
@@ -300,5 +303,10 @@ def test_flags_override_presets_and_the_resumed_run(tmp_path: Path) -> None:
     assert run(["--resume", str(tmp_path), "--mesh", "data=2"])[0]
     with pytest.raises(PretrainError, match="steps was 3 and is now 4; seed was 0 and is now 1"):
         run(["--resume", str(tmp_path), "--steps", "4", "--seed", "1"])
+    with pytest.raises(PretrainError, match=r"The run in .* optimizer was a=sgd and is now lion"):
+        run(["--resume", str(tmp_path), "--optimizer", "lion"])
+    # A finished run whose rows somebody removed has a report without them.
+    (tmp_path / "a" / "metrics.csv").unlink()
+    assert run(["--resume", str(tmp_path)])[0]
     with pytest.raises(PretrainError, match="--out other is not the run to resume"):
         from_flags(["--resume", str(tmp_path), "--out", "other"])
