@@ -202,13 +202,14 @@ def project_gradients(
                 return updates, state
         moments = rules.moments(state.inner_state)
         width, bases = len(moments), len(state.basis)
+        restarts = refresh.moments in ("reset", "released")
         entered: list[_Entered | None] = []
 
         def enter(path: KeyPath, g: jax.Array, *stored: jax.Array) -> Arrays:
             leaf, view = leaves[path], leaves[path].assigned.view
+            never = jnp.zeros((1,) * g.ndim, bool)
             if view is None:
                 entered.append(None)
-                never = jnp.zeros((1,) * g.ndim, bool)
                 return never, float32(g), *stored[: width + bases]
             one = rules.enter(leaf, view, g, state.count, stored[:width], stored[width:])
             entered.append(one)
@@ -216,7 +217,8 @@ def project_gradients(
             slots = ((rules.low(view), None),) * width + rules.projection.slots(view)
             kept = zip((*one.moments, *one.basis), slots, stored, strict=False)
             arrays = (view.unfold(x, slot, g).astype(old.dtype) for x, (slot, _), old in kept)
-            return view.unfold(one.begins[..., None, None], ONE, g), low, *arrays
+            marks = view.unfold(one.begins[..., None, None], ONE, g) if restarts else never
+            return marks, low, *arrays
 
         columns = (*moments.values(), *state.basis, *state.complement)
         begins, low, *new = map_with_path(enter, 2 + width + bases, updates, *columns)
