@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def require_kind(kind: type, **parts: Any) -> None:
@@ -40,6 +41,20 @@ def require_transformation(**parts: Any) -> None:
                 f"{name} must be a transformation of Optax, such as optax.adamw(1e-3); got "
                 f"{value!r}.{hint}"
             )
+
+
+def as_transformation(**part: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that takes extra arguments.
+
+    Args:
+        **part: any transformation by its name.
+
+    Raises:
+        TypeError: if it is none, such as a function that makes one.
+    """
+    require_transformation(**part)
+    (inner,) = part.values()
+    return optax.with_extra_args_support(inner)
 
 
 def require_positive(name: str, value: object, *arguments: str) -> None:

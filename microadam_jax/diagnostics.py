@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.path_rules import PathRules
 from microadam_jax.trees import KeyPath, box_path, path_name, rows_of
@@ -140,13 +140,12 @@ def with_diagnostics(
         >>> optax.tree_utils.tree_get(tx.init(params), "kept_mass")
         {}
     """
-    require_transformation(inner=inner)
+    inner = as_transformation(inner=inner)
     if "other" in groups:
         raise ValueError(
             "groups may not name one 'other', which is that of all leaves in no group; got "
             f"{dict(groups)}."
         )
-    inner = optax.with_extra_args_support(inner)
     rules = PathRules((pattern, name) for name, pattern in groups.items())
     names = (*groups, "other")
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.trees import LeafShape, leaf_shapes, path_name, without_boxes
 from pallas_kernels.dispatch import check_implementation, names_kernel
 
@@ -75,7 +75,9 @@ class Scope:
             tree: parameters, or their updates.
             is_leaf: what to treat as a leaf of ``tree``.
         """
-        return {} if self.shardings is None else _by_path(self.shardings, tree, is_leaf)
+        return (
+            {} if self.shardings is None else _by_path("shardings", self.shardings, tree, is_leaf)
+        )
 
 
 _NONE = Scope()
@@ -153,10 +155,9 @@ def run_with(
         >>> params = {"w": jnp.zeros((64, 256))}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    require_transformation(tx=tx)
+    inner = as_transformation(tx=tx)
     check_implementation("run_with", implementation)
     _require_named(shardings)
-    inner = optax.with_extra_args_support(tx)
     changes: dict[str, Any] = {"implementation": implementation, "shardings": shardings}
 
     def init(params: optax.Params) -> optax.OptState:
@@ -208,10 +209,7 @@ def shardings_by_path(
         ValueError: if a parameter has no sharding, or one of more axes than it has, or if there is
             one for no parameter.
     """
-    try:
-        placed = _by_path(shardings, params)
-    except ValueError as error:
-        raise ValueError(f"{name} {_difference(shardings, params)}") from error
+    placed = _by_path(name, shardings, params)
     for path, leaf in jax.tree.leaves_with_path(params):
         spec = getattr(placed[path], "spec", ())
         if any(spec[len(leaf.shape) :]):
@@ -220,6 +218,31 @@ def shardings_by_path(
                 "more axes. Give it a sharding of its own."
             )
     return placed
+
+
+def _by_path(
+    name: str, shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[KeyPath, NamedSharding]:
+    """Maps the path of each leaf of ``tree`` to its sharding.
+
+    Args:
+        name: of the argument, for errors.
+        shardings: a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
+        tree: parameters, or their updates.
+        is_leaf: what to treat as a leaf of ``tree``.
+
+    Raises:
+        ValueError: if it is no prefix.
+    """
+    try:
+        each = jax.tree.map(
+            lambda sharding, part: jax.tree.map(lambda _: sharding, part, is_leaf=is_leaf),
+            without_boxes(shardings),
+            tree,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} {_difference(shardings, tree)}") from error
+    return dict(jax.tree.leaves_with_path(each))
 
 
 def _difference(shardings: Any, params: optax.Params) -> str:
@@ -240,21 +263,3 @@ def _difference(shardings: Any, params: optax.Params) -> str:
     ]
     told = " and ".join(parts) or "have another structure than the parameters"
     return f"{told}. Give one NamedSharding for each parameter, or one for all below a node."
-
-
-def _by_path(
-    shardings: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> dict[KeyPath, NamedSharding]:
-    """Maps the path of each leaf of ``tree`` to its sharding.
-
-    Args:
-        shardings: a tree of ``NamedSharding`` for ``tree``, or a prefix of one.
-        tree: parameters, or their updates.
-        is_leaf: what to treat as a leaf of ``tree``.
-    """
-    each = jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda _: sharding, part, is_leaf=is_leaf),
-        without_boxes(shardings),
-        tree,
-    )
-    return dict(jax.tree.leaves_with_path(each))

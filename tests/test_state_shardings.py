@@ -235,6 +235,13 @@ def test_shardings_of_another_tree_are_refused(specs: Any, sentence: str) -> Non
         jax.eval_shape(run_with(tx, shardings=shardings).init, SHAPES)
 
 
+def test_a_restored_state_does_not_hide_that_shardings_are_of_another_tree() -> None:
+    tx = run_with(microadam(1e-3), shardings=on(mesh_of(), {"w": P()}))
+    state = jax.eval_shape(microadam(1e-3).init, SHAPES)
+    with pytest.raises(ValueError, match="shardings have none for 'b'"):
+        jax.eval_shape(tx.update, SHAPES, state, SHAPES)
+
+
 @pytest.mark.parametrize("spec", [P("fsdp", "tp"), P("fsdp"), P(None, "fsdp")], ids=str)
 @pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.kind == "subspace"])
 def test_a_rank_is_whole_and_a_step_keeps_it_so_on_explicit_axes(name: str, spec: P) -> None:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.engine.leaf_loops import once
 from microadam_jax.execution import within
 from microadam_jax.layers.clips import Clip, ClipName, sum_of_squares
@@ -131,8 +131,7 @@ def update_in_backward(
     Reference: LOMO (arXiv 2306.09782), fused backward.
     """
     clipping, by_last = Clip.named(clip, max_norm), clip == "last_global"
-    require_transformation(tx=tx)
-    tx = optax.with_extra_args_support(tx)
+    tx = as_transformation(tx=tx)
 
     def init(params: Params) -> Any:
         require_layerwise(tx, params, layers)

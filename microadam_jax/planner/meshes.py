@@ -38,7 +38,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         The size of each axis, in order.
 
     Raises:
-        ValueError: if the text is no such list, or of more than 2**31 devices.
+        ValueError: if the text is no such list, or of 2**31 devices and more.
 
     Examples:
         >>> from microadam_jax.planner import parse_mesh
@@ -54,8 +54,8 @@ def parse_mesh(text: str) -> dict[str, int]:
                 f"{', '.join(AXES)}, each once at most."
             )
         sizes[axis] = int(size)
-    if math.prod(sizes.values()) >= 2**31:
-        raise ValueError(f"--mesh {text} has {math.prod(sizes.values()):,} devices, too many.")
+    if (devices := math.prod(sizes.values())) >= 2**31:
+        raise ValueError(f"--mesh {text} has {devices:,} devices, too many.")
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 

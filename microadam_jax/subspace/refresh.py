@@ -67,6 +67,11 @@ class Refresh:
         """Returns True if a bias has to be corrected."""
         return self.moments == "rotate" or self.momentum_share is not None
 
+    @property
+    def restarts(self) -> bool:
+        """Returns True if moments begin anew in a new basis."""
+        return self.moments in ("reset", "released")
+
     def offset(self, index: int, total: int) -> int:
         """Returns by how many steps the parameter ``index`` of ``total`` is refreshed earlier."""
         return index * self.every // total if self.stagger else 0
@@ -150,10 +155,8 @@ def begun_anew(
 
 def _of_shared(marks: jax.Array, x: jax.Array) -> jax.Array:
     """Marks the numbers of ``x`` that belong to marked matrices alone."""
-    if marks.ndim != x.ndim:
-        return jnp.all(marks)
-    sizes = list(zip(marks.shape, x.shape, strict=True))
-    if any(m != n and 1 not in (m, n) for m, n in sizes):
+    sizes = list(zip(marks.shape, x.shape, strict=False))
+    if marks.ndim != x.ndim or any(m != n and 1 not in (m, n) for m, n in sizes):
         return jnp.all(marks)
     shared = [axis for axis, (m, n) in enumerate(sizes) if m != n == 1]
     return jnp.all(marks, axis=shared, keepdims=True)

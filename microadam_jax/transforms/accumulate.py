@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.engine.descent import Fusable
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import within
@@ -92,8 +92,7 @@ def accumulate_into_residual(
         raise TypeError(f"every_k must be an int, the same for all steps; got {every_k!r}.")
     if every_k < 1:
         raise ValueError(f"every_k must be at least 1; got {every_k}.")
-    require_transformation(inner=inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation(inner=inner)
 
     def init(params: optax.Params) -> AccumulateIntoResidualState:
         batch = MicroBatch(0, every_k, completes=False)

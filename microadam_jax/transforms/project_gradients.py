@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
@@ -141,8 +141,7 @@ def project_gradients(
     Reference: Zhao et al., GaLore (arXiv 2403.03507), Algorithm 2; Robert et al., LDAdam (arXiv
         2410.16103).
     """
-    require_transformation(inner=inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation(inner=inner)
     projection = Projection(matrices, subspace, refresh)
     if isinstance(complement, type) or not hasattr(complement, "feeds_back"):
         raise TypeError(f"complement must be one such as Discard(); got {complement!r}.")
@@ -202,7 +201,6 @@ def project_gradients(
                 return updates, state
         moments = rules.moments(state.inner_state)
         width, bases = len(moments), len(state.basis)
-        restarts = refresh.moments in ("reset", "released")
         entered: list[_Entered | None] = []
 
         def enter(path: KeyPath, g: jax.Array, *stored: jax.Array) -> Arrays:
@@ -217,16 +215,16 @@ def project_gradients(
             slots = ((rules.low(view), None),) * width + rules.projection.slots(view)
             kept = zip((*one.moments, *one.basis), slots, stored, strict=False)
             arrays = (view.unfold(x, slot, g).astype(old.dtype) for x, (slot, _), old in kept)
-            marks = view.unfold(one.begins[..., None, None], ONE, g) if restarts else never
-            return marks, low, *arrays
+            if one.begins is None:
+                return never, low, *arrays
+            return view.unfold(one.begins[..., None, None], ONE, g), low, *arrays
 
         columns = (*moments.values(), *state.basis, *state.complement)
         begins, low, *new = map_with_path(enter, 2 + width + bases, updates, *columns)
         # A gradient's box names axes that its projection has not: inside there are no boxes.
-        begins, low, inner_state = without_boxes((begins, low, state.inner_state))
+        begins, low, new, inner_state = without_boxes((begins, low, new, state.inner_state))
         if refresh.moments in ("rotate_first", "rotate"):
-            rotated = dict(zip(moments, map(without_boxes, new), strict=False))
-            inner_state = _with_fields(inner_state, rotated)
+            inner_state = _with_fields(inner_state, dict(zip(moments, new, strict=False)))
         elif refresh.moments == "reset":
             inner_state = begun_anew(inner, inner_state, begins, low)
         with within(micro_batch=None):
@@ -289,14 +287,14 @@ class _Entered(NamedTuple):
 
     Attributes:
         view: how the parameter is folded.
-        begins: ``(*batch,)``, the matrices whose moments begin anew.
+        begins: ``(*batch,)``, the matrices whose moments begin anew; None if none ever do.
         step: the step.
         moments: in the new basis.
         basis: the new one.
     """
 
     view: MatrixView
-    begins: jax.Array
+    begins: jax.Array | None
     step: Step
     moments: Arrays
     basis: Arrays
@@ -375,10 +373,12 @@ class _Rules(NamedTuple):
         # Of a basis that is drawn from its step, the one before is that of the step before.
         old, new = leaf.basis(view, kept, count - 1), leaf.basis(view, renewed, count)
         due = leaf.due(count)
-        begins = jnp.broadcast_to(due, gradient.shape[:-2])
-        if self.projection.refresh.moments == "reset" and kept:
-            # The moments of a matrix that had no basis are zeros, and now their age is too.
-            begins = begins | leaf.first(kept, count)
+        begins = None
+        if self.projection.refresh.restarts:
+            begins = jnp.broadcast_to(due, gradient.shape[:-2])
+            if self.projection.refresh.moments == "reset" and kept:
+                # The moments of a matrix that had no basis are zeros, and now their age is too.
+                begins = begins | leaf.first(kept, count)
         lost = self._lost(due, old, new, moments) if self.complement.needs_b1 else None
         moved = self._moved(due, old, new, moments, count)
         step = Step(gradient, new.project(gradient), gradient, new, self.scale, lost)

@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
 from microadam_jax.engine.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.engine.stored_step import (
@@ -110,8 +110,7 @@ def quantize_state(
 
     Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
     """
-    require_transformation(inner=inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation(inner=inner)
     if not isinstance(codecs, Mapping):
         raise TypeError(
             f"codecs must name the fields to store, as {{'mu': 'dynamic8'}} does; got {codecs!r}."

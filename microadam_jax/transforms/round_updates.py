@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.arguments import require_transformation
+from microadam_jax.arguments import as_transformation
 from microadam_jax.codecs import Codec, as_codec
 from microadam_jax.codecs.rounding import bfloat16_stochastic
 from microadam_jax.codecs.split import Split
@@ -133,8 +133,7 @@ def round_updates(
     Reference: ECO (arXiv 2601.22101) for ``"momentum"``; FlashOptim (arXiv 2602.23349) for the
     split of ``"int8"`` and ``"int16"``.
     """
-    require_transformation(inner=inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation(inner=inner)
     if rounding not in get_args(Rounding):
         raise ValueError(
             f"rounding must be one of {', '.join(map(repr, get_args(Rounding)))}; got {rounding!r}."
