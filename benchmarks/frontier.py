@@ -6,6 +6,7 @@ All have the same learning rate for embeddings and norms, the best for AdamW, an
 a few for its matrices: most of what is published as a gain over AdamW is the ratio of the two.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -39,11 +40,13 @@ from microadam_jax import (
     sinkhorn4bit,
     snsm,
 )
-from microadam_jax.codecs import dynamic4, linear2
+from microadam_jax.codecs import dynamic4, linear2, linear4
 
 OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
 RANK, EVERY = 32, 50
 TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
+EVEN_FOUR = linear4(rounding="stochastic")
+CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
 
 
 def evenly(
@@ -108,6 +111,15 @@ TRIALS: dict[str, Trial] = {
         sinkhorn2bit, ADAM, mu_codec=Storage(TWO, rules=[(".*(embedding|head).*", FOUR)])
     ),
     "Muon, 4 bits": evenly(muon8bit, ADAM, mu_codec=FOUR),
+    "Muon, 4 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=FOUR),
+    "Muon, even 4 bits": evenly(muon8bit, ADAM, mu_codec=EVEN_FOUR),
+    "Muon, even 4 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=EVEN_FOUR),
+    "Muon, even 4 bits to nearest": evenly(muon8bit, ADAM, mu_codec="linear4"),
+    "Muon, even 4 bits, cut": evenly(muon8bit, ADAM, mu_codec=CUT_FOUR),
+    "Muon, even 4 bits, cut, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=CUT_FOUR),
+    "Muon, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9),
+    "Muon, 2 bits, beta = 0.8": evenly(muon8bit, ADAM, beta=0.8, mu_codec=TWO),
+    "Muon, 2 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=TWO),
     "Adam-mini, 2 bits": evenly(adam_mini4bit, ADAM, mu_codec=TWO),
     "Adam-mini, 2 bits, b1 = 0.8": evenly(adam_mini4bit, ADAM, mu_codec=TWO, b1=0.8),
     "Adam, factored, 2 bits": evenly(adamw4bit_factored, ADAM, mu_codec=TWO),
