@@ -14,7 +14,6 @@ import optax
 
 from benchmarks.sweep import Trial, sweep
 from microadam_jax import (
-    Refresh,
     Storage,
     adagrad_sn,
     adam_mini,
@@ -41,12 +40,16 @@ from microadam_jax import (
     snsm,
 )
 from microadam_jax.codecs import dynamic4, linear2, linear4
+from microadam_jax.codecs.maps import TableMap
 
 OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
 RANK, EVERY = 32, 50
 TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
 EVEN_FOUR = linear4(rounding="stochastic")
 CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
+INT_FOUR = dataclasses.replace(
+    CUT_FOUR, map=TableMap("int4", tuple(k / 7 for k in range(-7, 8)))
+)
 
 
 def evenly(
@@ -95,7 +98,7 @@ TRIALS: dict[str, Trial] = {
     "galore": evenly(galore, NORMS, rank=RANK, update_interval=EVERY),
     "grass": evenly(grass, ADAM, rank=RANK, update_interval=EVERY),
     "ldadam": evenly(ldadam, ADAM, rank=RANK),
-    "snsm": evenly(snsm, NORMS, rank=RANK, update_interval=Refresh(EVERY)),
+    "snsm": evenly(snsm, NORMS, rank=RANK, update_interval=EVERY),
     "fira": evenly(fira, NORMS, rank=RANK, update_interval=EVERY),
     "apollo": evenly(apollo, NORMS, rank=RANK, update_interval=EVERY),
     "apollo_mini": evenly(apollo_mini, NORMS, update_interval=EVERY),
@@ -117,6 +120,12 @@ TRIALS: dict[str, Trial] = {
     "Muon, even 4 bits to nearest": evenly(muon8bit, ADAM, mu_codec="linear4"),
     "Muon, even 4 bits, cut": evenly(muon8bit, ADAM, mu_codec=CUT_FOUR),
     "Muon, even 4 bits, cut, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=CUT_FOUR),
+    "Muon, int4, cut, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=INT_FOUR),
+    "Muon, int4, cut": evenly(muon8bit, ADAM, mu_codec=INT_FOUR),
+    "Sinkhorn, even 4 bits, cut, beta = 0.9": evenly(
+        sinkhorn4bit, ADAM, beta=0.9, mu_codec=CUT_FOUR
+    ),
+    "Adam-mini, even 4 bits, cut": evenly(adam_mini4bit, ADAM, mu_codec=CUT_FOUR),
     "Muon, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9),
     "Muon, 2 bits, beta = 0.8": evenly(muon8bit, ADAM, beta=0.8, mu_codec=TWO),
     "Muon, 2 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=TWO),

@@ -357,7 +357,7 @@ def snsm(
             b2,
             eps,
             subspace=of_rank(rank, subspace, svd(128)),
-            refresh=refresh_every(update_interval, Refresh(first=1, moments="reset")),
+            refresh=refresh_every(update_interval, Refresh()),
             subsets=subsets,
             matrices=matrices,
         ),

@@ -25,6 +25,8 @@ class Refresh:
         every: :math:`T`, the number of steps between two bases; 1 for a new one in every step.
         first: the published ways to count. 0: with the 0-based step, 0, T, 2T and so on. 1: with
             the 1-based step, 1, T, 2T and so on, so that the first interval is one step shorter.
+            None, as of ``moments`` and ``momentum_share``: what the method publishes; in
+            :func:`project_gradients` 0, ``"keep"`` and 0.
         stagger: spreads the refreshes of different parameters over the interval, so that no step
             has to do all of them. The first step finds every basis in any case.
         moments: ``"keep"``, as they are, whatever they mean in the new basis. ``"reset"``, to
@@ -36,7 +38,7 @@ class Refresh:
             used in the new basis once more, and the step after starts from zeros. Results then
             depend on the signs of singular vectors.
         momentum_share: :math:`\rho` in the matrix that the new basis is found for,
-            :math:`\rho P_{old} \hat m + (1 - \rho) G`; None: the gradient.
+            :math:`\rho P_{old} \hat m + (1 - \rho) G`; 0: the gradient.
 
     Raises:
         ValueError: if ``every`` is not a positive integer, ``first`` or ``moments`` is not one of
@@ -44,33 +46,48 @@ class Refresh:
     """
 
     every: int = 200
-    first: Literal[0, 1] = 0
+    first: Literal[0, 1] | None = None
     stagger: bool = False
-    moments: Literal["keep", "reset", "rotate_first", "rotate", "released"] = "keep"
+    moments: Literal["keep", "reset", "rotate_first", "rotate", "released"] | None = None
     momentum_share: float | None = None
 
     def __post_init__(self) -> None:
         name = "The update interval of a subspace, Refresh.every,"
         require_positive(name, self.every, *STATIC)
-        if self.first not in (0, 1):
-            raise ValueError(f"Refresh.first must be 0 or 1; got {self.first!r}.")
-        if self.moments not in MOMENTS:
-            raise ValueError(f"Refresh.moments must be one of {MOMENTS}; got {self.moments!r}.")
+        if self.first not in (0, 1, None):
+            raise ValueError(
+                "Refresh.first must be 0 or 1, or None for the method's own count; "
+                f"got {self.first!r}."
+            )
+        if self.moments not in (*MOMENTS, None):
+            raise ValueError(
+                f"Refresh.moments must be one of {MOMENTS}, or None for the method's own; "
+                f"got {self.moments!r}."
+            )
         if self.momentum_share is not None and not 0 <= self.momentum_share <= 1:
             raise ValueError(
-                "Refresh.momentum_share must lie in [0, 1], or be None for the gradient alone; "
+                "Refresh.momentum_share must lie in [0, 1], or be None for the method's own; "
                 f"got {self.momentum_share!r}."
             )
 
     @property
     def needs_decay_rates(self) -> bool:
         """Returns True if a bias has to be corrected."""
-        return self.moments == "rotate" or self.momentum_share is not None
+        return self.moments == "rotate" or bool(self.momentum_share)
 
     @property
     def restarts(self) -> bool:
         """Returns True if moments begin anew in a new basis."""
         return self.moments in ("reset", "released")
+
+    def completed(self, published: "Refresh") -> "Refresh":
+        """Returns these settings, and those of ``published`` for what is None."""
+        own = {
+            name: getattr(published, name)
+            for name in ("first", "moments", "momentum_share")
+            if getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **own)
 
     def offset(self, index: int, total: int) -> int:
         """Returns by how many steps the parameter ``index`` of ``total`` is refreshed earlier."""
@@ -78,21 +95,25 @@ class Refresh:
 
     def due(self, count: jax.Array, offset: int) -> jax.Array:
         """Returns True if the step after ``count`` others finds a new basis."""
-        return (count == 0) | ((count + self.first + offset) % self.every == 0)
+        return (count == 0) | (self._passed(count, offset) % self.every == 0)
 
     def epoch(self, count: jax.Array, offset: int) -> jax.Array:
         """Returns a number that is another one for each basis."""
-        return (count + self.first + offset) // self.every
+        return self._passed(count, offset) // self.every
+
+    def _passed(self, count: jax.Array, offset: int) -> jax.Array:
+        assert self.first is not None
+        return count + self.first + offset
 
 
 def refresh_every(update_interval: int | Refresh, published: Refresh) -> Refresh:
-    """Returns ``update_interval`` itself, or ``published`` with this many steps between two bases.
+    """Returns ``published`` with this many steps between two bases, or with what is not None there.
 
     Raises:
         ValueError: if it is neither a positive integer nor a :class:`Refresh`.
     """
     if isinstance(update_interval, Refresh):
-        return update_interval
+        return update_interval.completed(published)
     return dataclasses.replace(published, every=update_interval)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.arguments import as_transformation
+from microadam_jax.arguments import as_transformation, require_kind
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
@@ -142,6 +142,8 @@ def project_gradients(
         2410.16103).
     """
     inner = as_transformation(inner=inner)
+    require_kind(Refresh, refresh=refresh)
+    refresh = refresh.completed(Refresh(first=0, moments="keep", momentum_share=0))
     projection = Projection(matrices, subspace, refresh)
     if isinstance(complement, type) or not hasattr(complement, "feeds_back"):
         raise TypeError(f"complement must be one such as Discard(); got {complement!r}.")
@@ -331,7 +333,7 @@ class _Rules(NamedTuple):
                 "of the inner transformation."
             )
         first = refresh.moments in ("rotate_first", "rotate")
-        if not (first or feeds.needs_b1 or refresh.momentum_share is not None):
+        if not (first or feeds.needs_b1 or refresh.momentum_share):
             return {}
         found = {name: _field(inner_state, name) for name in (*FIRST_MOMENTS, "nu")}
         name = next((name for name in FIRST_MOMENTS if found[name] is not None), None)
@@ -363,7 +365,7 @@ class _Rules(NamedTuple):
         share = self.projection.refresh.momentum_share
 
         def target() -> jax.Array:
-            if share is None or self.b1 is None:
+            if not share or self.b1 is None:
                 return gradient
             unbiased = moments[0] / one_minus_power(self.b1, jnp.maximum(count, 1))
             old = leaf.basis(view, kept, count - 1)

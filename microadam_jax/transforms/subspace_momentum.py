@@ -45,7 +45,7 @@ def subspace_momentum(
     eps: ArrayLike = 1e-6,
     *,
     subspace: Subspace,
-    refresh: Refresh = Refresh(first=1, moments="reset"),
+    refresh: Refresh = Refresh(),
     subsets: Subsets = Subsets(),
     matrices: Matrices = Matrices(),
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,8 +74,9 @@ def subspace_momentum(
         b2: :math:`\beta_2`, in [0, 1); None for AdaGrad.
         eps: :math:`\epsilon`, beside the uncorrected root.
         subspace: how :math:`P` is found, such as ``svd(128)``.
-        refresh: when it is found anew, and what becomes of :math:`m`: ``"reset"``, ``"keep"``,
-            ``"rotate_first"`` or ``"released"``. :math:`v` does not depend on it.
+        refresh: when it is found anew, by default as counted with ``first=1``, and what becomes of
+            :math:`m`: ``"reset"``, the default, ``"keep"``, ``"rotate_first"`` or ``"released"``.
+            :math:`v` does not depend on it.
         subsets: what the subsets are, and whether squares are summed or averaged.
         matrices: which parameters are matrices, and which side is compressed.
 
@@ -103,6 +104,7 @@ def subspace_momentum(
     """
     require_kind(Subsets, subsets=subsets)
     require_kind(Refresh, refresh=refresh)
+    refresh = refresh.completed(Refresh(first=1, moments="reset"))
     if refresh.needs_decay_rates:
         raise ValueError(
             "subspace_momentum has no second moment in its subspace: choose Refresh(moments=...) "

@@ -1,6 +1,7 @@
 """Laws that subspaces, and methods in them, obey; and where their states lie on a mesh."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -375,6 +376,23 @@ def test_a_reset_starts_the_moments_anew() -> None:
     updates, _ = passed(tx, g, g, g, g)
     np.testing.assert_allclose(updates["kernel"], 1.0, rtol=1e-5)
     np.testing.assert_allclose(updates["bias"], 1 + 0.9 + 0.81 + 0.729, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in METHODS.items() if "update_interval" in row.parameters]
+)
+def test_an_interval_alone_leaves_all_else_as_the_method_publishes_it(name: str) -> None:
+    make = functools.partial(METHODS[name].factory, 1e-2, **METHODS[name].at_rank(3))
+    params = {"mlp": {"kernel": jnp.ones((12, 9))}}
+    trees = [{"mlp": {"kernel": g}} for g in itertools.islice(gradients((12, 9)), 5)]
+    results = []
+    for interval in (2, Refresh(2)):
+        tx = make(update_interval=interval)
+        state = tx.init(params)
+        for grads in trees:
+            updates, state = jax.jit(tx.update)(grads, state, params)
+        results.append((updates, state))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 # --- Errors --------------------------------------------------------------------------------------
