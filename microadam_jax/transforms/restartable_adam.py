@@ -19,7 +19,7 @@ class ScaleByRestartableAdamState(NamedTuple):
 
     Attributes:
         age: int32 of each parameter's rank, steps since its moments were zero: one number, or one
-            for each of stacked layers.
+            for each of stacked layers and of what the two last axes leave, such as experts.
         mu: float32 first moments, of the parameters' shapes.
         nu: float32 second moments, of the parameters' shapes.
     """
@@ -76,7 +76,8 @@ def scale_by_restartable_adam(
 
         def newborn(path: KeyPath, x: jax.Array) -> tuple[jax.Array]:
             layers = axes[path_name(box_path(path))]
-            shape = tuple(n if axis == layers else 1 for axis, n in enumerate(x.shape))
+            matrices = {layers, *range(x.ndim - 2)}
+            shape = tuple(n if axis in matrices else 1 for axis, n in enumerate(x.shape))
             return (moment_zeros(x, shape, jnp.int32),)
 
         (age,) = map_with_path(newborn, 1, params)

@@ -323,13 +323,21 @@ def test_a_layer_without_a_gradient_leaves_the_others_their_bases(name: str) -> 
         np.testing.assert_array_equal(*(x[:2] if len(x.shape) == 3 else x for x in (one, other)))
 
 
-@pytest.mark.parametrize("late", [slice(None), 1], ids=["all", "one layer"])
-def test_moments_begin_where_a_first_gradient_comes_between_two_bases(late: Any) -> None:
-    """Their age would else be that of the layers beside them, and a step five times too large."""
-    g = {"layers": {"kernel": jnp.ones((2, 8, 12))}}
+@pytest.mark.parametrize(
+    ("shape", "late"),
+    [((2, 8, 12), slice(None)), ((2, 8, 12), 1), ((2, 3, 8, 12), (1, 2)), ((3, 8, 12), 1)],
+    ids=["all", "one layer", "one expert of a layer", "one expert"],
+)
+def test_moments_begin_where_a_first_gradient_comes_between_two_bases(
+    shape: tuple[int, ...], late: Any
+) -> None:
+    """Their age would else be that of the matrices beside them, and a step five times too large."""
+    name = "experts/wi" if 3 in shape else "kernel"
+    g = {"layers" if shape[0] == 2 else "block": {name: jnp.ones(shape)}}
     quiet = jax.tree.map(lambda x: x.at[late].set(0), g)
     updates, _ = passed_with_params(grass(1.0, rank=2, update_interval=1000), *[quiet] * 99, g)
-    np.testing.assert_allclose(np.abs(updates["layers"]["kernel"]).max((1, 2)), 1, rtol=1e-3)
+    (u,) = jax.tree.leaves(updates)
+    np.testing.assert_allclose(np.abs(u).max((-2, -1)), 1, rtol=1e-3)
 
 
 def test_a_limiter_that_saw_zeros_opens_again() -> None:
