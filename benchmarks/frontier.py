@@ -34,22 +34,21 @@ from microadam_jax import (
     ldadam,
     lion4bit,
     microadam,
+    muon2bit,
+    muon4bit,
     muon8bit,
     sinkhorn2bit,
     sinkhorn4bit,
     snsm,
 )
-from microadam_jax.codecs import dynamic4, linear2, linear4
-from microadam_jax.codecs.maps import TableMap
+from microadam_jax.codecs import dynamic4, int4, linear2, linear4
 
 OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
 RANK, EVERY = 32, 50
 TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
 EVEN_FOUR = linear4(rounding="stochastic")
 CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
-INT_FOUR = dataclasses.replace(
-    CUT_FOUR, map=TableMap("int4", tuple(k / 7 for k in range(-7, 8)))
-)
+INT_FOUR = int4(rounding="stochastic")
 
 
 def evenly(
@@ -73,13 +72,14 @@ def adafactor(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransf
     )
 
 
-ADAM, NORMS, LION = (1e-3, 2e-3, 4e-3), (5e-3, 1e-2, 2e-2), (2e-4, 4e-4, 8e-4)
+ADAM, MUON = (1e-3, 2e-3, 4e-3), (4e-3, 8e-3, 1.6e-2)
+NORMS, LION = (5e-3, 1e-2, 2e-2), (2e-4, 4e-4, 8e-4)
 # With the learning rates of their matrices.
 TRIALS: dict[str, Trial] = {
     "AdamW": evenly(optax.adamw, ADAM),
     "Adafactor": evenly(adafactor, ADAM),
     "Lion": evenly(optax.lion, LION, OTHERS / 5, b2=0.99),
-    "Muon": evenly(muon8bit, ADAM, mu_codec="float32"),
+    "Muon": evenly(muon8bit, MUON, mu_codec="float32"),
     "microadam": evenly(microadam, ADAM, layout="pretrain"),
     "adam_mini": evenly(adam_mini, ADAM),
     "adam_sn": evenly(adam_sn, NORMS),
@@ -92,7 +92,9 @@ TRIALS: dict[str, Trial] = {
     "adam_mini8bit": evenly(adam_mini8bit, ADAM),
     "adam_mini4bit": evenly(adam_mini4bit, ADAM),
     "lion4bit": evenly(lion4bit, LION),
-    "muon8bit": evenly(muon8bit, ADAM),
+    "muon8bit": evenly(muon8bit, MUON),
+    "muon4bit": evenly(muon4bit, MUON),
+    "muon2bit": evenly(muon2bit, MUON),
     "sinkhorn4bit": evenly(sinkhorn4bit, ADAM),
     "sinkhorn2bit": evenly(sinkhorn2bit, ADAM),
     "galore": evenly(galore, NORMS, rank=RANK, update_interval=EVERY),
@@ -113,22 +115,16 @@ TRIALS: dict[str, Trial] = {
     "Sinkhorn, 2 bits, 4 for embeddings and head": evenly(
         sinkhorn2bit, ADAM, mu_codec=Storage(TWO, rules=[(".*(embedding|head).*", FOUR)])
     ),
-    "Muon, 4 bits": evenly(muon8bit, ADAM, mu_codec=FOUR),
-    "Muon, 4 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=FOUR),
-    "Muon, even 4 bits": evenly(muon8bit, ADAM, mu_codec=EVEN_FOUR),
-    "Muon, even 4 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=EVEN_FOUR),
-    "Muon, even 4 bits to nearest": evenly(muon8bit, ADAM, mu_codec="linear4"),
-    "Muon, even 4 bits, cut": evenly(muon8bit, ADAM, mu_codec=CUT_FOUR),
-    "Muon, even 4 bits, cut, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=CUT_FOUR),
-    "Muon, int4, cut, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=INT_FOUR),
-    "Muon, int4, cut": evenly(muon8bit, ADAM, mu_codec=INT_FOUR),
-    "Sinkhorn, even 4 bits, cut, beta = 0.9": evenly(
-        sinkhorn4bit, ADAM, beta=0.9, mu_codec=CUT_FOUR
-    ),
-    "Adam-mini, even 4 bits, cut": evenly(adam_mini4bit, ADAM, mu_codec=CUT_FOUR),
-    "Muon, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9),
-    "Muon, 2 bits, beta = 0.8": evenly(muon8bit, ADAM, beta=0.8, mu_codec=TWO),
-    "Muon, 2 bits, beta = 0.9": evenly(muon8bit, ADAM, beta=0.9, mu_codec=TWO),
+    "Muon, 4 bits": evenly(muon8bit, MUON, mu_codec=FOUR),
+    "Muon, even 4 bits": evenly(muon8bit, MUON, mu_codec=EVEN_FOUR),
+    "Muon, even 4 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9, mu_codec=EVEN_FOUR),
+    "Muon, even 4 bits, cut": evenly(muon8bit, MUON, mu_codec=CUT_FOUR),
+    "Muon, even 4 bits, cut, beta = 0.9": evenly(muon8bit, MUON, beta=0.9, mu_codec=CUT_FOUR),
+    "Muon, int4, beta = 0.95": evenly(muon4bit, MUON, beta=0.95),
+    "Muon, 8 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9),
+    "Muon, 2 bits, beta = 0.9": evenly(muon2bit, MUON, beta=0.9),
+    "Sinkhorn, int4, beta = 0.9": evenly(sinkhorn4bit, ADAM, beta=0.9, mu_codec=INT_FOUR),
+    "Adam-mini, int4": evenly(adam_mini4bit, ADAM, mu_codec=INT_FOUR),
     "Adam-mini, 2 bits": evenly(adam_mini4bit, ADAM, mu_codec=TWO),
     "Adam-mini, 2 bits, b1 = 0.8": evenly(adam_mini4bit, ADAM, mu_codec=TWO, b1=0.8),
     "Adam, factored, 2 bits": evenly(adamw4bit_factored, ADAM, mu_codec=TWO),

@@ -92,6 +92,8 @@ _ROWS = (
     Method(aliases.adam_mini4bit, "low bits", ADAM_MINI, "1/2 + 4/128 + 4/R"),
     Method(aliases.lion4bit, "low bits", LION, "1/2 + 4/128", 2e-4),
     Method(aliases.muon8bit, "low bits", MUON, "1 + 4/256", 4e-3),
+    Method(aliases.muon4bit, "low bits", MUON, "1/2 + 4/128", 8e-3),
+    Method(aliases.muon2bit, "low bits", MUON, "1/4 + 4/256", 8e-3),
     Method(aliases.sinkhorn4bit, "low bits", SINKHORN, "1/2 + 4/128", 2e-3),
     Method(aliases.sinkhorn2bit, "low bits", SINKHORN, "1/4 + 4/256", 2e-3),
     Method(aliases.sparse_mfac, "full matrix", EFCP, "1/2 + 8/256 + 32*3*3/256"),

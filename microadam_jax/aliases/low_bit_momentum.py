@@ -8,11 +8,11 @@ import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
-from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8, linear2
+from microadam_jax.codecs import Codec, Storage, dynamic4, linear2
 from microadam_jax.engine.descent import descend
 from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.subspace import OUTPUT_HEAD, Matrices
-from microadam_jax.transforms import quantize_state, scale_by_muon, scale_by_sinkhorn
+from microadam_jax.transforms import quantize_state, scale_by_sinkhorn
 
 
 def lion4bit(
@@ -74,80 +74,6 @@ def lion4bit(
         optax.scale_by_lion(b1, b2),
         {"mu": mu_codec},
         elementwise=True,
-        seed=seed,
-    )
-    return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
-
-
-def muon8bit(
-    learning_rate: ScalarOrSchedule,
-    beta: ArrayLike = 0.95,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
-    consistent_rms: ArrayLike = 0.2,
-    matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
-    mu_codec: Storage | Codec | str = dynamic8(rounding="stochastic"),
-    seed: ArrayLike = 0,
-) -> GradientTransformationExtraArgs:
-    r"""Runs Muon on matrices and Adam-mini on all else, momentum in 8 bits: 1.02 bytes.
-
-    With :math:`u_t` of :func:`scale_by_muon`, whose momentum is stored through a codec :math:`Q`,
-
-    .. math::
-
-        \theta_{t+1} = \theta_t - \eta_t (u_t + \lambda \theta_t), \qquad
-        \tilde m_t = Q\bigl(\beta Q^{-1}(\tilde m_{t-1}) + (1 - \beta)\, g_t\bigr)
-
-    Take AdamW's learning rate and decay: ``consistent_rms`` gives updates of matrices the size of
-    AdamW's. In 4 bits the polynomial amplifies the rounding noise of a momentum's small singular
-    values, so 8 bits is the least that is published here.
-
-    Args:
-        learning_rate: :math:`\eta_t`, a number or a schedule, for all parameters.
-        beta: :math:`\beta`, in [0, 1): the decay of a matrix's momentum.
-        b1: the decay of other parameters' first moment, in [0, 1).
-        b2: the decay of other parameters' second moment, in [0, 1).
-        eps: beside the norm of a matrix, and in Adam-mini's denominator.
-        weight_decay: :math:`\lambda`, multiplied by the learning rate.
-        mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
-        consistent_rms: the root mean square of a matrix's update.
-        matrices: which parameters are matrices: by default all linear maps but the output head.
-        mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
-        seed: of a codec that rounds stochastically.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        TypeError: if ``learning_rate`` is neither a number nor a schedule, a number is an array in
-            fewer bits than float32, ``weight_decay`` is a schedule, or ``matrices`` or ``mu_codec``
-            is of another class; in ``init``, if a leaf is not a floating-point array.
-        ValueError: if a decay rate is outside [0, 1) or ``eps`` is negative, or ``mu_codec`` is an
-            unknown name or has no negative numbers; in ``update`` without ``params``, unless
-            ``weight_decay`` is the number 0.
-
-    Examples:
-        >>> import jax
-        >>> from microadam_jax import memory_report, muon8bit
-        >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
-        >>> round(memory_report(muon8bit(1e-3), params).bytes_per_parameter, 3)
-        1.016
-
-    Reference: Jordan et al., Muon (2024); Liu et al., Muon is scalable for LLM training (arXiv
-        2502.16982); in 8 bits: arXiv 2509.23106.
-    """
-    link = scale_by_muon(
-        beta,
-        b1,
-        b2,
-        eps,
-        consistent_rms=consistent_rms,
-        matrices=matrices,
-        mu_codec=mu_codec,
         seed=seed,
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)

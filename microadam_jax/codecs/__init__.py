@@ -3,10 +3,11 @@
 from microadam_jax.codecs.affine import Affine4, AffineCodes, affine4
 from microadam_jax.codecs.codec import Codec, as_codec, encoded_bytes
 from microadam_jax.codecs.float8 import Float8, float8
+from microadam_jax.codecs.low_bit import dynamic4, dynamic8, int4, linear2, linear4
 from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne, rank1_dynamic4, rank1_linear4
-from microadam_jax.codecs.scaled import Scaled, dynamic4, dynamic8, linear2, linear4
+from microadam_jax.codecs.scaled import Scaled
 from microadam_jax.codecs.storage import Storage, StoredLeaf, Unstored, as_storage
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "dynamic8",
     "encoded_bytes",
     "float8",
+    "int4",
     "linear2",
     "linear4",
     "nf4",

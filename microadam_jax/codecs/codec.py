@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from microadam_jax.codecs.affine import Affine4
 from microadam_jax.codecs.float8 import float8
+from microadam_jax.codecs.low_bit import dynamic4, dynamic8, int4, linear2, linear4
 from microadam_jax.codecs.plain import Plain
 from microadam_jax.codecs.rank1 import rank1_dynamic4, rank1_linear4
 from microadam_jax.codecs.rounding import Draw
-from microadam_jax.codecs.scaled import dynamic4, dynamic8, linear2, linear4
 
 
 class Codec(Protocol):
@@ -64,6 +64,7 @@ def named_codecs() -> dict[str, Codec]:
         "dynamic8_unsigned": dynamic8(signed=False),
         "dynamic4": dynamic4(),
         "dynamic4_unsigned": dynamic4(signed=False),
+        "int4": int4(),
         "linear2": linear2(),
         "linear4": linear4(),
         "linear4_unsigned": linear4(signed=False),

@@ -272,6 +272,7 @@ DYNAMIC4_UNSIGNED = TableMap(
     "dynamic4_unsigned", tuple(dynamic_numbers(4, signed=False)[i or 1] for i in range(16))
 )
 LINEAR4_UNSIGNED = TableMap("linear4_unsigned", tuple((k + 1) / 16 for k in range(16)))
+INT4 = TableMap("int4", tuple(k / 7 for k in range(-7, 8)))
 LINEAR2 = TableMap("linear2", tuple((2 * k - 3) / 3 for k in range(4)))
 LINEAR4 = TableMap("linear4", tuple((2 * k - 15) / 15 for k in range(16)))
 # Quantiles of a normal distribution, as QLoRA's Appendix E lists them (arXiv 2305.14314): seven

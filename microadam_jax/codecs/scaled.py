@@ -10,16 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from microadam_jax.blocks import Blocks, as_blocks_of, as_row, blocked_shape, merge, split
-from microadam_jax.codecs.maps import (
-    DYNAMIC4,
-    DYNAMIC4_SYMMETRIC,
-    DYNAMIC4_UNSIGNED,
-    LINEAR2,
-    LINEAR4,
-    LINEAR4_UNSIGNED,
-    Dynamic8,
-    Map,
-)
+from microadam_jax.codecs.maps import Map
 from microadam_jax.codecs.packing import pack_codes, unpack_codes
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.row_by_row import RowByRow
@@ -69,8 +60,8 @@ class Scaled(RowByRow):
             what is larger than :math:`s` becomes :math:`s`.
 
     Raises:
-        ValueError: if ``rounding`` is neither, if the codes of a block do not fill whole bytes, or
-            ``keep_sign`` does not fit the map.
+        ValueError: if ``rounding`` is neither, if the codes of a block do not fill whole bytes,
+            ``keep_sign`` does not fit the map, or ``deviations`` is not positive.
 
     Reference: Dettmers et al. (arXiv 2110.02861), Li et al. (arXiv 2309.01507).
     """
@@ -85,6 +76,11 @@ class Scaled(RowByRow):
 
     def __post_init__(self) -> None:
         require_rounding(self.rounding)
+        if self.deviations is not None and not self.deviations > 0:
+            raise ValueError(
+                "deviations must be a positive number of root mean squares, or None for the "
+                f"largest magnitude of a block; got {self.deviations!r}."
+            )
         if self.blocks.multiple * self.bits % 8:
             raise ValueError(
                 f"Codes of {self.bits} bits fill whole bytes of blocks that are multiples of "
@@ -184,134 +180,6 @@ class Scaled(RowByRow):
         return self.map.decode(codes) * statistics[0]
 
 
-def dynamic8(
-    block: int | Blocks = 256,
-    *,
-    signed: bool = True,
-    rounding: str = "nearest",
-    keep_sign: bool = False,
-    symmetric: bool = False,
-) -> Scaled:
-    """Returns 8 bits on the dynamic exponent map: seven decades, finest at the top.
-
-    Args:
-        block: the largest number of elements that share a scale, or the rule that cuts rows.
-        signed: False spends the sign's bit on a finer map, for second moments.
-        rounding: ``"nearest"`` or ``"stochastic"``.
-        keep_sign: whether a negative number never becomes zero; without a sign, a positive one.
-        symmetric: whether -1 has a code, in place of 0. As published, a block whose largest
-            element is negative loses 0.7 % of it each time.
-
-    Returns:
-        The codec.
-
-    Raises:
-        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
-        ValueError: if ``block`` is not positive and even, ``rounding`` is not one of those, or
-            options contradict each other, such as ``symmetric=True`` and ``signed=False``.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from microadam_jax.codecs import dynamic8
-        >>> codec = dynamic8()
-        >>> x = jnp.array([0.9, -0.9, 0.05, 1e-4])
-        >>> print(codec.encode(x).codes)
-        [255   0 175 134]
-
-    Reference: Dettmers et al. (arXiv 2110.02861), Section 2.2.
-    """
-    if symmetric and not signed:
-        raise ValueError("symmetric=True asks for a code of -1, which signed=False rules out.")
-    return Scaled(Dynamic8(signed, symmetric), as_blocks(block), rounding, keep_sign)
-
-
-def dynamic4(
-    block: int | Blocks = 128,
-    *,
-    signed: bool = True,
-    rounding: str = "nearest",
-    keep_sign: bool = False,
-    symmetric: bool = False,
-) -> Scaled:
-    """Returns 4 bits on the dynamic exponent map: three decades, finest at the top.
-
-    Args:
-        block: the largest number of elements that share a scale, or the rule that cuts rows.
-        signed: False takes the unsigned map without zero ("DE-0"), for second moments.
-        rounding: ``"nearest"`` or ``"stochastic"``.
-        keep_sign: whether a negative number never becomes zero; there is no zero without a sign.
-        symmetric: whether -1 has a code, in place of 0. As published, a block whose largest
-            element is negative loses 11 % of it each time.
-
-    Returns:
-        The codec.
-
-    Raises:
-        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
-        ValueError: if ``block`` is not positive and even, ``rounding`` is not one of those, or
-            options contradict each other, such as ``symmetric=True`` and ``signed=False``.
-
-    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 3 and Appendix E.
-    """
-    if symmetric and not signed:
-        raise ValueError("symmetric=True asks for a code of -1, which signed=False rules out.")
-    signed_map = DYNAMIC4_SYMMETRIC if symmetric else DYNAMIC4
-    return Scaled(
-        signed_map if signed else DYNAMIC4_UNSIGNED, as_blocks(block), rounding, keep_sign
-    )
-
-
-def linear2(block: int | Blocks = 256, *, rounding: str = "nearest") -> Scaled:
-    """Returns 2 bits: half a root mean square of the block and one and a half, of either sign.
-
-    These are nearly the four numbers with the least error for what is normally distributed. What
-    is beyond one and a half is cut; rounding is unbiased up to there if it is stochastic, which a
-    momentum needs: to nearest, small changes are always lost.
-
-    Args:
-        block: the largest number of elements that share a scale, or the rule that cuts rows.
-        rounding: ``"nearest"`` or ``"stochastic"``.
-
-    Returns:
-        The codec.
-
-    Raises:
-        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
-        ValueError: if ``block`` is no positive multiple of 4, or ``rounding`` is not one of those.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from microadam_jax.codecs import linear2
-        >>> x = jnp.array([2.0, -3, 0.2, 0])
-        >>> codec = linear2()
-        >>> print(codec.decode(codec.encode(x), x.shape))
-        [ 3. -3.  1. -1.]
-    """
-    rule = block if isinstance(block, Blocks) else Blocks(block, multiple=4)
-    return Scaled(LINEAR2, dataclasses.replace(rule, multiple=4), rounding, deviations=1.5)
-
-
-def linear4(block: int | Blocks = 128, *, signed: bool = True, rounding: str = "nearest") -> Scaled:
-    """Returns 4 bits on evenly spaced numbers.
-
-    Args:
-        block: the largest number of elements that share a scale, or the rule that cuts rows.
-        signed: sixteen numbers from -1 to 1; False: from 1/16 to 1, without zero, so that no
-            second moment vanishes.
-        rounding: ``"nearest"`` or ``"stochastic"``.
-
-    Returns:
-        The codec.
-
-    Raises:
-        TypeError: if ``block`` is neither an integer nor a :class:`Blocks`.
-        ValueError: if ``block`` is not positive and even, or ``rounding`` is not one of those.
-
-    Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), Section 4.1.
-    """
-    return Scaled(LINEAR4 if signed else LINEAR4_UNSIGNED, as_blocks(block), rounding)
-
-
 def as_blocks(block: int | Blocks) -> Blocks:
     """Returns the rule for blocks of at most ``block`` elements, or ``block`` itself.
 
@@ -362,7 +230,7 @@ def largest_magnitudes(block: jax.Array) -> jax.Array:
 def root_mean_square(block: jax.Array, largest: jax.Array) -> jax.Array:
     """The root mean square ``(..., 1)`` of the elements that are not zero, nor padding."""
     relative = block / jnp.where(largest > 0, largest, 1)  # squares of small numbers are zero
-    count = jnp.sum(block != 0, axis=-1, keepdims=True)
+    count = jnp.sum((block != 0).astype(jnp.float32), axis=-1, keepdims=True)
     mean = jnp.sum(jnp.square(relative), axis=-1, keepdims=True) / jnp.maximum(count, 1)
     return largest * jnp.sqrt(mean)
 

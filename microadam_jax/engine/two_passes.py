@@ -18,7 +18,7 @@ from microadam_jax.codecs import Codec, Plain
 from microadam_jax.codecs.float8 import TINY, Float8
 from microadam_jax.codecs.packing import pack_codes
 from microadam_jax.codecs.rounding import dither
-from microadam_jax.codecs.scaled import largest_magnitudes
+from microadam_jax.codecs.scaled import Scaled, largest_magnitudes
 from pallas_kernels.blockwise_codec import moved
 from pallas_kernels.blockwise_codec.reference import Step, codecs_unsupported
 from pallas_kernels.topk_compress.one_reduction import unpacked
@@ -28,8 +28,14 @@ ComputeMoment = Callable[[], jax.Array]
 
 
 def takes(codecs: Sequence[Codec]) -> bool:
-    """True if moments are stored in blocks of codes of 4 or 8 bits, or as they are."""
-    return codecs_unsupported([c for c in codecs if not isinstance(c, Plain)]) is None
+    """True if moments are stored in blocks of codes of 4 or 8 bits, or as they are.
+
+    Not where the scale of a block is a root mean square: it needs the largest magnitude first.
+    """
+    stored = [codec for codec in codecs if not isinstance(codec, Plain)]
+    if any(isinstance(codec, Scaled) and codec.deviations is not None for codec in stored):
+        return False
+    return codecs_unsupported(stored) is None
 
 
 def step(

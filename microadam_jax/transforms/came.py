@@ -101,7 +101,7 @@ def scale_by_came(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from microadam_jax import scale_by_came
+        >>> from microadam_jax.transforms import scale_by_came
         >>> params = {"mlp": {"kernel": jnp.zeros((3, 2))}}
         >>> tx = scale_by_came(b3=0.99)
         >>> state = tx.init(params)

@@ -45,7 +45,8 @@ def blockwise_step(
 
     A kernel keeps what lies between in registers. In interpret mode codes equal the reference's to
     the last bit as far as the moments do, of which compilers may contract a product and a sum. On
-    another device divisions may round otherwise, and a code differ by one.
+    another device divisions may round otherwise, and a code differ by one, as where the scale of a
+    block is a root mean square, whose sum has another order.
 
     Args:
         rule: :math:`f`, from the tuple of float32 moments and that of the inputs to the output and

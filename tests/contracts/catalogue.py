@@ -33,7 +33,7 @@ from microadam_jax import (
     to_dense,
     top_k,
 )
-from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, linear2, rank1_linear4
+from microadam_jax.codecs import affine4, dynamic4, dynamic8, float8, int4, linear2, rank1_linear4
 from microadam_jax.compressors import power_sgd
 from microadam_jax.layout.axes import Axes
 from microadam_jax.layout.subsets import Subsets
@@ -135,6 +135,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adam_mini4bit": {"mu_codec": MU4},
     "lion4bit": {"learning_rate": 1e-3, "mu_codec": MU4},
     "muon8bit": {"mu_codec": MU8},
+    "muon4bit": {"mu_codec": stored(int4(64, rounding="stochastic"))},
+    "muon2bit": {"mu_codec": stored(linear2(64, rounding="stochastic"))},
     "sinkhorn4bit": {"mu_codec": MU4},
     "sinkhorn2bit": {"mu_codec": stored(linear2(64, rounding="stochastic"))},
     "sparse_mfac": {
@@ -159,13 +161,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 # Whose updates depend on norms or maxima that elements share.
 NORMS = (
-    *("adamw4bit", "muon8bit", "sinkhorn4bit", "sinkhorn2bit"),
+    *("adamw4bit", "muon8bit", "muon4bit", "muon2bit", "sinkhorn4bit", "sinkhorn2bit"),
     *("fira", "apollo", "apollo_mini", "snsm"),
 )
 # Whose composition is that of another; their numbers need a look of their own.
 ALIKE = (
     *("adamw4bit_factored", "adamw_fp8", "adam_mini8bit", "sparse_ggt", "mfac"),
     *("fira", "apollo", "apollo_mini", "dct_adamw", "sinkhorn2bit"),
+    *("muon4bit", "muon2bit"),
 )
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from microadam_jax import Blocks, adam_mini, adam_sn, adamw8bit, quantize_state, run_with
-from microadam_jax.codecs import dynamic4, dynamic8, float8, linear4
+from microadam_jax.codecs import dynamic4, dynamic8, float8, int4, linear4
 from pallas_kernels.blockwise_codec import blockwise_step
 from tests.pallas_kernels.blocks_of_every_kind import KINDS, blocks_of
 
@@ -110,6 +110,21 @@ def test_blocks_between_registers(shape: tuple[int, ...], size: int) -> None:
 def test_eight_bit_floats_between_registers() -> None:
     codecs = float8("e4m3", expansion=True), float8("e5m2", expansion=False, rounding="stochastic")
     agree(*moments_of((37, 344)), codecs, ("mosaic_tpu",))
+
+
+@pytest.mark.parametrize("shape", [(37, 1024), (5, 344)], ids=["128", "86"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scales_of_root_mean_squares(shape: tuple[int, ...], kernel: str) -> None:
+    """Sums of another order differ by a last bit, and then few codes do."""
+    inputs, stored = moments_of(shape)
+    codecs = int4(), int4(rounding="stochastic")
+    step = functools.partial(run, keep, codecs, inputs, [stored] * 2)
+    found = step(implementation=kernel, interpret=True)
+    expected = step(implementation="xla")
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for (codes, scales), (others, wanted) in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(scales, wanted, rtol=1e-6)
+        assert np.mean(codes != others) < 1e-3
 
 
 def test_several_tiles() -> None:

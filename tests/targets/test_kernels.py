@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from microadam_jax import top_k
-from microadam_jax.codecs import dynamic4, dynamic8, float8
+from microadam_jax.codecs import dynamic4, dynamic8, float8, int4
 from pallas_kernels.blockwise_codec import blockwise_step
 from pallas_kernels.topk_compress import topk_compress
 from pallas_kernels.window_update import window_apply, window_update
@@ -21,6 +21,7 @@ MOVED = re.compile(r" = (\w+\[\d\S*) (?:copy|transpose)\(")  # arrays; a scalar 
 INTEGERS = dynamic8(keep_sign=True), dynamic4(rounding="stochastic")
 BYTES = dynamic8(keep_sign=True), dynamic8(signed=False, rounding="stochastic")
 NIBBLES = dynamic4(), dynamic4(rounding="stochastic")
+CUT = int4(), int4(rounding="stochastic")
 FLOATS = float8("e4m3", expansion=True), float8("e5m2", rounding="stochastic", expansion=True)
 
 
@@ -197,8 +198,8 @@ def test_blockwise_codec_of_eight_bit_floats_on_every_tpu(tpu: Mesh) -> None:
 @pytest.mark.parametrize("tpu", ["v5e", "v6e"], indirect=True)
 @pytest.mark.parametrize(
     ("n", "codecs"),
-    [(11008, BYTES), (11008, NIBBLES), (4096, FLOATS)],
-    ids=["8 bits", "4 bits", "floats"],
+    [(11008, BYTES), (11008, NIBBLES), (4096, FLOATS), (2048, CUT)],
+    ids=["8 bits", "4 bits", "floats", "root mean squares"],
 )
 def test_blockwise_codec_on_rows_of_models(tpu: Mesh, n: int, codecs: Any) -> None:
     # Scales of 128 blocks fill lanes, and are turned; nothing else is.
@@ -208,8 +209,8 @@ def test_blockwise_codec_on_rows_of_models(tpu: Mesh, n: int, codecs: Any) -> No
 
 @pytest.mark.parametrize(
     ("shape", "codecs"),
-    [((512, 1024), INTEGERS), ((64, 11008), INTEGERS), ((37, 601), FLOATS)],
-    ids=["blocks of 256", "blocks of 172", "padded floats"],
+    [((512, 1024), INTEGERS), ((64, 11008), INTEGERS), ((37, 601), FLOATS), ((64, 5504), CUT)],
+    ids=["blocks of 256", "blocks of 172", "padded floats", "root mean squares"],
 )
 def test_blockwise_codec_on_h200_is_in_place(
     h200: Mesh, shape: tuple[int, ...], codecs: Any

@@ -14,12 +14,14 @@ from microadam_jax import (
     adam_mini8bit,
     fused_apply,
     memory_report,
+    muon2bit,
+    muon4bit,
     muon8bit,
     sinkhorn2bit,
     sinkhorn4bit,
     state_format,
 )
-from microadam_jax.codecs import dynamic8, linear2
+from microadam_jax.codecs import dynamic4, dynamic8, int4, linear2
 from microadam_jax.subspace import Matrices
 from microadam_jax.transforms import scale_by_muon, scale_by_sinkhorn
 from tests.oracles.low_bit import dynamic_map, scaled
@@ -168,7 +170,7 @@ def test_rows_and_columns_of_zeros_stay_zeros() -> None:
         np.testing.assert_array_equal(updates["kernel"] == 0, g == 0)
 
 
-@pytest.mark.parametrize("factory", [muon8bit, sinkhorn4bit, sinkhorn2bit])
+@pytest.mark.parametrize("factory", [muon8bit, muon4bit, sinkhorn4bit, sinkhorn2bit])
 def test_layers_of_a_stack_go_one_after_another(factory: Any) -> None:
     """With the temporaries of one of them."""
     layers, shape = 32, (64, 256)
@@ -190,14 +192,56 @@ def test_a_step_that_applies_its_update() -> None:
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
-def test_two_bits_are_another_codec_and_a_shorter_memory() -> None:
+@pytest.mark.parametrize(
+    ("few", "more", "beta", "codec"),
+    [
+        (sinkhorn2bit, sinkhorn4bit, 0.9, linear2),
+        (muon2bit, muon8bit, 0.8, linear2),
+        (muon4bit, muon8bit, 0.9, int4),
+    ],
+    ids=["sinkhorn2bit", "muon2bit", "muon4bit"],
+)
+def test_fewer_bits_are_another_codec_and_a_shorter_memory(
+    few: Any, more: Any, beta: float, codec: Any
+) -> None:
     params = {"kernel": jnp.ones((64, 256))}
     grads = jax.tree.map(jnp.cos, params)
-    two, codec = sinkhorn2bit(0.1), linear2(rounding="stochastic")
-    updates, state = two.update(grads, two.init(params), params)
-    four = sinkhorn4bit(0.1, beta=0.9, mu_codec=codec)
-    expected = four.update(grads, four.init(params), params)
-    jax.tree.map(np.testing.assert_array_equal, (updates, state), expected)
+    tx, other = few(0.1), more(0.1, beta=beta, mu_codec=codec(rounding="stochastic"))
+    found = tx.update(grads, tx.init(params), params)
+    expected = other.update(grads, other.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_four_bits_leave_dead_columns_alone() -> None:
+    params = {"kernel": jnp.ones((64, 256))}
+    grads = {"kernel": jax.random.normal(jax.random.key(0), (64, 256)).at[:, ::3].set(0)}
+    tx = muon4bit(0.1)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+    assert not updates["kernel"][:, ::3].any()
+    assert updates["kernel"][:, 1::3].all()
+
+
+def test_noise_of_four_bits_turns_an_update_less_on_even_and_cut_steps() -> None:
+    shape = (96, 160)
+
+    def turned(codec: Any) -> jax.Array:
+        tx = scale_by_muon(mu_codec=codec)
+        state, update = tx.init({"kernel": jnp.zeros(shape)}), jax.jit(tx.update)
+        signal, *keys = jax.random.split(jax.random.key(1), 30)
+        for key in keys:
+            g = jax.random.normal(signal, shape) + 3 * jax.random.t(key, 3, shape)
+            updates, state = update({"kernel": g}, state)
+        return updates["kernel"] / jnp.linalg.norm(updates["kernel"])
+
+    def share_of_noise(codec: Any) -> float:
+        return 1 - float(jnp.vdot(turned(codec), exact)) ** 2
+
+    exact = turned("float32")
+    even = share_of_noise(int4(rounding="stochastic"))
+    assert even < 0.9 * share_of_noise(int4(rounding="stochastic", deviations=None))
+    assert even < 0.8 * share_of_noise(dynamic4(rounding="stochastic"))
 
 
 def test_a_state_of_other_matrices_is_refused() -> None:

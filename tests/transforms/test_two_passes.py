@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from microadam_jax.codecs import Plain, dynamic4, dynamic8, float8, linear4
+from microadam_jax.codecs import Plain, dynamic4, dynamic8, float8, int4, linear2, linear4
 from microadam_jax.codecs.rank1 import rank1_linear4
-from microadam_jax.codecs.scaled import linear2
 from microadam_jax.engine import two_passes
 from pallas_kernels.blockwise_codec import step
 from tests.contracts.meshes import collectives, mesh_of
@@ -84,6 +83,8 @@ def test_what_is_not_finite_stays_in_its_block(codecs: Any, bad: float) -> None:
 def test_takes_blocks_of_4_and_8_bits() -> None:
     assert all(map(two_passes.takes, PAIRS.values()))
     assert not two_passes.takes((linear2(), dynamic8()))
+    assert not two_passes.takes((int4(),))
+    assert two_passes.takes((int4(deviations=None),))
     assert not two_passes.takes((dynamic8(), rank1_linear4()))
 
 
