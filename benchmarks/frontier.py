@@ -6,7 +6,6 @@ All have the same learning rate for embeddings and norms, the best for AdamW, an
 a few for its matrices: most of what is published as a gain over AdamW is the ratio of the two.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -14,7 +13,6 @@ import optax
 
 from benchmarks.sweep import Trial, sweep
 from microadam_jax import (
-    Storage,
     adagrad_sn,
     adam_mini,
     adam_mini4bit,
@@ -41,14 +39,9 @@ from microadam_jax import (
     sinkhorn4bit,
     snsm,
 )
-from microadam_jax.codecs import dynamic4, int4, linear2, linear4
 
 OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
 RANK, EVERY = 32, 50
-TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
-EVEN_FOUR = linear4(rounding="stochastic")
-CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
-INT_FOUR = int4(rounding="stochastic")
 
 
 def evenly(
@@ -107,28 +100,6 @@ TRIALS: dict[str, Trial] = {
     "dct_adamw": evenly(dct_adamw, ADAM, rank=RANK),
     # Its updates have a scale of their own: one rate for all parameters.
     "adagrad_sn": Trial(adagrad_sn, (1e-2, 3e-2, 1e-1)),
-    # The search: what was tried and is no optimizer of the library.
-    "Sinkhorn, float32": evenly(sinkhorn4bit, ADAM, mu_codec="float32"),
-    "Sinkhorn, float32, beta = 0.8": evenly(sinkhorn4bit, ADAM, beta=0.8, mu_codec="float32"),
-    "Sinkhorn, 4 bits to nearest": evenly(sinkhorn4bit, ADAM, mu_codec="dynamic4"),
-    "Sinkhorn, 2 bits, beta = 0.8": evenly(sinkhorn2bit, ADAM, beta=0.8),
-    "Sinkhorn, 2 bits, 4 for embeddings and head": evenly(
-        sinkhorn2bit, ADAM, mu_codec=Storage(TWO, rules=[(".*(embedding|head).*", FOUR)])
-    ),
-    "Muon, 4 bits": evenly(muon8bit, MUON, mu_codec=FOUR),
-    "Muon, even 4 bits": evenly(muon8bit, MUON, mu_codec=EVEN_FOUR),
-    "Muon, even 4 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9, mu_codec=EVEN_FOUR),
-    "Muon, even 4 bits, cut": evenly(muon8bit, MUON, mu_codec=CUT_FOUR),
-    "Muon, even 4 bits, cut, beta = 0.9": evenly(muon8bit, MUON, beta=0.9, mu_codec=CUT_FOUR),
-    "Muon, int4, beta = 0.95": evenly(muon4bit, MUON, beta=0.95),
-    "Muon, 8 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9),
-    "Muon, 2 bits, beta = 0.9": evenly(muon2bit, MUON, beta=0.9),
-    "Sinkhorn, int4, beta = 0.9": evenly(sinkhorn4bit, ADAM, beta=0.9, mu_codec=INT_FOUR),
-    "Adam-mini, int4": evenly(adam_mini4bit, ADAM, mu_codec=INT_FOUR),
-    "Adam-mini, 2 bits": evenly(adam_mini4bit, ADAM, mu_codec=TWO),
-    "Adam-mini, 2 bits, b1 = 0.8": evenly(adam_mini4bit, ADAM, mu_codec=TWO, b1=0.8),
-    "Adam, factored, 2 bits": evenly(adamw4bit_factored, ADAM, mu_codec=TWO),
-    "Adam, m in 8 bits, v in 4": evenly(adamw4bit, ADAM, mu_codec="dynamic8"),
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Trains with what was tried beside the methods: what their papers have, other bits, other shapes.
+
+python -m benchmarks.variants --out benchmarks/results/low_bits.csv --settings AdamW ...
+
+One file for each page that shows some of them, beside the same AdamW as on the frontier.
+"""
+
+import dataclasses
+import functools
+
+import optax
+
+from benchmarks import frontier
+from benchmarks.frontier import ADAM, EVERY, MUON, NORMS, RANK, evenly
+from benchmarks.sweep import Trial, sweep
+from examples.llama.config import Config
+from microadam_jax import (
+    Matrices,
+    MicroAdamLayout,
+    Partition,
+    Refresh,
+    Storage,
+    Window,
+    adam_mini,
+    adam_mini4bit,
+    adam_sn,
+    adamw4bit,
+    adamw4bit_factored,
+    adamw_fp8,
+    error_feedback,
+    grass,
+    ldadam,
+    microadam,
+    muon2bit,
+    muon4bit,
+    muon8bit,
+    sinkhorn2bit,
+    sinkhorn4bit,
+    snsm,
+    to_dense,
+    top_k,
+)
+from microadam_jax.codecs import affine4, dynamic4, int4, linear2, linear4
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.layout.subsets import Subsets
+from microadam_jax.subspace import Discard, sampled_rows, top_k_rows
+
+TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
+EVEN_FOUR = linear4(rounding="stochastic")
+CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
+INT_FOUR = int4(rounding="stochastic")
+BY_HEAD = Partition(transformer_rules(heads=Config().heads))
+ROWS = Matrices(side="larger", square="out")
+
+
+def window_of(k: int, window: int) -> MicroAdamLayout:
+    """``k`` of 256 elements, that many rows, 4-bit buckets of 256."""
+    return MicroAdamLayout(top_k(density=k / 256), affine4(), Window(window))
+
+
+def sign_of_top_k(
+    rate: optax.Schedule, weight_decay: float, k: int
+) -> optax.GradientTransformation:
+    """Error feedback and the sign: what a window of one comes to, without keeping it."""
+    del weight_decay
+    return optax.chain(
+        error_feedback(top_k(density=k / 256)),
+        to_dense(),
+        optax.scale_by_sign(),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+SETTINGS: dict[str, Trial] = {
+    "AdamW": frontier.TRIALS["AdamW"],
+    "AdamW, one rate for all": Trial(functools.partial(optax.adamw, weight_decay=0.0), ADAM),
+    # The search for the lowest loss.
+    "Sinkhorn, float32": evenly(sinkhorn4bit, ADAM, mu_codec="float32"),
+    "Sinkhorn, float32, beta = 0.8": evenly(sinkhorn4bit, ADAM, beta=0.8, mu_codec="float32"),
+    "Sinkhorn, 4 bits to nearest": evenly(sinkhorn4bit, ADAM, mu_codec="dynamic4"),
+    "Sinkhorn, 2 bits, beta = 0.8": evenly(sinkhorn2bit, ADAM, beta=0.8),
+    "Sinkhorn, 2 bits, 4 for embeddings and head": evenly(
+        sinkhorn2bit, ADAM, mu_codec=Storage(TWO, rules=[(".*(embedding|head).*", FOUR)])
+    ),
+    "Muon, 4 bits": evenly(muon8bit, MUON, mu_codec=FOUR),
+    "Muon, even 4 bits": evenly(muon8bit, MUON, mu_codec=EVEN_FOUR),
+    "Muon, even 4 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9, mu_codec=EVEN_FOUR),
+    "Muon, even 4 bits, cut": evenly(muon8bit, MUON, mu_codec=CUT_FOUR),
+    "Muon, even 4 bits, cut, beta = 0.9": evenly(muon8bit, MUON, beta=0.9, mu_codec=CUT_FOUR),
+    "Muon, int4, beta = 0.95": evenly(muon4bit, MUON, beta=0.95),
+    "Muon, 8 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9),
+    "Muon, 2 bits, beta = 0.9": evenly(muon2bit, MUON, beta=0.9),
+    "Sinkhorn, int4, beta = 0.9": evenly(sinkhorn4bit, ADAM, beta=0.9, mu_codec=INT_FOUR),
+    "Adam-mini, int4": evenly(adam_mini4bit, ADAM, mu_codec=INT_FOUR),
+    "Adam-mini, 2 bits": evenly(adam_mini4bit, ADAM, mu_codec=TWO),
+    "Adam-mini, 2 bits, b1 = 0.8": evenly(adam_mini4bit, ADAM, mu_codec=TWO, b1=0.8),
+    "Adam, factored, 2 bits": evenly(adamw4bit_factored, ADAM, mu_codec=TWO),
+    "Adam, m in 8 bits, v in 4": evenly(adamw4bit, ADAM, mu_codec="dynamic8"),
+    # Other bits.
+    "AdamW, FP8, not expanded": evenly(adamw_fp8, ADAM, mu_codec="e4m3", nu_codec="e4m3"),
+    "AdamW, 4 bits, v in blocks": evenly(adamw4bit, ADAM, nu_codec="linear4_unsigned"),
+    "AdamW, 4 bits, m to nearest": evenly(adamw4bit, ADAM, mu_codec="dynamic4"),
+    "Adam-mini, 4 bits to nearest": evenly(adam_mini4bit, ADAM, mu_codec="dynamic4"),
+    "Adam-mini, even 4 bits": evenly(adam_mini4bit, ADAM, mu_codec=EVEN_FOUR),
+    "Adam-mini, 4 bits, blocks of 64": evenly(
+        adam_mini4bit, ADAM, mu_codec=dynamic4(64, rounding="stochastic")
+    ),
+    # Other blocks of second moments.
+    "Adam-mini, query and key by head": evenly(adam_mini, ADAM, partition=BY_HEAD),
+    "AdamSN, means": evenly(adam_sn, ADAM, subsets=Subsets(reduction="mean")),
+    # Other subspaces.
+    "SNSM, momentum kept": evenly(
+        snsm, NORMS, rank=RANK, update_interval=Refresh(EVERY, first=0, moments="keep")
+    ),
+    "SNSM, momentum rotated": evenly(
+        snsm, NORMS, rank=RANK, update_interval=Refresh(EVERY, moments="rotate_first")
+    ),
+    "SNSM, largest rows": evenly(
+        snsm, NORMS, update_interval=EVERY, subspace=top_k_rows(RANK), matrices=ROWS
+    ),
+    "Grass, sampled rows": evenly(grass, ADAM, subspace=sampled_rows(RANK), update_interval=EVERY),
+    "LDAdam, no feedback": evenly(ldadam, ADAM, rank=RANK, complement=Discard()),
+    # Other windows and densities.
+    "MicroAdam, paper": evenly(microadam, ADAM, layout="paper"),
+    "MicroAdam, k = 3, window 10": evenly(microadam, ADAM, layout=window_of(3, 10)),
+    "MicroAdam, k = 10, window 3": evenly(microadam, ADAM, layout=window_of(10, 3)),
+    "MicroAdam, k = 15, window 2": evenly(microadam, ADAM, layout=window_of(15, 2)),
+    "MicroAdam, k = 30, window 1": evenly(microadam, ADAM, layout=window_of(30, 1)),
+    "sign of k = 30, no window": evenly(sign_of_top_k, ADAM, k=30),
+}
+
+if __name__ == "__main__":
+    sweep(__doc__.splitlines()[0], SETTINGS | frontier.TRIALS)
