@@ -153,8 +153,11 @@ def clear(config: Config, labels: Iterable[str]) -> None:
     """Removes what an earlier run left in the directory of results.
 
     Raises:
-        PretrainError: If that run was interrupted, and is not to be overwritten.
+        PretrainError: If that run was interrupted, and is not to be overwritten, or the directory
+            is a file.
     """
+    if config.out.exists() and not config.out.is_dir():
+        raise PretrainError(f"--out {config.out} is a file; give a directory for the results.")
     summary = config.out / "summary.csv"
     interrupted = any(config.out.glob("*/checkpoints/*")) and not summary.exists()
     if interrupted and not config.overwrite:

@@ -241,6 +241,13 @@ def test_mistakes_leave_no_files(flags: str, sentence: str, tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
+def test_results_do_not_go_into_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "results"
+    file.touch()
+    with pytest.raises(PretrainError, match=r"--out .*results is a file; give a directory"):
+        run([*SMALL, "--out", str(file)])
+
+
 def test_a_damaged_configuration_is_one_sentence(tmp_path: Path) -> None:
     for text in "{}", '{"opt":':
         (tmp_path / "config.json").write_text(text)
