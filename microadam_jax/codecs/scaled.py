@@ -155,10 +155,13 @@ class Scaled(RowByRow):
     @functools.partial(jax.jit, static_argnums=0)
     def measure(self, block: jax.Array) -> tuple[jax.Array]:
         """Returns the scales ``(..., 1)`` of blocks ``(..., size)``; NaN if not finite."""
-        scale = largest_magnitudes(block)
-        if self.deviations is not None:
-            scale = jnp.minimum(self.deviations * root_mean_square(block, scale), scale)
-        return self.scales_of(scale)
+        largest = largest_magnitudes(block)
+        return self.scales_of(largest if self.deviations is None else self.cut(block, largest))
+
+    def cut(self, block: jax.Array, largest: jax.Array) -> jax.Array:
+        """Returns the root mean squares to cut at, or the largest magnitudes if those are less."""
+        assert self.deviations is not None
+        return jnp.minimum(self.deviations * root_mean_square(block, largest), largest)
 
     def scales_of(self, largest: jax.Array) -> tuple[jax.Array]:
         """Returns the scales of blocks, from their largest magnitudes."""

@@ -3,7 +3,7 @@
 XLA has no kernel in which what a reduction gives is read by elements of the same array: it writes
 the moments, and reads them again. Here the second pass computes them again from their codes, and
 so does each array in it: XLA fuses what has one reader, however long it takes, and then joins the
-kernels that read the same arrays.
+kernels that read the same arrays. Scales of root mean squares take a pass between the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,22 +20,15 @@ from microadam_jax.codecs.packing import pack_codes
 from microadam_jax.codecs.rounding import dither
 from microadam_jax.codecs.scaled import Scaled, largest_magnitudes
 from pallas_kernels.blockwise_codec import moved
-from pallas_kernels.blockwise_codec.reference import Step, codecs_unsupported
-from pallas_kernels.topk_compress.one_reduction import unpacked
+from pallas_kernels.blockwise_codec.reference import Step
 
 Arrays = tuple[jax.Array, ...]
 ComputeMoment = Callable[[], jax.Array]
 
 
 def takes(codecs: Sequence[Codec]) -> bool:
-    """True if moments are stored in blocks of codes of 4 or 8 bits, or as they are.
-
-    Not where the scale of a block is a root mean square: it needs the largest magnitude first.
-    """
-    stored = [codec for codec in codecs if not isinstance(codec, Plain)]
-    if any(isinstance(codec, Scaled) and codec.deviations is not None for codec in stored):
-        return False
-    return codecs_unsupported(stored) is None
+    """True if moments are stored in blocks of codes, or as they are."""
+    return all(isinstance(codec, Plain) or hasattr(codec, "codes_of") for codec in codecs)
 
 
 def step(
@@ -56,13 +49,13 @@ def step(
         inputs: the gradient, and arrays that broadcast against it.
         keys: for each codec a typed random key, or None if it draws no random numbers.
     """
-    moments = _Again(rule, codecs, encoded, inputs).moments()
-    found = tuple(map(_extremes, codecs, moments))
-    # The second pass shall not read what the first has written.
-    found, encoded, inputs = jax.lax.optimization_barrier((found, tuple(encoded), tuple(inputs)))
     again = _Again(rule, codecs, encoded, inputs)
-    new = tuple(map(_stored, codecs, again.moments(), found, encoded, keys))
-    return again()[0], new
+    found = again.read(_extremes)
+    if any(map(_cuts, codecs)):
+        again, found = again.after(found)
+        found = again.read(_cut, found)
+    again, found = again.after(found)
+    return again()[0], again.read(_stored, found, again.encoded, keys)
 
 
 class _Again:
@@ -87,9 +80,17 @@ class _Again:
         codecs = [_Decoder(codec, zero) for codec in self.codecs]
         return moved(self.rule, codecs, self.encoded, self.inputs)
 
-    def moments(self) -> list[ComputeMoment]:
-        """Returns for each moment a function that computes it."""
-        return [lambda i=i: self()[1 + i] for i in range(len(self.codecs))]
+    def read(self, function: Callable[..., Any], *each: Sequence[Any]) -> tuple[Any, ...]:
+        """What a function makes of each codec, its moment's computation, and one of ``each``."""
+        moments = [lambda i=i: self()[1 + i] for i in range(len(self.codecs))]
+        return tuple(map(function, self.codecs, moments, *each))
+
+    def after(self, found: Any) -> tuple["_Again", Any]:
+        """The next pass, which shall not read what this one wrote, and what this one found."""
+        found, encoded, inputs = jax.lax.optimization_barrier(
+            (found, tuple(self.encoded), tuple(self.inputs))
+        )
+        return _Again(self.rule, self.codecs, encoded, inputs), found
 
 
 class _Decoder(NamedTuple):
@@ -106,7 +107,7 @@ class _Decoder(NamedTuple):
             return codec.decode(encoded._replace(codes=encoded.codes ^ self.zero), shape)
         codes, *scales = encoded
         layout = codec.blocks.layout(shape[-1] if shape else 1)
-        codes = unpacked(as_blocks_of(codes, layout.count)) ^ self.zero
+        codes = _unpacked(as_blocks_of(codes, layout.count), codec.bits) ^ self.zero
         return merge(codec.values_of(codes, [x[..., None] for x in scales]), layout, shape)
 
 
@@ -122,6 +123,19 @@ def _extremes(codec: Any, moment: ComputeMoment) -> Arrays:
     largest = largest_magnitudes(block())
     expands = isinstance(codec, Float8) and codec.expansion
     return (largest, _smallest(block())) if expands else (largest,)
+
+
+def _cuts(codec: Any) -> bool:
+    """True if the scale of a block is a number of root mean squares."""
+    return isinstance(codec, Scaled) and codec.deviations is not None
+
+
+def _cut(codec: Any, moment: ComputeMoment, extremes: Arrays) -> Arrays:
+    """Returns scales in place of the largest magnitudes, where they may be smaller."""
+    if not _cuts(codec):
+        return extremes
+    x = moment()
+    return (codec.cut(split(x, codec.blocks.layout_of(x)), *extremes),)
 
 
 def _smallest(block: jax.Array) -> jax.Array:
@@ -150,9 +164,16 @@ def _stored(
     else:
         codes = codec.codes_of(block, scales, xi)
     codes = codes.astype(jnp.uint8)
-    if codec.bits == 4:
-        # A kernel of XLA writes arrays of one size, and bytes are half as many.
+    if codec.bits < 8:
+        # A kernel of XLA writes arrays of one size, and bytes are fewer.
         codes = jax.lax.optimization_barrier(codes)
-        codes = pack_codes(jnp.split(codes, 2, axis=-1))
+        codes = pack_codes(jnp.split(codes, 8 // codec.bits, axis=-1))
     new = zip(scales, before[1:], strict=True)
     return type(before)(as_row(codes), *(s[..., 0].astype(old.dtype) for s, old in new))
+
+
+def _unpacked(packed: jax.Array, bits: int) -> jax.Array:
+    """The codes of bytes; not joined from parts, which a fusion would write."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    parts = (packed[..., None, :] >> shifts) & np.uint8((1 << bits) - 1)
+    return parts.reshape(*packed.shape[:-1], -1)

@@ -20,6 +20,9 @@ from benchmarks.scale import build
         ("adamw8bit", 1.42, 14),
         ("adam_mini4bit", 1.43, 19),
         ("adamw_fp8", 1.48, 20),
+        # With the products of five rounds; a loop over chunks would have 600 launches.
+        ("muon4bit", 23.1, 49),
+        ("muon2bit", 23.7, 50),
     ],
 )
 def test_a_step_moves_no_more_than_it_did(
