@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.arguments import if_traced
-from microadam_jax.sharding import explicit_sharding, shards_along
+from microadam_jax.sharding import explicit_sharding, replicated, shards_along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,8 @@ def split(x: jax.Array, layout: BlockLayout) -> jax.Array:
     """
     if x.ndim == 0:
         x = x[None]
+    if x.size == 0:
+        x = replicated(x)
     sharding = explicit_sharding(x)
     if sharding and layout.count % shards_along(sharding.mesh, sharding.spec[-1]):
         raise ValueError(

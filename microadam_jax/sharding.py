@@ -1,7 +1,8 @@
 """State arrays that are placed as their parameter is."""
 
+import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import (
 from jax.typing import DTypeLike
 
 from microadam_jax.execution import scope
-from microadam_jax.trees import KeyPath, owner_of
+from microadam_jax.trees import KeyPath, is_compressed, owner_of
 
 
 def state_zeros(
@@ -61,6 +62,22 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) 
     return zeros
 
 
+def shapes_of(function: Callable[..., Any], *arguments: Any) -> list[jax.ShapeDtypeStruct]:
+    """What a function returns, with shardings, which ``jax.eval_shape`` drops beside an Auto axis.
+
+    Args:
+        function: from arrays to some.
+        *arguments: of it.
+    """
+    return [shape_of_type(x) for x in jax.make_jaxpr(function)(*arguments).out_avals]
+
+
+def shape_of_type(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array's type, and its sharding if it is part of that."""
+    sharding = x.sharding if any(x.sharding.spec) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def require_whole(
     parameter: jax.Array | jax.ShapeDtypeStruct, blocked_shape: tuple[int, ...]
 ) -> None:
@@ -76,15 +93,15 @@ def require_whole(
     sharding = known_sharding(parameter)
     if not isinstance(sharding, NamedSharding):
         return
-    try:
-        sharding.shard_shape(blocked_shape)
-    except ValueError as error:
+    # JAX's own ``shard_shape`` takes no mesh with manual axes.
+    pieces = [shards_along(sharding.mesh, entry) for entry in sharding.spec]
+    if any(size % count for size, count in zip(blocked_shape, pieces, strict=False)):
         raise ValueError(
             f"A parameter of shape {parameter.shape} is sharded as {sharding.spec} over "
             f"{dict(sharding.mesh.shape)}, which does not divide its state of shape "
             f"{blocked_shape}. Shard another axis, or give the block rule the number of shards "
             "of the last axis: Blocks(shards=...)."
-        ) from error
+        )
 
 
 def moment_zeros(
@@ -254,6 +271,59 @@ def shards_along(mesh: Mesh | AbstractMesh, entry: Any) -> int:
     """Into how many pieces an entry of a ``PartitionSpec`` cuts its axis."""
     names = entry if isinstance(entry, tuple) else (entry,)
     return math.prod(mesh.shape[name] for name in names if name)
+
+
+def cut_as_states(tree: Any, state: Any) -> Any:
+    """Updates or parameters, cut where mesh axes are Explicit as the state arrays are.
+
+    With ZeRO-1 a gradient is on each device what the state is a part of. To cut it first costs
+    nothing, and no step has to mix the two.
+    """
+    cut = [
+        (path, sharding)
+        for path, x in jax.tree.leaves_with_path(state)
+        if (sharding := explicit_sharding(x)) is not None
+    ]
+    if not cut:
+        return tree
+    paths = {path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_compressed)}
+    found: dict[KeyPath, list[NamedSharding]] = {}
+    for path, sharding in cut:
+        if (owner := owner_of(path, paths)) is not None:
+            found.setdefault(owner, []).append(sharding)
+
+    def placed(path: KeyPath, leaf: Any) -> Any:
+        of_state = found.get(path, ())
+        return jax.tree.map(lambda x: _cut_further(x, of_state), leaf)
+
+    return jax.tree.map_with_path(placed, tree, is_leaf=is_compressed)
+
+
+def _cut_further(x: Any, shardings: Sequence[NamedSharding]) -> Any:
+    """An array cut as others that have its axes, and perhaps more after them."""
+    if not isinstance(x, jax.Array):
+        return x
+    own = explicit_sharding(x)
+    before = [None] * x.ndim if own is None else [*own.spec]
+    spec = before
+    for sharding in shardings:
+        spec = [
+            _finer(spec, *entries)
+            for entries in itertools.zip_longest(spec, sharding.spec[: x.ndim])
+        ]
+    if spec == before:
+        return x
+    mesh = shardings[0].mesh
+    return jax.sharding.reshard(x, fitted(NamedSharding(mesh, PartitionSpec(*spec)), x.shape))
+
+
+def _finer(spec: Sequence[Any], own: Any, entry: Any) -> Any:
+    """The entry of an axis that cuts it further, unless another axis is cut along that."""
+    own_names, names = (x if isinstance(x, tuple) else (x,) * (x is not None) for x in (own, entry))
+    added = names[len(own_names) :]
+    taken = {name for x in spec for name in (x if isinstance(x, tuple) else (x,))}
+    finer = names[: len(own_names)] == own_names and added and not taken & {*added}
+    return entry if finer else own
 
 
 def unused_state(parameter: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:

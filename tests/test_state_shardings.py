@@ -23,7 +23,15 @@ from microadam_jax import (
     state_shardings,
 )
 from microadam_jax.methods import METHODS
-from tests.contracts.catalogue import ENTRIES, SPECS, VARIANTS, Entry, gradients, parameters
+from tests.contracts.catalogue import (
+    ENTRIES,
+    SPECS,
+    VARIANTS,
+    Entry,
+    gradients,
+    marks_of,
+    parameters,
+)
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 ALL = ENTRIES | VARIANTS
@@ -153,6 +161,51 @@ class TestZero:
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
         # Scales may be rounded otherwise in another program; codes are the same.
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, expected)
+
+
+AS_MARKED = [pytest.param(name, marks=marks_of(name)) for name in ALL]
+
+
+@pytest.mark.parametrize("name", AS_MARKED)
+def test_zero_on_explicit_axes(name: str) -> None:
+    """A gradient is whole in its type there, and the state is cut."""
+    tx, params = ALL[name].make(), parameters()
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    placed = on(mesh, jax.tree.map(lambda _: P(), params))
+    where = state_shardings(tx, params, placed, zero_axis="data")
+    grads = gradients(params)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(params, placed)
+        state = jax.jit(tx.init, out_shardings=where)(given)
+        step = jax.jit(tx.update, out_shardings=(placed, where))
+        updates, after = step(jax.device_put(grads, placed), state, given)
+    assert jax.tree.map(lambda leaf: leaf.sharding, after) == where
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), updates, expected
+    )
+
+
+@pytest.mark.parametrize("name", AS_MARKED)
+@pytest.mark.parametrize("manual", [False, True], ids=["auto", "manual"])
+def test_an_auto_or_manual_axis_beside_an_explicit_one(name: str, manual: bool) -> None:
+    """Many of JAX's functions know shardings of types only if all axes are Explicit."""
+    tx, params = ALL[name].make(), parameters()
+    axes = (AxisType.Explicit if manual else AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((2, 2), ("data", "tp"), axis_types=axes, devices=jax.devices()[:4])
+    specs = jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), "tp") if x.size > 256 else P(), params)
+    grads = gradients(params)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        given, g = (jax.device_put(tree, on(mesh, specs)) for tree in (params, grads))
+        state = jax.jit(tx.init)(given)
+        update = lambda g, state, params: tx.update(g, state, params)[0]  # noqa: E731
+        if manual:
+            update = jax.shard_map(update, in_specs=P(), out_specs=P(), axis_names={"data"})
+        updates = jax.jit(update)(g, state, given)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), updates, expected
+    )
 
 
 def test_states_in_host_memory_are_fetched_for_the_step() -> None:

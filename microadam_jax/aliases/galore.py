@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
@@ -274,12 +275,16 @@ def apollo(
 
     Reference: Zhu et al., APOLLO (MLSys 2025, arXiv 2412.05270).
     """
+    # A number stays one of Python: a JAX array would belong to the mesh or the trace around this.
+    root = (
+        jnp.sqrt(scale) if isinstance(scale, jax.Array) else np.sqrt(np.asarray(scale, np.float32))
+    )
     return galore(
         learning_rate,
         b1,
         b2,
         eps,
-        jnp.sqrt(scale),
+        root,
         weight_decay,
         mask,
         update_interval=update_interval,

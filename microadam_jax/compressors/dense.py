@@ -50,7 +50,8 @@ class Dense:
     def combine(self, window: tuple[jax.Array, jax.Array], coefficients: jax.Array) -> jax.Array:
         """Returns the sum of the rows, each times its coefficient."""
         rows = window[0].astype(jnp.float32)
-        return jnp.sum(rows * coefficients[:, None], axis=(-2, -1))
+        own = coefficients.reshape((1,) * (rows.ndim - 2) + (-1, 1))
+        return jnp.sum(rows * own, axis=(-2, -1))
 
     def with_bypass(self, update: jax.Array) -> jax.Array:
         """Returns ``update``: nothing bypasses."""

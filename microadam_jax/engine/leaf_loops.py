@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from microadam_jax.codecs.rounding import Rows
 from microadam_jax.engine.chunks import CACHED, Chunks
-from microadam_jax.sharding import explicit_sharding
+from microadam_jax.sharding import explicit_sharding, shapes_of
 
 PIECE = 2**18  # elements of a piece at least: fewer take no longer than to launch an operation
 PIECES = 256  # of a large tree, about
@@ -256,10 +256,10 @@ def in_place(update: Callable[[T], T], before: T, position: jax.Array) -> T:
 
 def _in_a_pass(condition: jax.Array, compute: Callable[[], Arrays]) -> Arrays:
     """``compute()`` in a branch, which is always taken."""
-    shapes = jax.eval_shape(compute)
+    shapes = shapes_of(compute)
 
     def nothing() -> Arrays:
-        return tuple(jax.lax.full_like(x, 0) for x in shapes)
+        return tuple(jax.lax.full(x.shape, 0, x.dtype, sharding=x.sharding) for x in shapes)
 
     return jax.lax.cond(condition, compute, nothing)
 

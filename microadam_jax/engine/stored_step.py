@@ -23,7 +23,7 @@ from microadam_jax.engine.leaf_loops import (
     piece_of,
     written,
 )
-from microadam_jax.sharding import state_zeros
+from microadam_jax.sharding import shapes_of, state_zeros
 from microadam_jax.trees import LeafKey
 from pallas_kernels.blockwise_codec import blockwise_step, moved, step, stored
 from pallas_kernels.dispatch import compiles_for_gpus, names_kernel
@@ -268,7 +268,7 @@ def _shared_arrays(steps: Sequence[StoredStep], run: Run) -> list[tuple[jax.Arra
         read, reading = jax.tree.flatten((one.inputs, one.encoded))
         leaf = one.inputs[0]
         measure = _Measure(one.rule, one.codecs, reading, Chunks.of_about(leaf, leaf.size).shards)
-        shapes = jax.eval_shape(measure.measured, tuple(read))
+        shapes = shapes_of(measure.measured, tuple(read))
         zeros = tuple(state_zeros(x, x.shape, x.dtype) for x in shapes)
         works.append(Work(measure, zeros, tuple(read)))
     found = dict(zip(sharing, run(works), strict=True))

@@ -10,6 +10,7 @@ import optax
 from jax.tree_util import KeyPath
 
 from microadam_jax.execution import scope, within
+from microadam_jax.sharding import cut_as_states
 from microadam_jax.trees import is_compressed, path_name
 
 DECAY_RATES = ("b1", "b2", "b3", "beta")
@@ -63,9 +64,10 @@ def transformation(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> Any:
+        updates, state = _arrays(updates, is_compressed), _on_device(state)
         if params is not None:
-            params = _arrays(_where_updated(updates, params))
-        return update(_arrays(updates, is_compressed), _on_device(state), params, **extra_args)
+            params = cut_as_states(_arrays(_where_updated(updates, params)), state)
+        return update(cut_as_states(updates, state), state, params, **extra_args)
 
     return kind(checked_init, checked_update)
 

@@ -9,7 +9,6 @@ import optax
 
 from microadam_jax.arguments import require_positive
 from microadam_jax.subspace.basis import PRECISION
-from microadam_jax.subspace.subspace import STATIC
 
 MOMENTS = ("keep", "reset", "rotate_first", "rotate", "released")
 
@@ -53,7 +52,7 @@ class Refresh:
 
     def __post_init__(self) -> None:
         name = "The update interval of a subspace, Refresh.every,"
-        require_positive(name, self.every, *STATIC)
+        require_positive(name, self.every, "update_interval")
         if self.first not in (0, 1, None):
             raise ValueError(
                 "Refresh.first must be 0 or 1, or None for the method's own count; "

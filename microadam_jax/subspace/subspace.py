@@ -12,7 +12,6 @@ from microadam_jax.arguments import require_positive
 from microadam_jax.layout.view import Layout, MatrixView
 from microadam_jax.subspace.basis import Basis, DenseBasis
 
-STATIC = ("rank", "update_interval")  # what optimizers call the integers that shape a state
 Arrays = tuple[jax.Array, ...]
 Slots = tuple[tuple[Layout, DTypeLike], ...]  # of the arrays that are kept for a matrix
 
@@ -157,7 +156,7 @@ def require_rank(rank: Any) -> None:
     Raises:
         ValueError: if it is none.
     """
-    require_positive("The rank of a subspace", rank, *STATIC)
+    require_positive("The rank of a subspace", rank, "rank", "update_interval")
 
 
 def require_subspace(subspace: Any) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 from jax.extend import core
 
+from microadam_jax.sharding import shape_of_type
+
 SHAPE = (3, 5)
 # Primitives whose result at a position depends on their operands at that position only.
 POINTWISE = """
@@ -83,7 +85,9 @@ def zeros_in(init: Callable[[Any], Any], params: Any) -> tuple[Any, Any]:
     """
     program, shapes = jax.make_jaxpr(init, return_shape=True)(params)
     zeros = zero_outputs(program.jaxpr, [False] * len(program.jaxpr.invars))
-    return shapes, jax.tree.unflatten(jax.tree.structure(shapes), zeros)
+    structure = jax.tree.structure(shapes)
+    placed = structure.unflatten(map(shape_of_type, program.out_avals))
+    return placed, structure.unflatten(zeros)
 
 
 KEEPS_ZERO = frozenset(

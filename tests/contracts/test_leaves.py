@@ -1,6 +1,7 @@
 """What parameters, gradients, hyperparameters, masks and states may be, for every optimizer."""
 
 import math
+import re
 from typing import Any
 
 import equinox as eqx
@@ -144,7 +145,7 @@ def inject(method: Method, **options: Any) -> Any:
 def test_integers_that_shape_the_state_have_to_be_static(name: str) -> None:
     """As in Optax's own transformations."""
     method, params = METHODS[name], {"kernel": KERNEL}
-    with pytest.raises(ValueError, match=r"static_args=\('rank', 'update_interval'\)"):
+    with pytest.raises(ValueError, match=re.escape(f"static_args={method.static_args}")):
         jax.eval_shape(optax.inject_hyperparams(method.factory)(1e-2).init, params)
 
 
