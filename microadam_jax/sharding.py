@@ -279,17 +279,13 @@ def cut_as_states(tree: Any, state: Any) -> Any:
     With ZeRO-1 a gradient is on each device what the state is a part of. To cut it first costs
     nothing, and no step has to mix the two.
     """
-    cut = [
-        (path, sharding)
-        for path, x in jax.tree.leaves_with_path(state)
-        if (sharding := explicit_sharding(x)) is not None
-    ]
-    if not cut:
+    if not any(explicit_sharding(x) for x in jax.tree.leaves(state)):
         return tree
     paths = {path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_compressed)}
     found: dict[KeyPath, list[NamedSharding]] = {}
-    for path, sharding in cut:
-        if (owner := owner_of(path, paths)) is not None:
+    for path, x in jax.tree.leaves_with_path(state):
+        owner, sharding = owner_of(path, paths), explicit_sharding(x)
+        if owner is not None and sharding is not None:
             found.setdefault(owner, []).append(sharding)
 
     def placed(path: KeyPath, leaf: Any) -> Any:
