@@ -279,8 +279,6 @@ def cut_as_states(tree: Any, state: Any) -> Any:
     With ZeRO-1 a gradient is on each device what the state is a part of. To cut it first costs
     nothing, and no step has to mix the two.
     """
-    if not any(explicit_sharding(x) for x in jax.tree.leaves(state)):
-        return tree
     paths = {path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_compressed)}
     found: dict[KeyPath, list[NamedSharding]] = {}
     for path, x in jax.tree.leaves_with_path(state):

@@ -66,8 +66,10 @@ def transformation(
     ) -> Any:
         updates, state = _arrays(updates, is_compressed), _on_device(state)
         if params is not None:
-            params = cut_as_states(_arrays(_where_updated(updates, params)), state)
-        return update(cut_as_states(updates, state), state, params, **extra_args)
+            params = _arrays(_where_updated(updates, params))
+        if any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(state)):
+            updates, params = (cut_as_states(tree, state) for tree in (updates, params))
+        return update(updates, state, params, **extra_args)
 
     return kind(checked_init, checked_update)
 

@@ -401,8 +401,8 @@ def test_mistakes_are_told() -> None:
         round_updates(optax.sgd(1.0), "compensated", error=dynamic8(symmetric=True))
     with pytest.raises(ValueError, match="dynamic8_b256 has no -1"):
         round_updates(optax.sgd(1.0), "compensated", error="dynamic8")
-    with pytest.raises(ValueError, match=r"Unknown codec 'int4'.*int8 and int16"):
-        round_updates(optax.sgd(1.0), "compensated", error="int4")
+    with pytest.raises(ValueError, match=r"Unknown codec 'int2'.*int8 and int16"):
+        round_updates(optax.sgd(1.0), "compensated", error="int2")
     with pytest.raises(ValueError, match="8 or 16; got 4"):
         Split(4)
     tx = round_updates(optax.sgd(1.0), "compensated")

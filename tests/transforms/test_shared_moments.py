@@ -20,11 +20,11 @@ from microadam_jax import (
     adam_sn,
     came,
     scale_by_adam_mini,
-    scale_by_came,
     scale_by_subset_norm,
 )
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.subsets import Subsets
+from microadam_jax.transforms import scale_by_came
 from tests.oracles.adam_mini import AdamMiniOracle
 from tests.oracles.came import CameOracle
 from tests.oracles.microadam import Indices
