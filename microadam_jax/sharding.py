@@ -1,5 +1,6 @@
 """State arrays that are placed as their parameter is."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -63,7 +64,9 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) 
 
 
 def shapes_of(function: Callable[..., Any], *arguments: Any) -> list[jax.ShapeDtypeStruct]:
-    """What a function returns, with shardings, which ``jax.eval_shape`` drops beside an Auto axis.
+    """Traces a function for its results' shapes and shardings.
+
+    ``jax.eval_shape`` drops the shardings where an Auto axis is beside an Explicit one.
 
     Args:
         function: from arrays to some.
@@ -273,13 +276,13 @@ def shards_along(mesh: Mesh | AbstractMesh, entry: Any) -> int:
     return math.prod(mesh.shape[name] for name in names if name)
 
 
-def cut_as_states(tree: Any, state: Any) -> Any:
-    """Updates or parameters, cut where mesh axes are Explicit as the state arrays are.
+def cut_as_states(state: Any, updates: Any, params: Any) -> tuple[Any, Any]:
+    """Updates and parameters, cut where mesh axes are Explicit as the state arrays are.
 
     With ZeRO-1 a gradient is on each device what the state is a part of. To cut it first costs
     nothing, and no step has to mix the two.
     """
-    paths = {path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_compressed)}
+    paths = {path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=is_compressed)}
     found: dict[KeyPath, list[NamedSharding]] = {}
     for path, x in jax.tree.leaves_with_path(state):
         owner, sharding = owner_of(path, paths), explicit_sharding(x)
@@ -290,7 +293,8 @@ def cut_as_states(tree: Any, state: Any) -> Any:
         of_state = found.get(path, ())
         return jax.tree.map(lambda x: _cut_further(x, of_state), leaf)
 
-    return jax.tree.map_with_path(placed, tree, is_leaf=is_compressed)
+    place = functools.partial(jax.tree.map_with_path, placed, is_leaf=is_compressed)
+    return place(updates), place(params)
 
 
 def _cut_further(x: Any, shardings: Sequence[NamedSharding]) -> Any:

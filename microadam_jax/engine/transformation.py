@@ -68,7 +68,7 @@ def transformation(
         if params is not None:
             params = _arrays(_where_updated(updates, params))
         if any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(state)):
-            updates, params = (cut_as_states(tree, state) for tree in (updates, params))
+            updates, params = cut_as_states(state, updates, params)
         return update(updates, state, params, **extra_args)
 
     return kind(checked_init, checked_update)

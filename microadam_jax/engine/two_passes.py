@@ -21,6 +21,7 @@ from microadam_jax.codecs.rounding import dither
 from microadam_jax.codecs.scaled import Scaled, largest_magnitudes
 from pallas_kernels.blockwise_codec import moved
 from pallas_kernels.blockwise_codec.reference import Step
+from pallas_kernels.topk_compress.one_reduction import unpacked
 
 Arrays = tuple[jax.Array, ...]
 ComputeMoment = Callable[[], jax.Array]
@@ -81,7 +82,7 @@ class _Again:
         return moved(self.rule, codecs, self.encoded, self.inputs)
 
     def read(self, function: Callable[..., Any], *each: Sequence[Any]) -> tuple[Any, ...]:
-        """What a function makes of each codec, its moment's computation, and one of ``each``."""
+        """Calls a function with each codec, its moment's computation, and one of ``each``."""
         moments = [lambda i=i: self()[1 + i] for i in range(len(self.codecs))]
         return tuple(map(function, self.codecs, moments, *each))
 
@@ -107,7 +108,7 @@ class _Decoder(NamedTuple):
             return codec.decode(encoded._replace(codes=encoded.codes ^ self.zero), shape)
         codes, *scales = encoded
         layout = codec.blocks.layout(shape[-1] if shape else 1)
-        codes = _unpacked(as_blocks_of(codes, layout.count), codec.bits) ^ self.zero
+        codes = unpacked(as_blocks_of(codes, layout.count), codec.bits) ^ self.zero
         return merge(codec.values_of(codes, [x[..., None] for x in scales]), layout, shape)
 
 
@@ -170,10 +171,3 @@ def _stored(
         codes = pack_codes(jnp.split(codes, 8 // codec.bits, axis=-1))
     new = zip(scales, before[1:], strict=True)
     return type(before)(as_row(codes), *(s[..., 0].astype(old.dtype) for s, old in new))
-
-
-def _unpacked(packed: jax.Array, bits: int) -> jax.Array:
-    """The codes of bytes; not joined from parts, which a fusion would write."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    parts = (packed[..., None, :] >> shifts) & np.uint8((1 << bits) - 1)
-    return parts.reshape(*packed.shape[:-1], -1)

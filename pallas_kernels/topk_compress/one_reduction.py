@@ -58,13 +58,14 @@ def compress(
     return jnp.stack(values, axis=-1), jnp.stack(indices, axis=-1), new, least, greatest
 
 
-def unpacked(codes: jax.Array) -> jax.Array:
-    """Returns the codes ``(..., size)`` of 4 bits in bytes ``(..., size / 2)``.
+def unpacked(codes: jax.Array, bits: int = 4) -> jax.Array:
+    """Returns the codes ``(..., size)`` of 2 or 4 bits in bytes ``(..., size * bits / 8)``.
 
-    Not the halves joined: a fusion would write them.
+    Not the parts joined: a fusion would write them.
     """
-    halves = (codes[..., None, :] >> np.array([[0], [4]], np.uint8)) & 0xF
-    return halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    parts = (codes[..., None, :] >> shifts) & ((1 << bits) - 1)
+    return parts.reshape(*codes.shape[:-1], 8 // bits * codes.shape[-1])
 
 
 def _blocks(gradient: jax.Array, low: jax.Array, size: int) -> jax.Array:

@@ -21,8 +21,8 @@ from pallas_kernels.window_update.mosaic_tpu import unsupported as no_window
 WINDOW = 10  # rows, as microadam has by default
 # The default for nu has scales by rows.
 BLOCKS = {"mu_codec": dynamic4(), "nu_codec": linear4(signed=False)}
-LOW_BIT = [name for name, method in METHODS.items() if method.kind == "low bits"]
-LOW_BIT = [name for name in LOW_BIT if "2bit" not in name]  # no kernel takes codes of 2 bits
+# No kernel takes codes of 2 bits.
+LOW_BIT = [name for name, m in METHODS.items() if m.kind == "low bits" and "2bit" not in name]
 
 
 def low_bit(name: str, shapes: Any) -> Callable[..., bool]:
