@@ -14,6 +14,7 @@ import optax
 from benchmarks import frontier
 from benchmarks.frontier import ADAM, EVERY, MUON, NORMS, RANK, evenly
 from benchmarks.sweep import Trial, sweep
+from benchmarks.unbiased_roots import ze_eden, zip_sr
 from examples.llama.config import Config
 from microadam_jax import (
     Matrices,
@@ -35,13 +36,17 @@ from microadam_jax import (
     muon2bit,
     muon4bit,
     muon8bit,
+    quantize_state,
     sinkhorn2bit,
     sinkhorn4bit,
     snsm,
     to_dense,
     top_k,
 )
+from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import affine4, dynamic4, int4, linear2, linear4
+from microadam_jax.codecs.maps import NF4
+from microadam_jax.codecs.scaled import Scaled
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.subspace import Discard, sampled_rows, top_k_rows
@@ -50,6 +55,7 @@ TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
 EVEN_FOUR = linear4(rounding="stochastic")
 CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
 INT_FOUR = int4(rounding="stochastic")
+NORMAL_FOUR = Scaled(NF4, Blocks(128))
 BY_HEAD = Partition(transformer_rules(heads=Config().heads))
 ROWS = Matrices(side="larger", square="out")
 
@@ -70,6 +76,11 @@ def sign_of_top_k(
         optax.scale_by_sign(),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def adam_sn4bit(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Subset norms below a momentum in 4 bits."""
+    return quantize_state(adam_sn(rate, weight_decay=weight_decay), {"mu": FOUR})
 
 
 def with_slower_head(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
@@ -113,6 +124,10 @@ SETTINGS: dict[str, Trial] = {
     "AdamW, FP8, not expanded": evenly(adamw_fp8, ADAM, mu_codec="e4m3", nu_codec="e4m3"),
     "AdamW, 4 bits, v in blocks": evenly(adamw4bit, ADAM, nu_codec="linear4_unsigned"),
     "AdamW, 4 bits, m to nearest": evenly(adamw4bit, ADAM, mu_codec="dynamic4"),
+    "AdamW, 4 bits, ZIP-SR": evenly(adamw4bit, ADAM, mu_codec=NORMAL_FOUR, nu_codec=zip_sr()),
+    "AdamW, 4 bits, ZE-EDEN": evenly(adamw4bit, ADAM, mu_codec=NORMAL_FOUR, nu_codec=ze_eden()),
+    "AdamW, 4 bits, m unbiased, ZE-EDEN": evenly(adamw4bit, ADAM, nu_codec=ze_eden()),
+    "AdamW, 4 bits, m unbiased, ZIP-SR": evenly(adamw4bit, ADAM, nu_codec=zip_sr()),
     "Adam-mini, 4 bits to nearest": evenly(adam_mini4bit, ADAM, mu_codec="dynamic4"),
     "Adam-mini, even 4 bits": evenly(adam_mini4bit, ADAM, mu_codec=EVEN_FOUR),
     "Adam-mini, 4 bits, blocks of 64": evenly(
@@ -121,6 +136,7 @@ SETTINGS: dict[str, Trial] = {
     # Other blocks of second moments.
     "Adam-mini, query and key by head": evenly(adam_mini, ADAM, partition=BY_HEAD),
     "AdamSN, means": evenly(adam_sn, ADAM, subsets=Subsets(reduction="mean")),
+    "AdamSN, 4 bits": evenly(adam_sn4bit, NORMS),
     # Other subspaces.
     "SNSM, momentum kept": evenly(
         snsm, NORMS, rank=RANK, update_interval=Refresh(EVERY, first=0, moments="keep")
