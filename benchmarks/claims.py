@@ -1,4 +1,4 @@
-"""Three claims of papers, each on the smallest problem that can show it: handwritten digits.
+"""Four claims of papers, each on the smallest problem that can show it: handwritten digits.
 
 python -m benchmarks.claims
 python -m benchmarks.claims --only zero --steps 600
@@ -7,6 +7,8 @@ zero: 4-bit second moments with a code for zero are unstable (Li et al., 2023, T
 expansion: FP8 states are nearer to Adam's step with COAT's expansion (Xi et al., 2024, Table 1).
 feedback: GaLore's residual outgrows the gradient if it is merely fed back (Modoranu et al., 2024,
 Figure 8).
+ggt: GGT's window of gradients can be compressed a hundredfold if what is not sent is fed back
+(Modoranu et al., EFCP, 2023).
 
 The network has three layers, 64-128-128-10, and 26,122 parameters; scikit-learn's 1,797 images of
 8 x 8, batches of 64.
@@ -22,12 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from microadam_jax import galore, ldadam, quantize_state
+from microadam_jax import (
+    Window,
+    compress,
+    galore,
+    ldadam,
+    memory_report,
+    quantize_state,
+    sparse_ggt,
+    top_k,
+)
 from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import as_codec
 from microadam_jax.codecs.maps import TableMap, dynamic_numbers
 from microadam_jax.codecs.scaled import Scaled
 from microadam_jax.subspace import FeedBack
+from microadam_jax.transforms import scale_by_ggt
 
 WIDTHS, BATCH, SEEDS = (64, 128, 128, 10), 64, (0, 1, 2)
 NAMES = ("input", "hidden", "head")
@@ -223,7 +235,37 @@ def feedback(steps: int) -> None:
         print(f"| {name} | {' | '.join(f'{values[step - 1]:.1f}' for step in shown)} |")
 
 
-CLAIMS = {"zero": zero, "expansion": expansion, "feedback": feedback}
+def ggt(steps: int) -> None:
+    """GGT with a window of 100 gradients, whole and one element in a hundred of each."""
+    window, hundredth = Window(100, dtype="float32"), top_k(density=0.01, min_size=0, min_row=0)
+
+    def whole(rate: Any) -> optax.GradientTransformation:
+        return optax.chain(scale_by_ggt(window), optax.scale_by_learning_rate(rate))
+
+    def fed_back(rate: Any) -> optax.GradientTransformation:
+        return sparse_ggt(rate, compressor=hundredth, window=Window(100))
+
+    def not_fed_back(rate: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            compress(hundredth),
+            scale_by_ggt(Window(100), compressor=hundredth),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    settings: dict[str, tuple[Factory, tuple[float, ...]]] = {
+        "SGD": (optax.sgd, (0.3, 1.0, 3.0)),
+        "AdamW": (functools.partial(optax.adamw, weight_decay=0.0), (3e-3, 1e-2, 3e-2)),
+        "GGT": (whole, (0.3, 1.0, 3.0)),
+        "Sparse GGT": (fed_back, (0.3, 1.0, 3.0)),
+        "Sparse GGT, nothing fed back": (not_fed_back, (0.3, 1.0, 3.0)),
+    }
+    print("\n| optimizer | bytes | learning rate: last loss of each seed |\n|---|---|---|")
+    for name, (factory, rates) in settings.items():
+        size = memory_report(factory(0.1), initial(jnp.int32(0))).bytes_per_parameter
+        print_losses(f"{name} | {size:.1f}", rates, train(factory, rates, steps)[0])
+
+
+CLAIMS = {"zero": zero, "expansion": expansion, "feedback": feedback, "ggt": ggt}
 
 
 def main() -> None:
