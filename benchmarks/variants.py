@@ -96,6 +96,8 @@ def with_slower_head(rate: optax.Schedule, weight_decay: float) -> optax.Gradien
 # Beside the AdamW of the frontier, whose settings may be named too.
 SETTINGS: dict[str, Trial] = {
     "AdamW, one rate for all": Trial(functools.partial(optax.adamw, weight_decay=0.0), ADAM),
+    "AdamW, embeddings at 0.005": evenly(optax.adamw, ADAM, others=5e-3),
+    "AdamW, embeddings at 0.01": evenly(optax.adamw, ADAM, others=1e-2),
     # The search for the lowest loss.
     "Sinkhorn, float32": evenly(sinkhorn4bit, ADAM, mu_codec="float32"),
     "Sinkhorn, float32, beta = 0.8": evenly(sinkhorn4bit, ADAM, beta=0.8, mu_codec="float32"),
