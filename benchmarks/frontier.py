@@ -31,6 +31,7 @@ from microadam_jax import (
     grass,
     ldadam,
     lion4bit,
+    lowrank_mfac,
     microadam,
     muon2bit,
     muon4bit,
@@ -38,6 +39,8 @@ from microadam_jax import (
     sinkhorn2bit,
     sinkhorn4bit,
     snsm,
+    sparse_ggt,
+    sparse_mfac,
 )
 
 OTHERS = 2e-2  # ten times the best rate of AdamW's matrices
@@ -100,6 +103,9 @@ TRIALS: dict[str, Trial] = {
     "dct_adamw": evenly(dct_adamw, ADAM, rank=RANK),
     # Its updates have a scale of their own: one rate for all parameters.
     "adagrad_sn": Trial(adagrad_sn, (1e-2, 3e-2, 1e-1)),
+    "sparse_mfac": Trial(sparse_mfac, (1e-2, 3e-2, 1e-1)),
+    "lowrank_mfac": Trial(lowrank_mfac, (1e-2, 3e-2, 1e-1)),
+    "sparse_ggt": Trial(sparse_ggt, (0.3, 1.0, 3.0)),
 }
 
 if __name__ == "__main__":
