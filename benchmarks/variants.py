@@ -45,7 +45,7 @@ from microadam_jax import (
 )
 from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import affine4, dynamic4, int4, linear2, linear4
-from microadam_jax.codecs.maps import NF4
+from microadam_jax.codecs.maps import NF4, TableMap
 from microadam_jax.codecs.scaled import Scaled
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.subsets import Subsets
@@ -56,6 +56,9 @@ EVEN_FOUR = linear4(rounding="stochastic")
 CUT_FOUR = dataclasses.replace(EVEN_FOUR, deviations=2.5)
 INT_FOUR = int4(rounding="stochastic")
 NORMAL_FOUR = Scaled(NF4, Blocks(128))
+TERNARY = Scaled(
+    TableMap("ternary", (-1.0, 0.0, 1.0)), Blocks(256, multiple=4), "stochastic", deviations=1.5
+)
 BY_HEAD = Partition(transformer_rules(heads=Config().heads))
 ROWS = Matrices(side="larger", square="out")
 
@@ -114,6 +117,11 @@ SETTINGS: dict[str, Trial] = {
     "Muon, int4, beta = 0.95": evenly(muon4bit, MUON, beta=0.95),
     "Muon, 8 bits, beta = 0.9": evenly(muon8bit, MUON, beta=0.9),
     "Muon, 2 bits, beta = 0.9": evenly(muon2bit, MUON, beta=0.9),
+    "Muon, ternary": evenly(muon2bit, MUON, mu_codec=TERNARY),
+    "Muon, ternary, cut at 2": evenly(
+        muon2bit, MUON, mu_codec=dataclasses.replace(TERNARY, deviations=2.0)
+    ),
+    "Sinkhorn, ternary": evenly(sinkhorn2bit, ADAM, mu_codec=TERNARY),
     "Sinkhorn, int4, beta = 0.9": evenly(sinkhorn4bit, ADAM, beta=0.9, mu_codec=INT_FOUR),
     "Adam-mini, int4": evenly(adam_mini4bit, ADAM, mu_codec=INT_FOUR),
     "Adam-mini, 2 bits": evenly(adam_mini4bit, ADAM, mu_codec=TWO),
