@@ -64,7 +64,7 @@ class Partition:
     (:func:`path_pattern`): ``"(query|key)/kernel"`` matches ``"layers/0/query/kernel"`` but not
     ``"subquery/kernel"``. A parameter that follows no rule shares nothing: each of its elements
     keeps its own second moment, which is safe and costs memory. :func:`explain_partition` shows
-    what comes of it.
+    what comes of it. A rule of your own that no parameter can follow is warned of.
 
     Args:
         rules: pairs of a pattern and the axes, :class:`Axes` or its notation, or
@@ -190,7 +190,9 @@ def _assignments(
 ) -> tuple[Assignment, ...]:
     """Returns what a partition does to leaves among others, found once for all steps."""
     axes = layer_axes(among, partition.stacked, partition.layer_axis)
-    known = orientations({leaf.path: one_layer(leaf.shape, axes[leaf.path]) for leaf in among})
+    shapes = {x.path: (x.shape, one_layer(x.shape, axes[x.path])) for x in among}
+    _warn_unmatched(partition, shapes)
+    known = orientations({path: layer for path, (_, layer) in shapes.items()})
     found = []
     for leaf in leaves:
         orientation = known.get(leaf.path, Orientation.IN_OUT)
@@ -203,6 +205,54 @@ def _assignments(
             )
         found.append(one)
     return tuple(found)
+
+
+def _warn_unmatched(partition: Partition, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
+    """Warns of rules that are not of :func:`transformer_rules` and that nothing can follow.
+
+    Args:
+        partition: the rules.
+        shapes: by path the shape of each parameter, and that of one layer of it.
+    """
+    own = [rule for rule in partition.rules if rule[0] not in _patterns_of_names()]
+    named = [[path for path in shapes if path_pattern(rule).search(path)] for rule, _ in own]
+    fitting = {
+        path
+        for (_, axes), paths in zip(own, named, strict=True)
+        for path in paths
+        if any(_fits(axes, shape) for shape in shapes[path])
+    }
+    for (pattern, axes), paths in zip(own, named, strict=True):
+        # Of several rules for one name, each may be for another rank.
+        if not shapes or not fitting.isdisjoint(paths):
+            continue
+        path = next(iter(paths or shapes))
+        what = (
+            f"matches {path!r}, but its axes '{axes}' do not fit the shape {shapes[path][1]}"
+            if paths
+            else f"matches none of {len(shapes)} parameters, such as {path!r}. A pattern matches "
+            "the end of a path: 'router/kernel', or 'router/.*' for what stands below one"
+        )
+        warnings.warn(
+            f"The rule for {pattern!r} in a Partition {what}. Mend it, or leave the rule out.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _fits(axes: str | Axes | Fused | Kernel, shape: Shape) -> bool:
+    if 0 in shape:
+        return True
+    if isinstance(axes, Kernel):
+        return any(axes.fit(shape, turned=turned) is not None for turned in (False, True))
+    return not isinstance(axes, str) and axes.fit(shape) is not None
+
+
+@functools.cache
+def _patterns_of_names() -> frozenset[str]:
+    """The patterns of :func:`transformer_rules`, of which most match nothing in any one model."""
+    each = (transformer_rules(weight=weight, heads=1) for weight in (None, "in out", "out in"))
+    return frozenset(pattern for rules in each for pattern, _ in rules)
 
 
 def as_partition(partition: Partition | None) -> Partition:

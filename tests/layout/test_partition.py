@@ -1,6 +1,7 @@
 """Which rule each parameter of well-known models follows, and what it makes of them."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import equinox as eqx
@@ -789,7 +790,34 @@ def test_the_first_rule_that_matches_and_fits_counts() -> None:
     assert assign("special/kernel", (3, 5), partition).sharing.moment_shape == (1, 1)
     assert assign("other/kernel", (3, 5), partition).sharing.moment_shape == (1, 5)
     assert assign("special/kernel", (3, 5, 2), partition).sharing.moment_shape == (1, 1, 2)
-    assert is_elementwise(assign("special/kernel", (3,), partition))
+    with pytest.warns(UserWarning, match="do not fit the shape"):
+        assert is_elementwise(assign("special/kernel", (3,), partition))
+
+
+def test_a_rule_that_nothing_can_follow_is_warned_of() -> None:
+    tree = {"layers": [{"router": {"kernel": jnp.ones((4, 6))}, "bias": jnp.ones(6)}] * 2}
+
+    def assigned(*rules: tuple[str, str]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Partition((*rules, *transformer_rules(heads=3))).assign(tree)
+
+    assigned(("router/kernel", "in | out ->"))
+    assigned((".*", "in | out -> out"))  # which does not fit the biases
+    assigned(("router/kernel", "a b | c -> c"), ("router/kernel", "in | out ->"))
+    with pytest.raises(UserWarning, match="'rooter/kernel' in a Partition matches none of 4"):
+        assigned(("rooter/kernel", "in | out ->"))
+    with pytest.raises(UserWarning, match=r"do not fit the shape \(4, 6\)"):
+        assigned(("router/kernel", "a b | c -> c"))
+
+
+def test_rules_of_transformers_need_not_match() -> None:
+    for weight in (None, "in out", "out in"):
+        for heads, kv_heads in ((None, None), (4, 2)):
+            rules = transformer_rules(heads, kv_heads, weight=weight)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                Partition(rules).assign({"w": jnp.ones(heads or 1)})
 
 
 def test_own_rules_before_the_preset_override_it() -> None:
