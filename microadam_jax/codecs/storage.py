@@ -78,6 +78,8 @@ class Storage:
             blocks would take more than they save.
         stacked: a path pattern for what stacks layers for a scan, as for :class:`Partition`.
         layer_axis: the layer axis of those.
+        unit: what a transformation divides the values by before it stores them, which it says
+            itself; for the label.
 
     Raises:
         TypeError: if a codec is neither a codec nor a name.
@@ -96,6 +98,7 @@ class Storage:
     min_row: int = 16
     stacked: str = STACKED
     layer_axis: int = 0
+    unit: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", as_codec(self.codec))
@@ -124,10 +127,15 @@ class Storage:
             raise ValueError(f"{field!r} has both signs, which {unsigned[0]} cannot hold.")
         return self
 
+    def over(self, unit: str) -> "Storage":
+        """Returns this storage, for values that are divided by something before."""
+        return dataclasses.replace(self, unit=unit)
+
     @functools.cached_property
     def label(self) -> str:
         """Returns the names of the codecs; with rules or other limits, also a digest of those."""
         names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
+        names += f"_over_{self.unit}" * bool(self.unit)
         rules = tuple((pattern, as_codec(codec).name) for pattern, codec in self.rules)
         stacked = FIRST_STACKED if self.stacked == STACKED else self.stacked
         limits = (rules, self.min_size, self.min_row, stacked, self.layer_axis)

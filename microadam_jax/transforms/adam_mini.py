@@ -3,20 +3,18 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
-from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import (
     Partition,
     as_partition,
     remark_assignment,
     warn_unnamed,
 )
-from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
+from microadam_jax.transforms.moments import ROOT, BlockMoments, moment_dtype
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -25,7 +23,7 @@ class ScaleByAdamMiniState(NamedTuple):
     Attributes:
         count: int32 scalar, steps taken.
         mu: first moments, of the parameters' shapes, in ``mu_dtype``; or what ``mu_codec`` makes of
-            them.
+            them over the roots of the second ones.
         nu: float32 second moments of the blocks, of the parameters' ranks: ``(1, out)`` for a
             dense kernel, ``(1, heads, 1)`` for a query, ``(tokens, 1)`` for an embedding.
     """
@@ -101,8 +99,11 @@ def scale_by_adam_mini(
     """
     partition = as_partition(partition)
     storage = (
-        Unstored(moment_dtype(mu_dtype)) if mu_codec is None else as_storage(mu_codec).signed("mu")
+        Unstored(moment_dtype(mu_dtype))
+        if mu_codec is None
+        else as_storage(mu_codec).signed("mu").over(ROOT)
     )
+    moments = BlockMoments(b1, b2, eps, relative=mu_codec is not None)
 
     def init(leaf: Leaf) -> tuple[jax.Array]:
         remark_assignment(leaf.path, leaf.layout)
@@ -112,19 +113,12 @@ def scale_by_adam_mini(
         warn_unnamed("scale_by_adam_mini", [(leaf.layout, leaf.layout.bytes) for leaf in leaves])
 
     def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
-        blocks, squares = leaf.layout.sharing, leaf.squares
-        require_shape(leaf.path, nu, blocks.moment_shape)
-        nu = moving_average(b2, nu, blocks.mean(squares))
-        return (nu,), (blocks.spread(jnp.sqrt(nu / one_minus_power(b2, leaf.t))) + eps,)
-
-    def rule(t: jax.Array, g: jax.Array, mu: jax.Array, root: jax.Array) -> Arrays:
-        mu = moving_average(b1, mu, g)
-        return mu / one_minus_power(b1, t) / root, mu
+        return moments.reduce(leaf, leaf.layout.sharing, nu)
 
     return leafwise(
         ScaleByAdamMiniState,
         {"mu": storage},
-        rule,
+        moments.rule,
         init,
         reduce,
         partition.assign_leaves,

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from microadam_jax.codecs import Codec, Storage, as_storage, dynamic4
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
-from microadam_jax.layout.partition import Partition, as_partition, warn_unnamed
+from microadam_jax.layout.partition import Assignment, Partition, as_partition, warn_unnamed
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import ROOT, BlockMoments, moving_average, root_of
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -21,7 +21,7 @@ class ScaleByFactoredAdamState(NamedTuple):
 
     Attributes:
         count: int32 scalar, steps taken.
-        mu: what the codec makes of the first moments.
+        mu: what the codec makes of the first moments over the roots of the second ones.
         nu_row: float32 squared gradients, averaged over the columns; the whole second moment of a
             parameter that is not factored.
         nu_col: float32 squared gradients, averaged over the rows.
@@ -89,7 +89,8 @@ def scale_by_factored_adam(
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
     partition = as_partition(partition)
-    storage = as_storage(mu_codec).signed("mu")
+    storage = as_storage(mu_codec).signed("mu").over(ROOT)
+    moments = BlockMoments(b1, b2, eps, relative=True)
 
     def init(leaf: Leaf) -> Arrays:
         return tuple(map(leaf.zeros, factor_shapes(leaf.layout)))
@@ -99,25 +100,37 @@ def scale_by_factored_adam(
         costs = [(assignment, assignment.bytes if alone else 0) for assignment, alone in unfactored]
         warn_unnamed("scale_by_factored_adam", costs)
 
-    def reduce(leaf: Leaf, nu_row: jax.Array, nu_col: jax.Array) -> tuple[Arrays, Arrays]:
-        for moment, shape in zip((nu_row, nu_col), factor_shapes(leaf.layout), strict=True):
-            require_shape(leaf.path, moment, shape)
-        matrix = sides(leaf.layout)
-        rows, cols = matrix or ((), ())
-        nu_row = moving_average(b2, nu_row, mean(leaf.squares, cols))
-        row_root = jnp.sqrt(nu_row / one_minus_power(b2, leaf.t))
+    def roots(assignment: Assignment, nu_row: jax.Array, nu_col: jax.Array) -> Arrays:
+        matrix = sides(assignment)
         if matrix is None:
-            return (nu_row, nu_col), (row_root, jnp.ones_like(nu_col))
-        nu_col = moving_average(b2, nu_col, leaf.mean_square(functools.partial(mean, axes=rows)))
+            return root_of(nu_row), jnp.ones_like(nu_col)
         # Rows without any gradient have no mean to be divided by.
-        whole = mean(nu_row, rows)
-        return (nu_row, nu_col), (row_root, jnp.sqrt(nu_col / jnp.where(whole > 0, whole, 1)))
+        whole = mean(nu_row, matrix[0])
+        return root_of(nu_row), root_of(nu_col / jnp.where(whole > 0, whole, 1))
+
+    def reduce(leaf: Leaf, *nu: jax.Array) -> tuple[Arrays, Arrays]:
+        for moment, shape in zip(nu, factor_shapes(leaf.layout), strict=True):
+            require_shape(leaf.path, moment, shape)
+        rows, cols = sides(leaf.layout) or ((), ())
+        nu_row, nu_col = nu
+        nu_row = moving_average(b2, nu_row, mean(leaf.squares, cols))
+        if rows:
+            nu_col = moving_average(
+                b2, nu_col, leaf.mean_square(functools.partial(mean, axes=rows))
+            )
+        new = nu_row, nu_col
+        return new, (*roots(leaf.layout, *nu), *roots(leaf.layout, *new))
 
     def rule(
-        t: jax.Array, g: jax.Array, mu: jax.Array, row_root: jax.Array, col_root: jax.Array
+        t: jax.Array,
+        g: jax.Array,
+        mu: jax.Array,
+        row_before: jax.Array,
+        col_before: jax.Array,
+        row: jax.Array,
+        col: jax.Array,
     ) -> Arrays:
-        mu = moving_average(b1, mu, g)
-        return mu / one_minus_power(b1, t) / (row_root * col_root + eps), mu
+        return moments.relative_step(t, g, mu, row_before * col_before, row * col)
 
     return leafwise(
         ScaleByFactoredAdamState,

@@ -20,7 +20,7 @@ from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.partition import remark_assignment, warn_unnamed
 from microadam_jax.layout.view import WHOLE, MatrixView
 from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
-from microadam_jax.transforms.moments import moving_average, one_minus_power
+from microadam_jax.transforms.moments import ROOT, BlockMoments, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -29,7 +29,8 @@ class MatrixMomentumState(NamedTuple):
 
     Attributes:
         count: int32 scalar, steps taken.
-        mu: momenta of the parameters' shapes, in float32 or as ``mu_codec`` stores them.
+        mu: momenta of the parameters' shapes, in float32 or as ``mu_codec`` stores them; those of
+            what is no matrix over the root of ``nu``.
         nu: float32 second moments of Adam-mini's blocks; a single byte for a matrix.
     """
 
@@ -100,7 +101,8 @@ def matrix_momentum(
             otherwise.
     """
     require_kind(Matrices, matrices=matrices)
-    storage = Unstored() if mu_codec is None else as_storage(mu_codec).signed("mu")
+    storage = Unstored() if mu_codec is None else as_storage(mu_codec).signed("mu").over(ROOT)
+    others = BlockMoments(b1, b2, eps, relative=mu_codec is not None)
 
     def init(leaf: Leaf) -> tuple[jax.Array]:
         if leaf.layout.view is not None:
@@ -109,22 +111,18 @@ def matrix_momentum(
         return (leaf.zeros(leaf.layout.assignment.sharing.moment_shape),)
 
     def inspect(leaves: list[Leaf]) -> None:
-        others = [leaf.layout.assignment for leaf in leaves if leaf.layout.view is None]
-        warn_unnamed(name, [(assignment, assignment.bytes) for assignment in others])
+        alone = [leaf.layout.assignment for leaf in leaves if leaf.layout.view is None]
+        warn_unnamed(name, [(assignment, assignment.bytes) for assignment in alone])
 
     def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
         if leaf.layout.view is not None:
             require_shape(leaf.path, nu, (1,) * leaf.value.ndim)
             return (nu,), ()
-        blocks = leaf.layout.assignment.sharing
-        require_shape(leaf.path, nu, blocks.moment_shape)
-        nu = moving_average(b2, nu, blocks.mean(leaf.squares))
-        return (nu,), (blocks.spread(jnp.sqrt(nu / one_minus_power(b2, leaf.t))) + eps,)
+        return others.reduce(leaf, leaf.layout.assignment.sharing, nu)
 
-    def rule(t: jax.Array, g: jax.Array, mu: jax.Array, *root: jax.Array) -> Arrays:
-        if root:
-            mu = moving_average(b1, mu, g)
-            return mu / one_minus_power(b1, t) / root[0], mu
+    def rule(t: jax.Array, g: jax.Array, mu: jax.Array, *roots: jax.Array) -> Arrays:
+        if roots:
+            return others.rule(t, g, mu, *roots)
         mu = moving_average(beta, mu, g)
         ahead = mu / one_minus_power(beta, t + 1)
         return moving_average(beta, ahead, g / one_minus_power(beta, t)), mu

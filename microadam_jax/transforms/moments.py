@@ -1,11 +1,17 @@
 """Exponential moving averages and their bias correction, in float32."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
+
+from microadam_jax.engine.leafwise import Arrays, Leaf
+from microadam_jax.layout.axes import Sharing, require_shape
+
+ROOT = "root_nu"  # what first moments are divided by, in the label of their state
 
 
 def moment_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -60,3 +66,70 @@ def one_minus_power(decay: ArrayLike, steps: jax.Array) -> jax.Array:
     else:
         log_decay = jnp.log1p(jnp.asarray(decay, jnp.float32) - 1)
     return -jnp.expm1(log_decay * steps.astype(jnp.float32))
+
+
+class BlockMoments(NamedTuple):
+    r"""Steps along a first moment, over the root of what its block's second moment is.
+
+    With the second moments :math:`v` of blocks,
+
+    .. math::
+
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, \qquad
+        u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} .
+
+    A first moment in few bits is kept as :math:`\tilde m_t = m_t / \sqrt{v_t}`. Elements that share
+    a scale are then of one size, whatever their gradients' are. Else the noise of rounding, which
+    the largest of them decides, would be divided by the small :math:`\sqrt v` of others, such as
+    the outputs of a head for rare tokens: their steps would be a hundred times AdamW's.
+
+    Attributes:
+        b1: :math:`\beta_1`.
+        b2: :math:`\beta_2`.
+        eps: :math:`\epsilon`.
+        relative: whether first moments are kept over the root.
+    """
+
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    relative: bool
+
+    def reduce(self, leaf: Leaf, blocks: Sharing, nu: jax.Array) -> tuple[Arrays, Arrays]:
+        """Returns the new second moments of a leaf, and what the rule reads of them."""
+        squares = leaf.squares
+        require_shape(leaf.path, nu, blocks.moment_shape)
+        new = moving_average(self.b2, nu, blocks.mean(squares))
+        if self.relative:
+            before, after = root_of(nu), root_of(new)
+            return (new,), (blocks.spread(before), blocks.spread(after))
+        root = jnp.sqrt(new / one_minus_power(self.b2, leaf.t))
+        return (new,), (blocks.spread(root) + self.eps,)
+
+    def rule(self, t: jax.Array, g: jax.Array, mu: jax.Array, *roots: jax.Array) -> Arrays:
+        """Returns the update and the new first moment of each element."""
+        if self.relative:
+            return self.relative_step(t, g, mu, *roots)
+        mu = moving_average(self.b1, mu, g)
+        return mu / one_minus_power(self.b1, t) / roots[0], mu
+
+    def relative_step(
+        self, t: jax.Array, g: jax.Array, mu: jax.Array, before: jax.Array, after: jax.Array
+    ) -> Arrays:
+        """Returns the update, and the first moment over the root of the second.
+
+        Args:
+            t: int32 scalar, steps taken including this one.
+            g: the gradient.
+            mu: the first moment of the step before, over the root of then.
+            before: that root.
+            after: the root of now.
+        """
+        mu = moving_average(self.b1, mu * before, g)
+        root = after / jnp.sqrt(one_minus_power(self.b2, t)) + self.eps
+        return mu / one_minus_power(self.b1, t) / root, mu / after
+
+
+def root_of(nu: jax.Array) -> jax.Array:
+    """The root of a second moment, or 1 where there has been no gradient yet."""
+    return jnp.where(nu < np.finfo(np.float32).tiny, 1, jnp.sqrt(nu))
