@@ -31,8 +31,12 @@ def adam_mini8bit(
 
     .. math::
 
-        m_t = \beta_1 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
-        \tilde m_t = Q(m_t)
+        m_t = \beta_1 \sqrt{v_{t-1}}\, Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
+        \tilde m_t = Q(m_t / \sqrt{v_t})
+
+    Over the roots of the second moments, neighbours that share a scale are of one size. The outputs
+    of a head for rare tokens would else get the rounding noise of frequent ones, over roots of
+    their own.
 
     Rounded to nearest, a small moment beside large ones never decays, and the step of an element
     without any more gradient grows as its second moment vanishes; so it is rounded
@@ -100,11 +104,14 @@ def adam_mini4bit(
 
     .. math::
 
-        m_t = \beta_1 Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
-        \tilde m_t = Q(m_t)
+        m_t = \beta_1 \sqrt{v_{t-1}}\, Q^{-1}(\tilde m_{t-1}) + (1 - \beta_1)\, g_t, \qquad
+        \tilde m_t = Q(m_t / \sqrt{v_t})
+
+    Over the roots of the second moments, neighbours that share a scale are of one size. The outputs
+    of a head for rare tokens would else get the rounding noise of frequent ones, over roots of
+    their own.
 
     Rounding is stochastic: rounded to nearest, changes smaller than half a step are lost.
-
 
     Args:
         learning_rate: :math:`\eta_t`, a number or a schedule.

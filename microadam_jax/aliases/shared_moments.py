@@ -59,7 +59,7 @@ def adam_mini(
         partition: what the blocks are; None stands for ``Partition()``, the names of
             :func:`transformer_rules`. Look at them with :func:`explain_partition`.
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32.
-        mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`.
+        mu_codec: stores :math:`m / \sqrt v` through a codec instead; see :func:`adam_mini4bit`.
         seed: of a codec that rounds stochastically.
 
     Returns:

@@ -64,8 +64,8 @@ def scale_by_adam_mini(
             ``init`` names what follows no rule and takes a second moment for each element.
         mu_dtype: the dtype in which :math:`m` is kept; :math:`v` is always float32, because
             0.999 v rounds to v in bfloat16.
-        mu_codec: stores :math:`m` through a codec instead; see :func:`quantize_state`. Large
-            leaves are then updated a few rows at a time.
+        mu_codec: stores :math:`m / \sqrt v` through a codec instead; see :func:`adam_mini4bit`.
+            Large leaves are then updated a few rows at a time.
         seed: of a codec that rounds stochastically.
 
     Returns:

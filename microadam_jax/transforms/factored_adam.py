@@ -56,7 +56,8 @@ def scale_by_factored_adam(
             {\sqrt{r_t c_t / (\bar r_t (1 - \beta_2^t))} + \epsilon}
 
     Unlike in Adafactor, :math:`\beta_2` is constant, nothing is clipped, and nothing is added to
-    the squares. Vectors keep a float32 second moment for each element.
+    the squares. Vectors keep a float32 second moment for each element. The codec stores
+    :math:`m_t` over the root of the second moment, of which neighbours have one size.
 
     Args:
         b1: :math:`\beta_1`, in [0, 1).
@@ -100,13 +101,14 @@ def scale_by_factored_adam(
         costs = [(assignment, assignment.bytes if alone else 0) for assignment, alone in unfactored]
         warn_unnamed("scale_by_factored_adam", costs)
 
-    def roots(assignment: Assignment, nu_row: jax.Array, nu_col: jax.Array) -> Arrays:
+    def roots(assignment: Assignment, of_zero: int, nu_row: jax.Array, nu_col: jax.Array) -> Arrays:
         matrix = sides(assignment)
         if matrix is None:
-            return root_of(nu_row), jnp.ones_like(nu_col)
+            return root_of(nu_row, of_zero), jnp.ones_like(nu_col)
         # Rows without any gradient have no mean to be divided by.
         whole = mean(nu_row, matrix[0])
-        return root_of(nu_row), root_of(nu_col / jnp.where(whole > 0, whole, 1))
+        relative = nu_col / jnp.where(whole > 0, whole, 1)
+        return root_of(nu_row, of_zero), root_of(relative, of_zero)
 
     def reduce(leaf: Leaf, *nu: jax.Array) -> tuple[Arrays, Arrays]:
         for moment, shape in zip(nu, factor_shapes(leaf.layout), strict=True):
@@ -119,7 +121,7 @@ def scale_by_factored_adam(
                 b2, nu_col, leaf.mean_square(functools.partial(mean, axes=rows))
             )
         new = nu_row, nu_col
-        return new, (*roots(leaf.layout, *nu), *roots(leaf.layout, *new))
+        return new, (*roots(leaf.layout, 0, *nu), *roots(leaf.layout, 1, *new))
 
     def rule(
         t: jax.Array,

@@ -101,7 +101,7 @@ class BlockMoments(NamedTuple):
         require_shape(leaf.path, nu, blocks.moment_shape)
         new = moving_average(self.b2, nu, blocks.mean(squares))
         if self.relative:
-            before, after = root_of(nu), root_of(new)
+            before, after = root_of(nu, 0), root_of(new, 1)
             return (new,), (blocks.spread(before), blocks.spread(after))
         root = jnp.sqrt(new / one_minus_power(self.b2, leaf.t))
         return (new,), (blocks.spread(root) + self.eps,)
@@ -122,14 +122,17 @@ class BlockMoments(NamedTuple):
             t: int32 scalar, steps taken including this one.
             g: the gradient.
             mu: the first moment of the step before, over the root of then.
-            before: that root.
-            after: the root of now.
+            before: that root, 0 where there was no gradient yet.
+            after: the root of now, 1 where there has been none.
         """
         mu = moving_average(self.b1, mu * before, g)
         root = after / jnp.sqrt(one_minus_power(self.b2, t)) + self.eps
         return mu / one_minus_power(self.b1, t) / root, mu / after
 
 
-def root_of(nu: jax.Array) -> jax.Array:
-    """The root of a second moment, or 1 where there has been no gradient yet."""
-    return jnp.where(nu < np.finfo(np.float32).tiny, 1, jnp.sqrt(nu))
+def root_of(nu: jax.Array, of_zero: int) -> jax.Array:
+    """The root of a second moment, or ``of_zero`` where there has been no gradient yet.
+
+    To divide by, 1; to multiply codes by, 0: they have the noise of rounding.
+    """
+    return jnp.where(nu < np.finfo(np.float32).tiny, of_zero, jnp.sqrt(nu))
