@@ -50,6 +50,8 @@ def factory_named(name: str, options: Mapping[str, Any]) -> Factory:
         ValueError: adam_mini has no option 'b3'; it has b1, b2, ...
     """
     known = factories()
+    if not name:
+        raise ValueError("An optimizer has no name: there is a comma too many, or no name at all.")
     if name not in known:
         close = difflib.get_close_matches(name, known)
         hint = (

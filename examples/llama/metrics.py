@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,12 +36,21 @@ class MetricsFile:
         """Opens a file, and forgets what it says about steps after `last_step`.
 
         Args:
-            path: The file; it need not exist.
+            path: The file; it need not exist. One that is damaged is kept beside it.
             last_step: Where training continues: the step of the latest checkpoint, or 0.
         """
         self.path = path
+        found, damaged = _read(path)
         # Rows after the checkpoint are from steps that a crash undid.
-        self.rows = [row for row in _read(path) if row.step <= last_step]
+        self.rows = [row for row in found if row.step <= last_step]
+        if damaged:
+            kept = path.with_name("metrics.damaged.csv")
+            shutil.copyfile(path, kept)
+            warnings.warn(
+                f"{path} cannot be read after {len(found)} rows. Tables and curves will lack the "
+                f"others up to step {last_step}; the file is kept as {kept}.",
+                stacklevel=2,
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
@@ -87,13 +98,15 @@ def largest_lost_share(state: optax.OptState) -> float:
     return max(map(float, shares.values()))
 
 
-def _read(path: Path) -> list[Row]:
-    """The rows of a file, up to the first that a crash tore."""
-    rows: list[Row] = []
+def _read(path: Path) -> tuple[list[Row], bool]:
+    """The rows of a file up to the first that is none, and whether more than its end is torn."""
     if not path.exists():
-        return rows
+        return [], False
+    rows: list[Row] = []
     with path.open(newline="", errors="replace") as stream:
-        for row in csv.DictReader(line.replace("\0", "") for line in stream):
+        reader = csv.DictReader(line.replace("\0", "") for line in stream)
+        damaged = reader.fieldnames != [field.name for field in dataclasses.fields(Row)]
+        for row in reader:
             try:
                 rows.append(
                     Row(
@@ -105,5 +118,5 @@ def _read(path: Path) -> list[Row]:
                     )
                 )
             except (KeyError, TypeError, ValueError):
-                break
-    return rows
+                return rows, damaged or any(True for _ in reader)
+    return rows, damaged

@@ -25,8 +25,8 @@ LORA = r"lora_?(a|b|A|B|down|up)"
 EXPERTS = r"[^/]*([Ee]xperts?|[Mm][Oo][Ee]|MoeBlock)(_\d+)?"
 CONVOLUTION = r"([^/]*[Cc]onv[^/]*|[^/]*patch_embed[^/]*/proj(ection)?)"
 EMBEDDINGS = (
-    r"(embed_tokens|embed_positions|(word|token|tok|position|token_type)_embeddings?|"
-    r"embedding|shared|wte|wpe)"
+    r"(embed_(tokens|positions)|((word|token|tok|position(al)?|pos|token_type)_)?emb(ed(d(ing|er))?s?)?|"
+    r"pos|shared|wte|wpe)"
 )
 POSITIONS = r"(pos(ition)?_?embed(ding)?s?|posemb\w*|wpe)"
 TOKENS = r"((cls|dist|mask|reg|register|class)(_tokens?)?)"

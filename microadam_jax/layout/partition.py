@@ -330,7 +330,11 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
     return PartitionReport(tuple(as_partition(partition).assign(params).values()))
 
 
-def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> None:
+def warn_unnamed(
+    optimizer: str,
+    costs: Sequence[tuple[Assignment, int]],
+    argument: str = "partition={}",
+) -> None:
     """Warns of second moments that parameters have for each element because no rule names them.
 
     A memory report lists them instead. Of vectors only those that are not small are worth a
@@ -339,6 +343,7 @@ def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> Non
     Args:
         optimizer: the name of the transformation.
         costs: each parameter, with the bytes of its second moments that nobody asked for.
+        argument: how the transformation is given a partition, which stands for the braces.
     """
     unnamed = [
         (bytes_, assignment)
@@ -353,11 +358,12 @@ def warn_unnamed(optimizer: str, costs: Sequence[tuple[Assignment, int]]) -> Non
         return
     largest, assignment = max(unnamed, key=lambda cost: cost[0])
     total = sum(bytes_ for bytes_, _ in unnamed)
+    one_more = argument.format(f"Partition(({_rule_to_add(assignment)}, *transformer_rules()))")
     warnings.warn(
         f"{optimizer}: no rule of the partition names {len(unnamed)} of {len(costs)} parameters, "
         f"so each of their elements keeps a second moment of its own: {total:,} bytes. The largest "
         f"is {assignment.path!r} of shape {assignment.shape} with {largest:,} bytes. Give "
-        f"partition=Partition(({_rule_to_add(assignment)}, *transformer_rules())), or "
+        f"{one_more}, transformer_rules(weight='out in') where weights are torch's, or "
         "Partition(unknown='output') if all unknown matrices are (in, out). If each element shall "
         "have its own, use the axes '... -> ...'. See explain_partition.",
         UserWarning,
@@ -380,7 +386,8 @@ def _rule_to_add(assignment: Assignment) -> str:
     pattern = "/".join(map(re.escape, assignment.path.split("/")[-2:]))
     rank = len(assignment.layer_shape)
     names = " ".join(["in", *(f"in{i}" for i in range(2, rank))])
-    axes = "feature ->" if rank < 2 else f"{names} | out -> out"
+    sides = f"out | {names}" if assignment.path.endswith("weight") else f"{names} | out"
+    axes = "feature ->" if rank < 2 else f"{sides} -> out"
     return f"({pattern!r}, {axes!r})"
 
 

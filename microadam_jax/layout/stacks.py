@@ -133,6 +133,9 @@ class _Group:
             return False
         if any(len(shape) <= _least_rank(rest, self.container) for rest, shape in self.leaves):
             return False
+        # A torch-like linear map without bias; of several layers there would be norms, too.
+        if [(rest, len(shape)) for rest, shape in self.leaves] == [("weight", 2)]:
+            return False
         indices = [m["index"] for rest, _ in self.leaves if (m := _index(rest))]
         if any(int(index) for index in indices):
             return False

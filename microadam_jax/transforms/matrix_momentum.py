@@ -112,7 +112,8 @@ def matrix_momentum(
 
     def inspect(leaves: list[Leaf]) -> None:
         alone = [leaf.layout.assignment for leaf in leaves if leaf.layout.view is None]
-        warn_unnamed(name, [(assignment, assignment.bytes) for assignment in alone])
+        argument = "matrices=Matrices(exclude=OUTPUT_HEAD, partition={})"
+        warn_unnamed(name, [(assignment, assignment.bytes) for assignment in alone], argument)
 
     def reduce(leaf: Leaf, nu: jax.Array) -> tuple[Arrays, Arrays]:
         if leaf.layout.view is not None:

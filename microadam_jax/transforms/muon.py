@@ -104,6 +104,8 @@ def orthogonal(x: jax.Array, eps: ArrayLike) -> jax.Array:
     """
     rows, columns = x.shape[-2:]
     x = jnp.matrix_transpose(x) if rows > columns else x
+    # Squares of what is far above 1 are not in float32.
+    x = x * jnp.where(jnp.max(jnp.abs(x), (-2, -1), keepdims=True) > 2.0**60, 2.0**-64, 1.0)
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True)) + eps)
     first, third, fifth = NS_COEFFICIENTS
 

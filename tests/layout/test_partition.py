@@ -12,7 +12,13 @@ import pytest
 from flax import nnx
 
 from examples.llama.model import ModelConfig, init_params
-from microadam_jax import Partition, explain_partition, memory_report, scale_by_adam_mini
+from microadam_jax import (
+    Matrices,
+    Partition,
+    explain_partition,
+    memory_report,
+    scale_by_adam_mini,
+)
 from microadam_jax.layout.axes import Axes, AxesError, Fused, Shape
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.partition import Assignment
@@ -727,16 +733,17 @@ def test_equinox_modules() -> None:
             "attention": eqx.nn.MultiheadAttention(HEADS, EMBED, key=key),
             "linear": eqx.nn.Linear(EMBED, HIDDEN, key=key),
             "embed": eqx.nn.Embedding(VOCAB, EMBED, key=key),
+            "pos": eqx.nn.Embedding(VOCAB, EMBED, key=key),
             "norm": eqx.nn.LayerNorm(EMBED),
             "conv": eqx.nn.Conv2d(3, 8, 3, key=key),
         }
     )
     params = eqx.filter(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    rules = Partition(
-        (("embed/weight", "token embed -> token"), *transformer_rules(HEADS, weight="out in"))
-    )
-    report = explain_partition(params, rules)
+    report = explain_partition(params, Partition(transformer_rules(HEADS, weight="out in")))
     assert report.unnamed == ()
+    seen = dict(Matrices().list(params))
+    assert seen["embed/weight"] is seen["pos/weight"] is None
+    assert seen["linear/weight"] is not None
     assert {a.path: a.sharing.moment_shape for a in report.assignments} == {
         "attention/query_proj/weight": (4, 1),
         "attention/key_proj/weight": (4, 1),
@@ -745,6 +752,7 @@ def test_equinox_modules() -> None:
         "linear/weight": (24, 1),
         "linear/bias": (24,),
         "embed/weight": (32, 1),
+        "pos/weight": (32, 1),
         "norm/weight": (1,),
         "norm/bias": (16,),
         "conv/weight": (8, 1, 1, 1),

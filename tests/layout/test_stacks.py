@@ -78,6 +78,11 @@ def test_a_kernel_of_two_axes_is_no_stack() -> None:
     assert list(moments(params).values()) == [(1, 48), (1, 24)]
 
 
+def test_a_torch_like_weight_alone_is_no_stack() -> None:
+    leaves = [LeafShape("h/weight", (128, 64)), LeafShape("layers/mlp/weight", (7, 128, 64))]
+    assert layer_axes(leaves) == {"h/weight": None, "layers/mlp/weight": 0}
+
+
 @pytest.mark.parametrize(
     "shapes",
     [

@@ -1,5 +1,6 @@
 """Muon and Sinkhorn with momenta in few bits, against the oracle, Optax and Adam-mini."""
 
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax.contrib
 import pytest
 
 from microadam_jax import (
+    Partition,
     Storage,
     adam_mini8bit,
     fused_apply,
@@ -22,7 +24,8 @@ from microadam_jax import (
     state_format,
 )
 from microadam_jax.codecs import dynamic4, dynamic8, int4, linear2
-from microadam_jax.subspace import Matrices
+from microadam_jax.layout.names import transformer_rules
+from microadam_jax.subspace import OUTPUT_HEAD, Matrices
 from microadam_jax.transforms import scale_by_muon, scale_by_sinkhorn
 from tests.oracles.low_bit import dynamic_map, scaled
 from tests.oracles.matrix_momentum import MatrixMomentumOracle, muon, sinkhorn
@@ -260,3 +263,31 @@ def test_a_momentum_needs_negative_numbers() -> None:
 def test_vectors_that_no_rule_names_are_listed() -> None:
     params = {"temperatures": jax.ShapeDtypeStruct((9000,), jnp.float32)}
     assert memory_report(muon8bit(0.1), params).remarks
+
+
+def test_gradients_of_any_magnitude_have_a_direction() -> None:
+    g = {"kernel": jax.random.normal(jax.random.key(0), (64, 128))}
+    for tx in (muon4bit(1.0), sinkhorn4bit(1.0)):
+        params = jax.tree.map(jnp.zeros_like, g)
+        expected, _ = tx.update(g, tx.init(params), params)
+        for size in (2.0**-10, 2.0**70, 2.0**100):
+            huge = jax.tree.map(lambda x, size=size: x * size, g)
+            updates, _ = tx.update(huge, tx.init(params), params)
+            np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=2e-3, atol=1e-5)
+
+
+def test_the_rule_that_a_warning_advises_is_one_to_copy() -> None:
+    params = {"head": {"weight": jnp.zeros((1000, 64))}}
+    with pytest.warns(UserWarning, match="no rule of the partition") as warned:
+        muon4bit(1e-3).init(params)
+    found = re.search(r"Give (matrices=.*), transformer_rules\(weight", str(warned[0].message))
+    assert found is not None
+    names = {
+        "Matrices": Matrices,
+        "OUTPUT_HEAD": OUTPUT_HEAD,
+        "Partition": Partition,
+        "transformer_rules": transformer_rules,
+    }
+    given = eval(f"dict({found[1]})", names)
+    state = muon4bit(1e-3, **given).init(params)
+    assert state[0].nu["head"]["weight"].shape == (1000, 1)
