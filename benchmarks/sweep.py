@@ -28,6 +28,7 @@ Setting = Callable[[optax.Schedule], optax.GradientTransformation]
 MODELS = {
     "tiny": {},
     "10m": {"hidden": 320, "intermediate": 864, "layers": 8, "heads": 5},
+    "words": {"tokenizer": "bpe", "vocab_size": 8192},
 }
 
 

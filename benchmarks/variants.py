@@ -50,6 +50,7 @@ from microadam_jax.codecs.scaled import Scaled
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.subspace import Discard, sampled_rows, top_k_rows
+from microadam_jax.transforms import scale_by_muon
 
 TWO, FOUR = linear2(rounding="stochastic"), dynamic4(rounding="stochastic")
 EVEN_FOUR = linear4(rounding="stochastic")
@@ -84,6 +85,20 @@ def sign_of_top_k(
 def adam_sn4bit(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
     """Subset norms below a momentum in 4 bits."""
     return quantize_state(adam_sn(rate, weight_decay=weight_decay), {"mu": FOUR})
+
+
+def muon2bit_as_it_is(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """muon2bit whose first moments of embeddings and head are not divided by roots."""
+    del weight_decay
+    link = quantize_state(scale_by_muon(0.8), {"mu": TWO})
+    return optax.chain(link, optax.scale_by_learning_rate(rate))
+
+
+def adam_mini4bit_as_it_is(
+    rate: optax.Schedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """adam_mini4bit whose first moments are not divided by roots."""
+    return quantize_state(adam_mini(rate, weight_decay=weight_decay), {"mu": FOUR})
 
 
 def with_slower_head(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
@@ -130,6 +145,8 @@ SETTINGS: dict[str, Trial] = {
     "Adam, m in 8 bits, v in 4": evenly(adamw4bit, ADAM, mu_codec="dynamic8"),
     # The head as far as AdamW moves it at its best rate, with matrices at four times that.
     "muon4bit, head at a quarter": evenly(with_slower_head, MUON),
+    "adam_mini4bit, m as it is": evenly(adam_mini4bit_as_it_is, ADAM),
+    "muon2bit, m as it is": evenly(muon2bit_as_it_is, MUON),
     # Other bits.
     "AdamW, FP8, not expanded": evenly(adamw_fp8, ADAM, mu_codec="e4m3", nu_codec="e4m3"),
     "AdamW, 4 bits, v in blocks": evenly(adamw4bit, ADAM, nu_codec="linear4_unsigned"),
