@@ -14,6 +14,18 @@ COLOURS = {
 }
 
 
+def require_place(path: Path) -> None:
+    """Refuses a path that no chart can be written to.
+
+    Raises:
+        ValueError: if it does not end with ``.png``, or its directory is not there.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--chart is written as PNG; give a path that ends with .png, not {path}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--chart: there is no directory {path.parent}. Make it first.")
+
+
 def draw(parts: dict[str, dict[str, int]], memory: float | None, path: Path) -> None:
     """Writes a bar chart as PNG.
 

@@ -14,7 +14,7 @@ from microadam_jax.memory import GIB, format_table
 from microadam_jax.models import MODELS
 from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
-from microadam_jax.planner.chart import draw
+from microadam_jax.planner.chart import draw, require_place
 from microadam_jax.planner.compiled import CompiledPlan, compiled_plan
 from microadam_jax.planner.llama import stacked_model
 from microadam_jax.planner.meshes import parse_mesh, undivided
@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> None:
         mesh = parse_mesh(options.mesh)
         if options.rounding != "nearest" and options.dtype != "bfloat16":
             raise ValueError(f"--rounding {options.rounding} needs --param-dtype bfloat16.")
+        if options.chart:
+            require_place(options.chart)  # before what may take minutes
         chosen = {
             name.strip(): _optimizer(name, rounding=options.rounding)
             for name in options.optimizer.split(",")

@@ -46,9 +46,9 @@ def target(name: str) -> Target:
 def _tpus(name: str) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"--topology {name} needs the TPU compiler, which runs without a TPU: "
-            "pip install libtpu. (Of GPUs h100 and h200 are known, as in h200:8.) Without "
-            "--topology the table is arithmetic."
+            f"--topology {name}: of GPUs h100 and h200 are known, as in h200:8, and all else needs "
+            "the TPU compiler, which runs without a TPU: pip install libtpu. Without --topology "
+            "the table is arithmetic."
         )
     # libtpu looks for the machine's own TPUs, and locks them, unless it is told otherwise.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -189,7 +189,9 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
         (["--optimizer", "moun"], "did you mean muon"),
         (["--batch", "0"], "0 must be a positive whole number"),
         (["--memory-per-device", "-3"], "-3 must be a positive number"),
-        (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "No such file or directory"),
+        (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "there is no directory nowhere"),
+        (["--optimizer", "adamw", "--chart", "chart.txt"], "ends with .png, not chart.txt"),
+        (["--optimizer", "adamw,,lion"], "An optimizer has no name"),
         (["--topology", "h200:12"], "up to 8 GPUs of one host, or a multiple of 8"),
     ],
 )
