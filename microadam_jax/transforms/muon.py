@@ -38,7 +38,8 @@ def scale_by_muon(
     where :math:`p^5`, five steps of Newton and Schulz with the coefficients 3.4445, -4.7750 and
     2.0315, brings all singular values near 1. The layers of a stack are matrices of their own and
     are orthogonalized one after another, so that only one of them has temporaries. For parameters
-    that are no matrices see :func:`scale_by_adam_mini`.
+    that are no matrices see :func:`scale_by_adam_mini`. A matrix with a norm above 1e19, whose
+    square is not in float32, does not move.
 
     Args:
         beta: :math:`\beta`, in [0, 1): the decay of a matrix's momentum.
@@ -104,8 +105,6 @@ def orthogonal(x: jax.Array, eps: ArrayLike) -> jax.Array:
     """
     rows, columns = x.shape[-2:]
     x = jnp.matrix_transpose(x) if rows > columns else x
-    # Squares of what is far above 1 are not in float32.
-    x = x * jnp.where(jnp.max(jnp.abs(x), (-2, -1), keepdims=True) > 2.0**60, 2.0**-64, 1.0)
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True)) + eps)
     first, third, fifth = NS_COEFFICIENTS
 
