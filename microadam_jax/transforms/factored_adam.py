@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from microadam_jax.codecs import Codec, Storage, as_storage, dynamic4
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
-from microadam_jax.layout.partition import Assignment, Partition, as_partition, warn_unnamed
+from microadam_jax.layout.partition import Partition, as_partition, warn_unnamed
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
-from microadam_jax.transforms.moments import ROOT, BlockMoments, moving_average, root_of
+from microadam_jax.transforms.moments import ROOT, moving_average, one_minus_power, root_of
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -57,7 +57,8 @@ def scale_by_factored_adam(
 
     Unlike in Adafactor, :math:`\beta_2` is constant, nothing is clipped, and nothing is added to
     the squares. Vectors keep a float32 second moment for each element. The codec stores
-    :math:`m_t` over the root of the second moment, of which neighbours have one size.
+    :math:`m_t` over the root of the factor that varies within a row, so that neighbours are of one
+    size.
 
     Args:
         b1: :math:`\beta_1`, in [0, 1).
@@ -91,7 +92,6 @@ def scale_by_factored_adam(
     """
     partition = as_partition(partition)
     storage = as_storage(mu_codec).signed("mu").over(ROOT)
-    moments = BlockMoments(b1, b2, eps, relative=True)
 
     def init(leaf: Leaf) -> Arrays:
         return tuple(map(leaf.zeros, factor_shapes(leaf.layout)))
@@ -101,38 +101,37 @@ def scale_by_factored_adam(
         costs = [(assignment, assignment.bytes if alone else 0) for assignment, alone in unfactored]
         warn_unnamed("scale_by_factored_adam", costs)
 
-    def roots(assignment: Assignment, of_zero: int, nu_row: jax.Array, nu_col: jax.Array) -> Arrays:
-        matrix = sides(assignment)
-        if matrix is None:
-            return root_of(nu_row, of_zero), jnp.ones_like(nu_col)
-        # Rows without any gradient have no mean to be divided by.
-        whole = mean(nu_row, matrix[0])
-        relative = nu_col / jnp.where(whole > 0, whole, 1)
-        return root_of(nu_row, of_zero), root_of(relative, of_zero)
-
     def reduce(leaf: Leaf, *nu: jax.Array) -> tuple[Arrays, Arrays]:
         for moment, shape in zip(nu, factor_shapes(leaf.layout), strict=True):
             require_shape(leaf.path, moment, shape)
-        rows, cols = sides(leaf.layout) or ((), ())
-        nu_row, nu_col = nu
-        nu_row = moving_average(b2, nu_row, mean(leaf.squares, cols))
-        if rows:
-            nu_col = moving_average(
-                b2, nu_col, leaf.mean_square(functools.partial(mean, axes=rows))
-            )
+        matrix = sides(leaf.layout)
+        rows, cols = matrix or ((), ())
+        nu_row = moving_average(b2, nu[0], mean(leaf.squares, cols))
+        corrected = one_minus_power(b2, leaf.t)
+        if matrix is None:
+            others = jnp.ones_like(nu[1]) / jnp.sqrt(corrected)
+            return (nu_row, nu[1]), (root_of(nu[0], 0), root_of(nu_row, 1), others)
+        of_rows = leaf.mean_square(functools.partial(mean, axes=rows))
+        nu_col = moving_average(b2, nu[1], of_rows)
+        # Rows without any gradient have no mean to be divided by.
+        whole = mean(nu_row, rows)
+        divisor = jnp.where(whole > 0, whole, 1) * corrected
         new = nu_row, nu_col
-        return new, (*roots(leaf.layout, 0, *nu), *roots(leaf.layout, 1, *new))
+        # Elements that share a scale lie along the last axis, where one of the factors is constant.
+        varies = 0 if leaf.value.ndim - 1 in rows else 1
+        other = jnp.sqrt(new[1 - varies] / divisor)
+        return new, (root_of(nu[varies], 0), root_of(new[varies], 1), other)
 
     def rule(
         t: jax.Array,
         g: jax.Array,
         mu: jax.Array,
-        row_before: jax.Array,
-        col_before: jax.Array,
-        row: jax.Array,
-        col: jax.Array,
+        before: jax.Array,
+        after: jax.Array,
+        other: jax.Array,
     ) -> Arrays:
-        return moments.relative_step(t, g, mu, row_before * col_before, row * col)
+        mu = moving_average(b1, mu * before, g)
+        return mu / one_minus_power(b1, t) / (after * other + eps), mu / after
 
     return leafwise(
         ScaleByFactoredAdamState,

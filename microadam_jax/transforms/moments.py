@@ -108,23 +108,10 @@ class BlockMoments(NamedTuple):
 
     def rule(self, t: jax.Array, g: jax.Array, mu: jax.Array, *roots: jax.Array) -> Arrays:
         """Returns the update and the new first moment of each element."""
-        if self.relative:
-            return self.relative_step(t, g, mu, *roots)
-        mu = moving_average(self.b1, mu, g)
-        return mu / one_minus_power(self.b1, t) / roots[0], mu
-
-    def relative_step(
-        self, t: jax.Array, g: jax.Array, mu: jax.Array, before: jax.Array, after: jax.Array
-    ) -> Arrays:
-        """Returns the update, and the first moment over the root of the second.
-
-        Args:
-            t: int32 scalar, steps taken including this one.
-            g: the gradient.
-            mu: the first moment of the step before, over the root of then.
-            before: that root, 0 where there was no gradient yet.
-            after: the root of now, 1 where there has been none.
-        """
+        if not self.relative:
+            mu = moving_average(self.b1, mu, g)
+            return mu / one_minus_power(self.b1, t) / roots[0], mu
+        before, after = roots
         mu = moving_average(self.b1, mu * before, g)
         root = after / jnp.sqrt(one_minus_power(self.b2, t)) + self.eps
         return mu / one_minus_power(self.b1, t) / root, mu / after
