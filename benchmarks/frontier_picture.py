@@ -15,14 +15,14 @@ from benchmarks.results import ROOT, best, mean_loss, read, size_of
 RESULTS = ROOT / "benchmarks" / "results" / "frontier.csv"
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
 # Where a name may stand beside its point: right or left of it, higher or lower.
-PLACES = [(x, y) for y in (4, -11, 14, -21, 24, -31) for x in (5, -5)]
+PLACES = [(x, y) for y in (4, -11, 14, -21, 24, -31, 34, -41) for x in (5, -5)]
 SETTINGS = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "frontier"}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 7), layout="constrained")
         axes = figure.subplots()
         chosen = best(read(RESULTS))
         points = {name: (size_of(r), mean_loss(r)) for name, r in chosen.items()}
