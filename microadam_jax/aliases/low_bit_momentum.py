@@ -118,6 +118,7 @@ def sinkhorn4bit(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.
         matrices: which parameters are matrices: by default all linear maps but the output head.
+            Yours need ``exclude=OUTPUT_HEAD``, of ``microadam_jax.subspace``, for the same.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
 
@@ -193,6 +194,7 @@ def sinkhorn2bit(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.
         matrices: which parameters are matrices: by default all linear maps but the output head.
+            Yours need ``exclude=OUTPUT_HEAD``, of ``microadam_jax.subspace``, for the same.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
 

@@ -50,6 +50,7 @@ def muon8bit(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.
         matrices: which parameters are matrices: by default all linear maps but the output head.
+            Yours need ``exclude=OUTPUT_HEAD``, of ``microadam_jax.subspace``, for the same.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
 
@@ -124,6 +125,7 @@ def muon4bit(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.
         matrices: which parameters are matrices: by default all linear maps but the output head.
+            Yours need ``exclude=OUTPUT_HEAD``, of ``microadam_jax.subspace``, for the same.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
 
@@ -201,6 +203,7 @@ def muon2bit(
         mask: which leaves decay: a tree of booleans, or a function from the parameters to one.
         consistent_rms: the root mean square of a matrix's update.
         matrices: which parameters are matrices: by default all linear maps but the output head.
+            Yours need ``exclude=OUTPUT_HEAD``, of ``microadam_jax.subspace``, for the same.
         mu_codec: stores :math:`m`; a :class:`Storage` excepts leaves by path or size.
         seed: of a codec that rounds stochastically.
 

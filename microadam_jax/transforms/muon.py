@@ -49,6 +49,7 @@ def scale_by_muon(
         consistent_rms: :math:`c`, the root mean square of a matrix's update. AdamW's is about 0.2,
             so that its learning rate and decay suit all parameters.
         matrices: which parameters are matrices: by default all linear maps but the output head.
+            Yours need ``exclude=OUTPUT_HEAD``, of ``microadam_jax.subspace``, for the same.
         mu_codec: stores :math:`m` in few bits; None keeps it in float32. See
             :func:`quantize_state`.
         seed: of a codec that rounds stochastically.
