@@ -110,7 +110,7 @@ def scale_by_factored_adam(
         corrected = one_minus_power(b2, leaf.t)
         if matrix is None:
             others = jnp.ones_like(nu[1]) / jnp.sqrt(corrected)
-            return (nu_row, nu[1]), (root_of(nu[0], 0), root_of(nu_row, 1), others)
+            return (nu_row, nu[1]), (nu[0], nu_row, others)
         of_rows = leaf.mean_square(functools.partial(mean, axes=rows))
         nu_col = moving_average(b2, nu[1], of_rows)
         # Rows without any gradient have no mean to be divided by.
@@ -120,7 +120,7 @@ def scale_by_factored_adam(
         # Elements that share a scale lie along the last axis, where one of the factors is constant.
         varies = 0 if leaf.value.ndim - 1 in rows else 1
         other = jnp.sqrt(new[1 - varies] / divisor)
-        return new, (root_of(nu[varies], 0), root_of(new[varies], 1), other)
+        return new, (nu[varies], new[varies], other)
 
     def rule(
         t: jax.Array,
@@ -130,6 +130,8 @@ def scale_by_factored_adam(
         after: jax.Array,
         other: jax.Array,
     ) -> Arrays:
+        # Here and not in `reduce`, where each leaf's would be a kernel to compile.
+        before, after = root_of(before, 0), root_of(after, 1)
         mu = moving_average(b1, mu * before, g)
         return mu / one_minus_power(b1, t) / (after * other + eps), mu / after
 
