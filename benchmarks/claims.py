@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.unbiased_roots import WITH_ZERO
 from microadam_jax import (
     Window,
     compress,
@@ -36,7 +37,6 @@ from microadam_jax import (
 )
 from microadam_jax.blocks import Blocks
 from microadam_jax.codecs import as_codec
-from microadam_jax.codecs.maps import TableMap, dynamic_numbers
 from microadam_jax.codecs.scaled import Scaled
 from microadam_jax.subspace import FeedBack
 from microadam_jax.transforms import scale_by_ggt
@@ -133,10 +133,7 @@ def print_losses(name: str, rates: Sequence[float], losses: np.ndarray) -> None:
 
 def zero(steps: int) -> None:
     """AdamW whose second moment is in 4 bits, its first in float32."""
-    with_zero = Scaled(
-        TableMap("dynamic4_unsigned_with_zero", tuple(dynamic_numbers(4, signed=False))),
-        Blocks(128),
-    )
+    with_zero = Scaled(WITH_ZERO, Blocks(128))
     second = {
         "float32": "float32",
         "dynamic, with a code for zero": with_zero,

@@ -7,6 +7,7 @@ One file for each page that shows some of them, beside the same AdamW as on the 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import optax
@@ -82,9 +83,11 @@ def sign_of_top_k(
     )
 
 
-def adam_sn4bit(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """Subset norms below a momentum in 4 bits."""
-    return quantize_state(adam_sn(rate, weight_decay=weight_decay), {"mu": FOUR})
+def stored_in_four(
+    factory: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
+    """An optimizer with its first moment in 4 bits as it is, not divided by roots."""
+    return lambda rate, **options: quantize_state(factory(rate, **options), {"mu": FOUR})
 
 
 def muon2bit_as_it_is(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
@@ -92,13 +95,6 @@ def muon2bit_as_it_is(rate: optax.Schedule, weight_decay: float) -> optax.Gradie
     del weight_decay
     link = quantize_state(scale_by_muon(0.8), {"mu": TWO})
     return optax.chain(link, optax.scale_by_learning_rate(rate))
-
-
-def adam_mini4bit_as_it_is(
-    rate: optax.Schedule, weight_decay: float
-) -> optax.GradientTransformation:
-    """adam_mini4bit whose first moments are not divided by roots."""
-    return quantize_state(adam_mini(rate, weight_decay=weight_decay), {"mu": FOUR})
 
 
 def with_slower_head(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
@@ -145,7 +141,7 @@ SETTINGS: dict[str, Trial] = {
     "Adam, m in 8 bits, v in 4": evenly(adamw4bit, ADAM, mu_codec="dynamic8"),
     # The head as far as AdamW moves it at its best rate, with matrices at four times that.
     "muon4bit, head at a quarter": evenly(with_slower_head, MUON),
-    "adam_mini4bit, m as it is": evenly(adam_mini4bit_as_it_is, ADAM),
+    "adam_mini4bit, m as it is": evenly(stored_in_four(adam_mini), ADAM),
     "muon2bit, m as it is": evenly(muon2bit_as_it_is, MUON),
     # Other bits.
     "AdamW, FP8, not expanded": evenly(adamw_fp8, ADAM, mu_codec="e4m3", nu_codec="e4m3"),
@@ -163,7 +159,7 @@ SETTINGS: dict[str, Trial] = {
     # Other blocks of second moments.
     "Adam-mini, query and key by head": evenly(adam_mini, ADAM, partition=BY_HEAD),
     "AdamSN, means": evenly(adam_sn, ADAM, subsets=Subsets(reduction="mean")),
-    "AdamSN, 4 bits": evenly(adam_sn4bit, NORMS),
+    "AdamSN, 4 bits": evenly(stored_in_four(adam_sn), NORMS),
     # Other subspaces.
     "SNSM, momentum kept": evenly(
         snsm, NORMS, rank=RANK, update_interval=Refresh(EVERY, first=0, moments="keep")

@@ -118,5 +118,5 @@ def _read(path: Path) -> tuple[list[Row], bool]:
                     )
                 )
             except (KeyError, TypeError, ValueError):
-                return rows, damaged or any(True for _ in reader)
+                return rows, damaged or next(reader, None) is not None
     return rows, damaged

@@ -17,7 +17,7 @@ from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne
 from microadam_jax.execution import all_leaves
-from microadam_jax.layout.path_rules import PathRules, path_pattern
+from microadam_jax.layout.path_rules import PathRules, matches_none, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
 from microadam_jax.memory import remark
 from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
@@ -261,9 +261,8 @@ class Storage:
         for pattern, _ in self.rules:
             if paths and not any(map(path_pattern(pattern).search, paths)):
                 warnings.warn(
-                    f"The rule for {pattern!r} in a Storage matches none of {len(paths)} leaves, "
-                    f"such as {paths[0]!r}. A pattern matches the end of a path: 'embedding', or "
-                    "'embedding/.*' for what stands below one. Mend it, or leave the rule out.",
+                    f"The rule for {pattern!r} in a Storage {matches_none(paths)}. Mend it, or "
+                    "leave the rule out.",
                     UserWarning,
                     stacklevel=2,
                 )

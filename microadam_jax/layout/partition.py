@@ -13,7 +13,7 @@ from microadam_jax.execution import all_leaves
 from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
-from microadam_jax.layout.path_rules import PathRules, path_pattern
+from microadam_jax.layout.path_rules import PathRules, matches_none, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, one_layer
 from microadam_jax.memory import format_table, is_reporting, remark
 from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes
@@ -226,13 +226,10 @@ def _warn_unmatched(partition: Partition, shapes: Mapping[str, tuple[Shape, Shap
         # Of several rules for one name, each may be for another rank.
         if not shapes or not fitting.isdisjoint(paths):
             continue
-        path = next(iter(paths or shapes))
-        what = (
-            f"matches {path!r}, but its axes '{axes}' do not fit the shape {shapes[path][1]}"
-            if paths
-            else f"matches none of {len(shapes)} parameters, such as {path!r}. A pattern matches "
-            "the end of a path: 'router/kernel', or 'router/.*' for what stands below one"
-        )
+        what = matches_none(list(shapes))
+        if paths:
+            layer = shapes[paths[0]][1]
+            what = f"matches {paths[0]!r}, but its axes '{axes}' do not fit the shape {layer}"
         warnings.warn(
             f"The rule for {pattern!r} in a Partition {what}. Mend it, or leave the rule out.",
             UserWarning,

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -43,6 +43,14 @@ def path_pattern(pattern: str) -> re.Pattern[str]:
             f"The path pattern {pattern!r} is bad: {error}. Give a regular expression for the end "
             "of a path, such as 'embedding' or '(query|key)/kernel'."
         ) from error
+
+
+def matches_none(paths: Sequence[str]) -> str:
+    """Says of a pattern that no path of several matches it, and what it would have to be."""
+    return (
+        f"matches none of {len(paths)} leaves, such as {paths[0]!r}. A pattern matches the end of "
+        "a path: 'embedding', or 'embedding/.*' for what stands below one"
+    )
 
 
 class PathRules(tuple[tuple[str, Value], ...], Generic[Value]):
