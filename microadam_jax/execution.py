@@ -100,6 +100,18 @@ def all_leaves(leaves: Mapping[KeyPath, LeafShape]) -> tuple[LeafShape, ...]:
     return tuple((leaves if parameters is None else leaf_shapes(parameters)).values())
 
 
+def remark(path: KeyPath, text: str) -> None:
+    """Tells the memory report being made, if any, something about the leaf at ``path``."""
+    notes = scope().notes
+    if notes is not None:
+        notes[text].append(path_name(path))
+
+
+def is_reporting() -> bool:
+    """Returns True while a memory report is being made, which remarks are for and warnings not."""
+    return scope().notes is not None
+
+
 @contextlib.contextmanager
 def within(**changes: Any) -> Generator[Scope]:
     """Opens a scope that differs from the one around it in ``changes``."""

@@ -12,25 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from microadam_jax.arguments import require_transformation
-from microadam_jax.execution import scope, within
+from microadam_jax.execution import is_reporting, remark, within
 from microadam_jax.layout.stacks import is_small, layer_axes
 from microadam_jax.trees import KeyPath, leaf_shapes, owner_of, path_name
 
 GIB = 2**30
 ADAM_BYTES = 8  # of two float32 moments
 ROUNDING = 16  # bytes: counts, and the single bytes of arrays that a leaf does not need
-
-
-def remark(path: KeyPath, text: str) -> None:
-    """Tells the memory report being made, if any, something about the leaf at ``path``."""
-    notes = scope().notes
-    if notes is not None:
-        notes[text].append(path_name(path))
-
-
-def is_reporting() -> bool:
-    """Returns True while a memory report is being made, which remarks are for and warnings not."""
-    return scope().notes is not None
 
 
 @dataclasses.dataclass(frozen=True)

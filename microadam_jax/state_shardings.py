@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from microadam_jax.arguments import require_transformation
 from microadam_jax.execution import shardings_by_path, within
-from microadam_jax.sharding import fitted, only_on, shards_along, told_axes
+from microadam_jax.sharding import fitted, only_on, shards_along
+from microadam_jax.state_arrays import told_axes
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
 # What arrays may take on a device beyond their share before anything is said: few can act on less.

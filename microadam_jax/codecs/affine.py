@@ -10,7 +10,7 @@ from microadam_jax.blocks import BlockLayout, Blocks, blocked_shape, in_row, mer
 from microadam_jax.codecs.rounding import Draw, bfloat16_above, bfloat16_below, dither
 from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.codecs.scaled import as_blocks, codec_name, require_rounding
-from microadam_jax.sharding import state_zeros
+from microadam_jax.state_arrays import state_zeros
 from pallas_kernels.topk_compress import decode, encode, extremes
 
 

@@ -20,7 +20,7 @@ from microadam_jax.codecs.scaled import (
     magnitudes,
     require_rounding,
 )
-from microadam_jax.sharding import state_zeros
+from microadam_jax.state_arrays import state_zeros
 
 TINY = np.finfo(np.float32).tiny
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from microadam_jax.codecs.rounding import Draw
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.sharding import state_zeros
+from microadam_jax.state_arrays import state_zeros
 
 
 class PlainValues(NamedTuple):

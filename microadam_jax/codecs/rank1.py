@@ -19,7 +19,7 @@ from microadam_jax.codecs.scaled import (
     magnitudes,
     require_rounding,
 )
-from microadam_jax.sharding import moment_zeros
+from microadam_jax.state_arrays import moment_zeros
 
 
 class RankOneCodes(NamedTuple):

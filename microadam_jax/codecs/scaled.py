@@ -14,7 +14,7 @@ from microadam_jax.codecs.maps import Map
 from microadam_jax.codecs.packing import pack_codes, unpack_codes
 from microadam_jax.codecs.rounding import Draw, dither
 from microadam_jax.codecs.row_by_row import RowByRow
-from microadam_jax.sharding import require_whole, state_zeros
+from microadam_jax.state_arrays import require_whole, state_zeros
 
 ROUNDINGS = ("nearest", "stochastic")
 

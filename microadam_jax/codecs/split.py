@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from microadam_jax.codecs.rounding import Draw, dither
-from microadam_jax.sharding import state_zeros
+from microadam_jax.state_arrays import state_zeros
 
 _LARGEST = np.int32(0x7F7FFFFF)  # the bits of the largest finite float32
 

@@ -16,11 +16,10 @@ from microadam_jax.arguments import require_not_negative
 from microadam_jax.codecs.codec import Codec, as_codec
 from microadam_jax.codecs.plain import Plain, PlainValues
 from microadam_jax.codecs.rank1 import RankOne
-from microadam_jax.execution import all_leaves
+from microadam_jax.execution import all_leaves, remark
 from microadam_jax.layout.path_rules import PathRules, matches_none, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes
-from microadam_jax.memory import remark
-from microadam_jax.sharding import moment_zeros, state_zeros, unused_state
+from microadam_jax.state_arrays import moment_zeros, state_zeros, unused_state
 from microadam_jax.trees import (
     KeyPath,
     LeafKey,
@@ -280,7 +279,8 @@ def _codecs(
 @functools.lru_cache(maxsize=4096)
 def _stored_types(codec: Codec, shape: tuple[int, ...]) -> tuple[tuple[Any, Any], ...]:
     """Returns shape and dtype of each array in which a codec stores a leaf."""
-    arrays = jax.eval_shape(codec.zeros, jax.ShapeDtypeStruct(shape, jnp.float32))
+    leaf: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    arrays = jax.eval_shape(lambda: codec.zeros(leaf))
     return tuple((x.shape, x.dtype) for x in arrays)
 
 

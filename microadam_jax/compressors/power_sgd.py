@@ -13,7 +13,8 @@ from microadam_jax.arguments import require_positive
 from microadam_jax.compressors.low_rank import LowRank, absent_axes, axes_of, only_columns
 from microadam_jax.layout.path_rules import path_pattern
 from microadam_jax.layout.stacks import STACKED, layer_axis_of
-from microadam_jax.sharding import contract, moment_zeros, place_moment
+from microadam_jax.sharding import contract
+from microadam_jax.state_arrays import moment_zeros, place_moment
 from microadam_jax.trees import KeyPath, leaf_key
 
 # What is left of a column after the projection, relative to its length, is rounding error below.

@@ -14,7 +14,7 @@ from microadam_jax.blocks import Blocks, blocked_shape, in_row, split
 from microadam_jax.compressors.block_sparse import BlockSparse
 from microadam_jax.layout.path_rules import path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axis_of
-from microadam_jax.sharding import state_zeros
+from microadam_jax.state_arrays import state_zeros
 from microadam_jax.trees import KeyPath
 from pallas_kernels.topk_compress import select_top_k
 

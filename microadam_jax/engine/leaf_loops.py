@@ -186,6 +186,27 @@ def by_kind(function: Callable[[Any, Any], Any]) -> Callable[[Hashable, Any, Any
     return call
 
 
+def layer_by_layer(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int | None
+) -> jax.Array:
+    """Maps a function over the layers of a stack, so that one of them has temporaries.
+
+    Args:
+        function: from layers to others of their shape, in which it takes each by itself.
+        x: the stack, in whose place the results go.
+        axis: the axis of its layers; None if it is none.
+    """
+    sharding = explicit_sharding(x)
+    if axis is None or (sharding is not None and sharding.spec[axis]):
+        return function(x)
+
+    def step(i: jax.Array, x: jax.Array) -> jax.Array:
+        one = function(jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+        return jax.lax.dynamic_update_slice_in_dim(x, one, i, axis)
+
+    return jax.lax.fori_loop(0, x.shape[axis], step, x)
+
+
 def _together(works: Sequence[Work], alone: int) -> list[Arrays]:
     like = works[0]
     chunks = Chunks.of_about(like.inputs[0], CACHED, slices=True)

@@ -19,7 +19,7 @@ from microadam_jax.engine.leaf_loops import apart
 from microadam_jax.engine.stored_step import Arrays, Rule, StoredStep, stored_steps
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope
-from microadam_jax.sharding import moment_zeros
+from microadam_jax.state_arrays import moment_zeros
 from microadam_jax.trees import (
     KeyPath,
     LeafShape,

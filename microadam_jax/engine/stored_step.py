@@ -23,7 +23,8 @@ from microadam_jax.engine.leaf_loops import (
     piece_of,
     written,
 )
-from microadam_jax.sharding import shapes_of, state_zeros
+from microadam_jax.sharding import shapes_of
+from microadam_jax.state_arrays import state_zeros
 from microadam_jax.trees import LeafKey
 from pallas_kernels.blockwise_codec import blockwise_step, moved, step, stored
 from pallas_kernels.dispatch import compiles_for_gpus, names_kernel

@@ -16,7 +16,7 @@ from microadam_jax.codecs.row_by_row import RowByRow
 from microadam_jax.compressors import BlockSparse, Deferred, TopK
 from microadam_jax.compressors.rows import row_shape
 from microadam_jax.engine.leaf_loops import Arrays, Work, each_kind, on_cpu
-from microadam_jax.sharding import state_zeros
+from microadam_jax.state_arrays import state_zeros
 from microadam_jax.trees import KeyPath, path_name
 from pallas_kernels.dispatch import names_kernel
 from pallas_kernels.topk_compress import MAX_UNROLLED, topk_compress

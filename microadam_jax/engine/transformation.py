@@ -10,6 +10,7 @@ import optax
 from jax.tree_util import KeyPath
 
 from microadam_jax.execution import scope, within
+from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import cut_as_states
 from microadam_jax.trees import is_compressed, path_name
 
@@ -21,6 +22,7 @@ def transformation(
     update: Callable[..., Any],
     *,
     kind: Callable[..., Any] = optax.GradientTransformationExtraArgs,
+    warns_as: str | None = None,
     **hyperparameters: Any,
 ) -> Any:
     """Makes a transformation of functions that need not look at what they are given.
@@ -33,6 +35,8 @@ def transformation(
         init: from parameters to a state.
         update: from updates, state and parameters, or None, to new updates and state.
         kind: what is returned.
+        warns_as: its name, if ``init`` is to warn of parameters whose state takes more bytes than
+            AdamW's.
         **hyperparameters: numbers of the rule, as :func:`require_hyperparameters` checks them.
 
     Returns:
@@ -56,7 +60,10 @@ def transformation(
     def checked_init(params: optax.Params) -> Any:
         shared = scope().zeros
         with within(zeros={} if shared is None else shared):
-            return init(_arrays(params))
+            state = init(_arrays(params))
+        if warns_as is not None:
+            warn_of_more_than_adam(warns_as, state, params)
+        return state
 
     def checked_update(
         updates: optax.Updates,

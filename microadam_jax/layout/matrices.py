@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from microadam_jax.execution import remark
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.view import MatrixView
-from microadam_jax.memory import remark
 from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes, path_name
 
 OUTPUT_HEAD = r"(lm_head|head|logits|logits_dense|output_projection|classifier)/[^/]+"

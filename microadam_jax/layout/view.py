@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from microadam_jax.layout.axes import Shape
-from microadam_jax.sharding import explicit_sharding, place_on, zeros_sharded_on
+from microadam_jax.sharding import explicit_sharding, place_on
+from microadam_jax.state_arrays import zeros_sharded_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +81,20 @@ class MatrixView:
         """Returns zeros of ``layout``, sharded as ``parameter`` on its whole axes."""
         return zeros_sharded_on(parameter, self.shape_of(layout), dtype, self._whole(layout))
 
-    def fold(self, x: jax.Array) -> jax.Array:
-        """Returns the matrices of ``x``, a parameter or a state: ``(*batch, rows, columns)``."""
+    def fold(self, x: jax.Array, gathered: bool = False) -> jax.Array:
+        """Returns the matrices of ``x``: ``(*batch, rows, columns)``.
+
+        Args:
+            x: a parameter or a state.
+            gathered: True for whole matrices on each device that has any.
+        """
         order = (*self.batch, *self.compressed, *self.kept)
         x = jnp.transpose(_major_axes_only(x, (self.compressed, self.kept)), order)
         sizes = x.shape[: len(self.batch)]
         cut = len(self.batch) + len(self.compressed)
         rows, columns = math.prod(x.shape[len(sizes) : cut]), math.prod(x.shape[cut:])
-        return x.reshape(*sizes, rows, columns)
+        folded = x.reshape(*sizes, rows, columns)
+        return place_on(folded, folded, range(len(self.batch))) if gathered else folded
 
     def unfold(self, matrices: jax.Array, layout: Layout, parameter: jax.Array) -> jax.Array:
         """Returns the inverse of :meth:`fold`, placed as :meth:`zeros` places it."""

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from microadam_jax.arguments import require_kind
-from microadam_jax.execution import scope
+from microadam_jax.execution import remark, scope
 from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.view import MatrixView
-from microadam_jax.memory import remark
-from microadam_jax.sharding import explicit_sharding, known_sharding, moment_zeros, replicated
+from microadam_jax.sharding import explicit_sharding, replicated
+from microadam_jax.state_arrays import known_sharding, moment_zeros
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.refresh import Refresh
 from microadam_jax.subspace.subspace import (

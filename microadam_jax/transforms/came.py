@@ -10,8 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.axes import Shape, require_shape
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
-from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import moment_zeros, state_zeros
+from microadam_jax.state_arrays import moment_zeros, state_zeros
 from microadam_jax.transforms.factors import (
     axes_of_a_layer,
     factor_shapes,
@@ -136,9 +135,7 @@ def scale_by_came(
             )
 
         mu, *factors = map_with_path(zeros, 5, params)
-        state = ScaleByCameState(mu, *(boxed_moments(factor, params) for factor in factors))
-        warn_of_more_than_adam("scale_by_came", state, params)
-        return state
+        return ScaleByCameState(mu, *(boxed_moments(factor, params) for factor in factors))
 
     def update(
         updates: optax.Updates,
@@ -191,9 +188,8 @@ def scale_by_came(
         scaled, *moments = map_with_path(scale, 6, updates, targets, *state)
         return scaled, ScaleByCameState(*map(boxed_like, moments, state))
 
-    return transformation(
-        init, update, b1=b1, b2=b2, b3=b3, eps=eps, instability_eps=instability_eps
-    )
+    numbers = {"b1": b1, "b2": b2, "b3": b3, "eps": eps, "instability_eps": instability_eps}
+    return transformation(init, update, warns_as="scale_by_came", **numbers)
 
 
 def _state_shapes(assignment: Assignment) -> tuple[Shape, ...]:

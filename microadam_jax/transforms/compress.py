@@ -8,7 +8,7 @@ import optax
 
 from microadam_jax.compressors import Compressor, is_compressed, require_compressor, top_k
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.sharding import unused_factor
+from microadam_jax.state_arrays import unused_factor
 from microadam_jax.trees import KeyPath, boxed_blocks, boxed_like, map_with_path
 
 

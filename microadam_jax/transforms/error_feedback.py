@@ -19,9 +19,8 @@ from microadam_jax.engine.top_k_feedback import (
     require_unnamed,
 )
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.execution import scope
-from microadam_jax.memory import remark
-from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.execution import remark, scope
+from microadam_jax.state_arrays import state_zeros, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.compress import first_carried
 from microadam_jax.trees import KeyPath, boxed_like, columns_of, leaf_key, map_with_path, rows_of

@@ -9,7 +9,7 @@ import optax
 from jax.extend import core
 from jax.tree_util import GetAttrKey
 
-from microadam_jax.transforms.elementwise import POINTWISE, called_programs, zero_outputs
+from microadam_jax.engine.elementwise import POINTWISE, called_programs, zero_outputs
 from microadam_jax.trees import KeyPath, path_name
 
 FIRST_MOMENTS = ("mu", "trace")

@@ -1,27 +1,22 @@
 """The newest update of a window, preconditioned by all of them through one small system."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.blocks import BlockLayout
-from microadam_jax.codecs.rounding import Rows
 from microadam_jax.compressors import (
-    BlockSparse,
     Compressor,
     Dense,
     Sent,
     is_compressed,
     require_compressor,
 )
-from microadam_jax.compressors.block_sparse import combined
-from microadam_jax.engine.leaf_loops import Arrays, Work, on_cpu
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import contract, state_zeros, unused_factor
+from microadam_jax.engine.window_sums import window_sums
+from microadam_jax.state_arrays import state_zeros, unused_factor
 from microadam_jax.transforms.window import Window
 from microadam_jax.trees import (
     KeyPath,
@@ -83,14 +78,11 @@ def gram_window(
             return compressor.window(path, parameter, window.length, window.dtype)
 
         trees = map_with_path(zeros, 2, params)
-        state = GramWindowState(
+        return GramWindowState(
             jnp.zeros([], jnp.int32),
             jnp.zeros((window.length, window.length), jnp.float32),
             *(boxed_blocks(tree, params) for tree in trees),
         )
-        if compressor is not None:  # dense windows are larger by their nature
-            warn_of_more_than_adam("scale_by_mfac or scale_by_ggt", state, params)
-        return state
 
     def update(
         updates: optax.Updates,
@@ -132,12 +124,14 @@ def gram_window(
         y = jnp.where(jnp.isfinite(gram).all(), coefficients(gram, newest, count), jnp.nan)
 
         treedef, rows = rows_of(updates, targets, left, right, is_leaf=is_compressed)
-        sums = _sums([(_sent(update, p), p, own) for _, update, p, *own in rows], y)
+        sums = window_sums([(_sent(update, p), p, own) for _, update, p, *own in rows], y)
         left = boxed_like(left, state.window_left)
         right = boxed_like(right, state.window_right)
         return treedef.unflatten(sums), GramWindowState(count, gram, left, right)
 
-    return transformation(init, update)
+    # Dense windows are larger by their nature.
+    warns_as = None if compressor is None else "scale_by_mfac or scale_by_ggt"
+    return transformation(init, update, warns_as=warns_as)
 
 
 def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -161,56 +155,11 @@ def applied(
     Directions with a divisor below ``least`` are left out.
     """
     inverse = jnp.where(divisors > least, 1 / divisors, 0)
-    return contract("ij,j->i", vectors, inverse * vectors[newest])
+    return jnp.matmul(vectors, inverse * vectors[newest], precision=jax.lax.Precision.HIGHEST)
 
 
 def _sent(update: Any, target: Any) -> Sent:
     return update if is_compressed(update) else Dense(update, target.dtype)
-
-
-def _sums(leaves: Sequence[tuple[Sent, jax.Array, Any]], y: jax.Array) -> list[jax.Array]:
-    """The dense sum of each leaf's rows.
-
-    Args:
-        leaves: of each what was sent, the parameter, and the window.
-        y: the coefficients of the rows.
-    """
-    flat, structure = jax.tree.flatten([(target, window) for _, target, window in leaves])
-
-    def one_by_one(y: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        own = zip(leaves, structure.unflatten(arrays), strict=True)
-        return [sent.combine(window, y) for (sent, *_), (_, window) in own]
-
-    def in_loops(y: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        own = zip(sparse, structure.unflatten(arrays), strict=True)
-        works = [
-            Work(_Sum(sent.layout), (), (target, *window), jnp.dtype("float32"), shared=(y,))
-            for sent, (target, window) in own
-        ]
-        return [total for (total,) in on_cpu(works, alone=0)]
-
-    sparse = [sent for sent, *_ in leaves if isinstance(sent, BlockSparse)]
-    targets = [target for _, target, _ in leaves]
-    by_rows = all(not is_compressed(p) and p.ndim and p.size for p in targets)
-    if leaves and by_rows and len(sparse) == len(leaves):
-        sums = jax.lax.platform_dependent(y, *flat, cpu=in_loops, default=one_by_one)
-    else:
-        sums = one_by_one(y, *flat)
-    return [
-        sent.with_bypass(total).astype(sent.dtype)
-        for (sent, *_), total in zip(leaves, sums, strict=True)
-    ]
-
-
-class _Sum(NamedTuple):
-    """The sum of the rows of a window, for some rows of a leaf."""
-
-    layout: BlockLayout
-
-    def __call__(self, rows: Rows, carried: Arrays, inputs: Arrays) -> Arrays:
-        del rows, carried
-        target, values, indices, y = inputs
-        return (combined((values, indices), y, self.layout, target.shape),)
 
 
 def _form(update: Any) -> str:

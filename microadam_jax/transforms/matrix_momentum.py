@@ -12,14 +12,14 @@ from jax.typing import ArrayLike
 from microadam_jax.arguments import require_kind
 from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
 from microadam_jax.engine.descent import as_it_is, finishes, read_by
-from microadam_jax.engine.leaf_loops import each_kind
+from microadam_jax.engine.leaf_loops import each_kind, layer_by_layer
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.partition import remark_assignment, warn_unnamed
-from microadam_jax.layout.view import WHOLE, MatrixView
-from microadam_jax.sharding import explicit_sharding, place_on, unused_factor
+from microadam_jax.layout.view import WHOLE
+from microadam_jax.state_arrays import unused_factor
 from microadam_jax.transforms.moments import ROOT, BlockMoments, moving_average, one_minus_power
 from microadam_jax.trees import KeyPath, map_with_path
 
@@ -197,24 +197,12 @@ class _Matrix(NamedTuple):
 
     def turned(self, x: jax.Array) -> jax.Array:
         """The updates of the matrices of ``x``, layer by layer in the place of ``x``."""
-        view, axis = self.assigned.view, self.assigned.assignment.layer_axis
-        assert view is not None
-        sharding = explicit_sharding(x)
-        if axis is None or (sharding is not None and sharding.spec[axis]):
-            return self._of(view, x)
-        shape = *view.shape[:axis], 1, *view.shape[axis + 1 :]
-        layer = dataclasses.replace(view, shape=shape)
+        return layer_by_layer(self._of, x, self.assigned.assignment.layer_axis)
 
-        def step(i: jax.Array, x: jax.Array) -> jax.Array:
-            one = self._of(layer, jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
-            return jax.lax.dynamic_update_slice_in_dim(x, one, i, axis)
-
-        return jax.lax.fori_loop(0, view.shape[axis], step, x)
-
-    def _of(self, view: MatrixView, x: jax.Array) -> jax.Array:
-        folded = view.fold(x.astype(jnp.float32))
-        if self.direction.gathered:
-            folded = place_on(folded, folded, range(len(view.batch)))
+    def _of(self, x: jax.Array) -> jax.Array:
+        assert self.assigned.view is not None
+        view = dataclasses.replace(self.assigned.view, shape=x.shape)
+        folded = view.fold(x.astype(jnp.float32), gathered=self.direction.gathered)
         u = (
             self.size
             * self.direction.size(view.rows, view.columns)

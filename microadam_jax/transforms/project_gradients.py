@@ -13,8 +13,7 @@ from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope, within
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.view import ONE, WHOLE, Layout, MatrixView
-from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import state_zeros, tell_axes
+from microadam_jax.state_arrays import state_zeros, tell_axes
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.complement import Complement, Discard, Step
 from microadam_jax.subspace.projection import (
@@ -177,14 +176,12 @@ def project_gradients(
             inner_state = inner.init(boxed)
         tell_axes(inner_state, boxed)
         rules.moments(inner_state)  # refuses a state that lacks them
-        state = ProjectGradientsState(
+        return ProjectGradientsState(
             jnp.zeros([], jnp.int32),
             subspace.Kept(*(boxed_moments(tree, params) for tree in basis)),
             complement.Kept(*(boxed_moments(tree, params) for tree in kept)),
             inner_state,
         )
-        warn_of_more_than_adam("project_gradients", state, params)
-        return state
 
     def update(
         updates: optax.Updates,
@@ -259,7 +256,7 @@ def project_gradients(
             boxed_like(inner_state, state.inner_state),
         )
 
-    return transformation(init, update, b1=b1, b2=b2)
+    return transformation(init, update, warns_as="project_gradients", b1=b1, b2=b2)
 
 
 def _with_residual(

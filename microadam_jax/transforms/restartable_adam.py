@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.stacks import layer_axes
-from microadam_jax.sharding import moment_zeros
+from microadam_jax.state_arrays import moment_zeros
 from microadam_jax.transforms.moments import adam_moments, one_minus_power, zero_moments
 from microadam_jax.trees import KeyPath, box_path, leaf_shapes, map_with_path, path_name
 

@@ -15,8 +15,8 @@ from microadam_jax.codecs.split import Split
 from microadam_jax.diagnostics import observe_rounding
 from microadam_jax.engine.stored_step import typed_key
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.memory import remark
-from microadam_jax.sharding import unused_factor
+from microadam_jax.execution import remark
+from microadam_jax.state_arrays import unused_factor
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.first_moment import FirstMoment
 from microadam_jax.trees import (

@@ -11,7 +11,7 @@ from microadam_jax.arguments import require_kind
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.matrices import Matrices
 from microadam_jax.layout.subsets import Subsets
-from microadam_jax.sharding import moment_zeros
+from microadam_jax.state_arrays import moment_zeros
 from microadam_jax.subspace.complement import RawRest
 from microadam_jax.subspace.projection import float32
 from microadam_jax.subspace.refresh import Refresh

@@ -14,8 +14,7 @@ from microadam_jax.engine.top_k_feedback import Uncompressed
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.engine.window_step import WindowStep, WindowSteps
 from microadam_jax.execution import scope
-from microadam_jax.memory import warn_of_more_than_adam
-from microadam_jax.sharding import state_zeros, unused_state
+from microadam_jax.state_arrays import state_zeros, unused_state
 from microadam_jax.state_format import setting
 from microadam_jax.transforms.moments import moving_average, one_minus_power, power
 from microadam_jax.transforms.window import Window, as_window
@@ -103,9 +102,7 @@ def scale_by_window_adam(
                 return moments, unused_state(parameter)
             return compressor.window(path, parameter, window.length, window.dtype)
 
-        state = ScaleByWindowAdamState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
-        warn_of_more_than_adam("scale_by_window_adam", state, params)
-        return state
+        return ScaleByWindowAdamState(jnp.zeros([], jnp.int32), *map_with_path(zeros, 2, params))
 
     def update(
         updates: optax.Updates,
@@ -180,4 +177,4 @@ def scale_by_window_adam(
         scaled, values, indices = columns_of(treedef, results, 3)
         return scaled, ScaleByWindowAdamState(count, values, indices)
 
-    return transformation(init, update, b1=b1, b2=b2, eps=eps)
+    return transformation(init, update, warns_as="scale_by_window_adam", b1=b1, b2=b2, eps=eps)
