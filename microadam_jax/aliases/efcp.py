@@ -1,8 +1,5 @@
 """EFCP: full-matrix preconditioners of compressed gradients, and M-FAC whole."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 from jax.typing import ArrayLike
@@ -11,7 +8,7 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 from microadam_jax.codecs import Codec
 from microadam_jax.compressors import PowerSGD, TopK, power_sgd, top_k
 from microadam_jax.transforms import Window, error_feedback, scale_by_ggt, scale_by_mfac
-from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
+from microadam_jax.transforms.decay import Mask, add_decayed_weights, scale_by_learning_rate
 
 # A leaf kept dense costs 2 m bytes per parameter here, not Adam's 8: none is too small to compress.
 EVERY_LEAF = top_k(min_size=0, min_row=0)
@@ -21,7 +18,7 @@ def sparse_mfac(
     learning_rate: ScalarOrSchedule,
     damping: ArrayLike = 1e-5,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     compressor: TopK = EVERY_LEAF,
     residual: Codec | str = "affine4",
@@ -86,7 +83,7 @@ def lowrank_mfac(
     learning_rate: ScalarOrSchedule,
     damping: ArrayLike = 1e-5,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     compressor: PowerSGD = power_sgd(),
     residual: Codec | str = "affine4",
@@ -154,7 +151,7 @@ def sparse_ggt(
     learning_rate: ScalarOrSchedule,
     eps: ArrayLike = 1e-5,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     compressor: TopK = EVERY_LEAF,
     residual: Codec | str = "affine4",
@@ -216,7 +213,7 @@ def mfac(
     learning_rate: ScalarOrSchedule,
     damping: ArrayLike = 1e-5,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     window: Window = Window(32, dtype="float32"),
 ) -> GradientTransformationExtraArgs:

@@ -1,8 +1,5 @@
 """GaLore, and what scales the rest of the gradient as it scales the subspace: Fira, APOLLO."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +27,8 @@ from microadam_jax.transforms import (
     project_gradients,
     scale_by_uncorrected_adam,
 )
-from microadam_jax.transforms.decay import scale_by_learning_rate
+from microadam_jax.transforms.decay import Mask, scale_by_learning_rate
 
-Mask = Any | Callable[[optax.Params], Any] | None
 HIDDEN = Matrices(exclude=OUTPUT_HEAD)  # all linear maps but the last, as most papers have it
 
 

@@ -1,8 +1,5 @@
 """AdamWs whose state takes few bits."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 from jax.typing import ArrayLike
@@ -13,6 +10,7 @@ from microadam_jax.engine.descent import descend
 from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.layout.partition import Partition
 from microadam_jax.transforms import quantize_state, scale_by_factored_adam
+from microadam_jax.transforms.decay import Mask
 
 
 def adamw8bit(
@@ -21,7 +19,7 @@ def adamw8bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 1e-2,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     mu_codec: Storage | Codec | str = dynamic8(keep_sign=True),
     nu_codec: Storage | Codec | str = dynamic8(signed=False, keep_sign=True),
@@ -74,16 +72,7 @@ def adamw8bit(
 
     Reference: Dettmers et al., 8-bit optimizers (arXiv 2110.02861).
     """
-    return _adamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        weight_decay,
-        mask,
-        {"mu": mu_codec, "nu": nu_codec},
-        seed,
-    )
+    return _adamw(learning_rate, b1, b2, eps, weight_decay, mask, mu_codec, nu_codec, seed)
 
 
 def adamw4bit(
@@ -92,7 +81,7 @@ def adamw4bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 1e-2,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     nu_codec: Storage | Codec | str = "rank1_linear4",
@@ -155,16 +144,7 @@ def adamw4bit(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507).
     """
-    return _adamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        weight_decay,
-        mask,
-        {"mu": mu_codec, "nu": nu_codec},
-        seed,
-    )
+    return _adamw(learning_rate, b1, b2, eps, weight_decay, mask, mu_codec, nu_codec, seed)
 
 
 def adamw_fp8(
@@ -173,7 +153,7 @@ def adamw_fp8(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 1e-2,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     mu_codec: Storage | Codec | str = "e4m3_expanded",
     nu_codec: Storage | Codec | str = "e4m3_expanded",
@@ -223,16 +203,7 @@ def adamw_fp8(
 
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 4.
     """
-    return _adamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        weight_decay,
-        mask,
-        {"mu": mu_codec, "nu": nu_codec},
-        seed,
-    )
+    return _adamw(learning_rate, b1, b2, eps, weight_decay, mask, mu_codec, nu_codec, seed)
 
 
 def adamw4bit_factored(
@@ -241,7 +212,7 @@ def adamw4bit_factored(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 1e-2,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
@@ -307,17 +278,14 @@ def _adamw(
     b2: ArrayLike,
     eps: ArrayLike,
     weight_decay: float | jax.Array,
-    mask: Any | Callable[[optax.Params], Any] | None,
-    codecs: dict[str, Storage | Codec | str],
+    mask: Mask,
+    mu_codec: Storage | Codec | str,
+    nu_codec: Storage | Codec | str,
     seed: ArrayLike,
 ) -> GradientTransformationExtraArgs:
     """AdamW with its moments stored through codecs."""
     require_hyperparameters(b1=b1, b2=b2, eps=eps)
     adam = optax.scale_by_adam(b1, b2, eps)  # pyrefly: ignore[bad-argument-type]
-    link = quantize_state(
-        adam,
-        codecs,
-        elementwise=True,
-        seed=seed,
-    )
+    codecs = {"mu": mu_codec, "nu": nu_codec}
+    link = quantize_state(adam, codecs, elementwise=True, seed=seed)
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)

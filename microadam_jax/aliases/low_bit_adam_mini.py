@@ -1,16 +1,13 @@
 """Adam-minis whose first moment takes few bits."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.aliases.shared_moments import adam_mini
 from microadam_jax.codecs import Codec, Storage, dynamic4, dynamic8
 from microadam_jax.layout.partition import Partition
+from microadam_jax.transforms.decay import Mask
 
 
 def adam_mini8bit(
@@ -19,7 +16,7 @@ def adam_mini8bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic8(rounding="stochastic"),
@@ -92,7 +89,7 @@ def adam_mini4bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     partition: Partition | None = None,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),

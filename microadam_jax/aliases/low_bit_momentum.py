@@ -1,8 +1,5 @@
 """Optimizers that keep a momentum alone, in few bits."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 from jax.typing import ArrayLike
@@ -13,6 +10,7 @@ from microadam_jax.engine.descent import descend
 from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.subspace import OUTPUT_HEAD, Matrices
 from microadam_jax.transforms import quantize_state, scale_by_sinkhorn
+from microadam_jax.transforms.decay import Mask
 
 
 def lion4bit(
@@ -20,7 +18,7 @@ def lion4bit(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
     weight_decay: float | jax.Array = 1e-3,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     mu_codec: Storage | Codec | str = dynamic4(rounding="stochastic"),
     seed: ArrayLike = 0,
@@ -86,7 +84,7 @@ def sinkhorn4bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     consistent_rms: ArrayLike = 0.2,
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
@@ -163,7 +161,7 @@ def sinkhorn2bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     consistent_rms: ArrayLike = 0.2,
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),

@@ -1,10 +1,6 @@
 """Muon with its momentum in few bits."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
@@ -12,6 +8,7 @@ from microadam_jax.codecs import Codec, Storage, dynamic8, int4, linear2
 from microadam_jax.engine.descent import descend
 from microadam_jax.subspace import OUTPUT_HEAD, Matrices
 from microadam_jax.transforms import scale_by_muon
+from microadam_jax.transforms.decay import Mask
 
 
 def muon8bit(
@@ -21,7 +18,7 @@ def muon8bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     consistent_rms: ArrayLike = 0.2,
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
@@ -95,7 +92,7 @@ def muon4bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     consistent_rms: ArrayLike = 0.2,
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),
@@ -173,7 +170,7 @@ def muon2bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     consistent_rms: ArrayLike = 0.2,
     matrices: Matrices = Matrices(exclude=OUTPUT_HEAD),

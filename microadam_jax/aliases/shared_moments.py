@@ -1,8 +1,5 @@
 """Optimizers whose second moments many parameters share."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
@@ -18,7 +15,7 @@ from microadam_jax.transforms import (
     scale_by_came,
     scale_by_subset_norm,
 )
-from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
+from microadam_jax.transforms.decay import Mask, add_decayed_weights, scale_by_learning_rate
 
 
 def adam_mini(
@@ -27,7 +24,7 @@ def adam_mini(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",
@@ -101,7 +98,7 @@ def adam_sn(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-6,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     subsets: Subsets = Subsets(),
     partition: Partition | None = None,
@@ -167,7 +164,7 @@ def adagrad_sn(
     b1: ArrayLike = 0.9,
     eps: ArrayLike = 1e-6,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     subsets: Subsets = Subsets(),
     partition: Partition | None = None,
@@ -238,7 +235,7 @@ def came(
     instability_eps: ArrayLike = 1e-16,
     clip_threshold: ArrayLike = 1.0,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     partition: Partition | None = None,
     mu_dtype: DTypeLike = "float32",

@@ -5,7 +5,7 @@ import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
-from microadam_jax.aliases.galore import HIDDEN, Mask
+from microadam_jax.aliases.galore import HIDDEN
 from microadam_jax.engine.transformation import require_hyperparameters
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.subspace import (
@@ -29,7 +29,7 @@ from microadam_jax.transforms import (
     scale_by_restartable_adam,
     subspace_momentum,
 )
-from microadam_jax.transforms.decay import add_decayed_weights, scale_by_learning_rate
+from microadam_jax.transforms.decay import Mask, add_decayed_weights, scale_by_learning_rate
 
 
 def grass(

@@ -1,11 +1,8 @@
 """MicroAdam, the chain of error feedback and a window."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
-import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
@@ -15,6 +12,7 @@ from microadam_jax.codecs import Affine4, Codec, as_codec
 from microadam_jax.compressors import TopK, top_k
 from microadam_jax.engine.descent import descend
 from microadam_jax.transforms import Window, error_feedback, scale_by_window_adam
+from microadam_jax.transforms.decay import Mask
 from microadam_jax.transforms.deferred import compressed_where_read
 
 
@@ -74,7 +72,7 @@ def microadam(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     density: float | None = None,
     window: int | None = None,

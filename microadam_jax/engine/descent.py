@@ -11,6 +11,7 @@ from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from microadam_jax.transforms.decay import (
     NEEDS_PARAMS,
+    Mask,
     add_decayed_weights,
     is_zero,
     require_number,
@@ -73,7 +74,7 @@ def descend(
     *links: GradientTransformationExtraArgs,
     learning_rate: ScalarOrSchedule,
     weight_decay: float | jax.Array,
-    mask: Any | Callable[[optax.Params], Any] | None,
+    mask: Mask,
     together: Callable[..., GradientTransformationExtraArgs] = optax.chain,
 ) -> Fusable:
     r"""Decays weights and applies the learning rate where the last of ``links`` updates.

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from microadam_jax.engine.transformation import transformation
 
+Mask = Any | Callable[[optax.Params], Any] | None  # which leaves decay; all if None
 NEEDS_PARAMS = (
     "Weight decay needs the parameters: call tx.update(updates, state, params). With "
     "weight_decay=0, a Python number and not an array, they may be left out."
@@ -65,9 +66,7 @@ def scale_by_learning_rate(
     return optax.scale_by_learning_rate(learning_rate)
 
 
-def add_decayed_weights(
-    weight_decay: Any, mask: Any | Callable[[optax.Params], Any] | None = None
-) -> optax.GradientTransformation:
+def add_decayed_weights(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
     """Returns ``optax.add_decayed_weights``, which needs no parameters if nothing decays.
 
     Args:
@@ -88,7 +87,7 @@ def add_decayed_weights(
 def decay_updated_weights(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: ArrayLike,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets weights decay after their update: the last link of a chain.
 
@@ -136,8 +135,9 @@ def decay_updated_weights(
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecayUpdatedWeightsState]:
         del extra_args
+        count = jnp.asarray(optax.safe_increment(state.count))
         if params is None and is_zero(weight_decay):
-            return updates, DecayUpdatedWeightsState(jnp.asarray(optax.safe_increment(state.count)))
+            return updates, DecayUpdatedWeightsState(count)
         if params is None:
             raise ValueError(NEEDS_PARAMS)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -147,7 +147,6 @@ def decay_updated_weights(
             new = parameter.astype(jnp.float32) + u.astype(jnp.float32)
             return (u.astype(jnp.float32) - share * new).astype(u.dtype)
 
-        count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.map(decay, updates, params), DecayUpdatedWeightsState(count)
 
     tx = transformation(init, update)
