@@ -135,8 +135,8 @@ def run_with(
 
     Args:
         tx: any transformation, such as :func:`microadam` or a chain with it.
-        implementation: None takes for each parameter the kernel of the device that the program is
-            compiled for, and XLA's program where there is none or its shapes are not supported.
+        implementation: None takes the TPU kernel where the program is compiled for a TPU, for each
+            parameter whose shape it supports, and XLA's program elsewhere.
             ``"xla"`` takes XLA's program everywhere. ``"mosaic_tpu"`` insists on the TPU kernels,
             ``"triton"`` and ``"jax_triton"`` on those for GPUs, which have not run on one yet, for
             every parameter that is compressed or stored in few bits.

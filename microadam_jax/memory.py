@@ -133,7 +133,7 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     """
     leaves = leaf_shapes(params)
     taken: Counter[KeyPath] = Counter()
-    for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
+    for path, array in jax.tree.leaves_with_path(state):
         owner = owner_of(path, leaves)
         if owner is not None:
             taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
@@ -160,9 +160,7 @@ def warn_of_more_than_adam(transformation: str, state: Any, params: optax.Params
     if not found:
         return
     path, most = max(found, key=lambda item: item[1])
-    (shape,) = (
-        leaf.shape for at, leaf in jax.tree_util.tree_flatten_with_path(params)[0] if at == path
-    )
+    shape = leaf_shapes(params)[path].shape
     warnings.warn(
         f"{transformation} takes more bytes than AdamW's two float32 moments for {len(found)} of "
         f"{len(jax.tree.leaves(params))} parameters; the most for {path_name(path)!r} of shape "
@@ -193,8 +191,8 @@ def _row(name: str, size: int, parameters: int) -> tuple[str, ...]:
 
 def named_leaves(state: Any, params: optax.Params) -> Iterator[tuple[str, Any]]:
     """Returns each array of the state with the name of its field: its path less its parameter's."""
-    parameter_paths = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    parameter_paths = {path for path, _ in jax.tree.leaves_with_path(params)}
+    for path, leaf in jax.tree.leaves_with_path(state):
         owner = owner_of(path, parameter_paths)
         field = path if owner is None else path[: len(path) - len(owner)]
         yield _field_name(state, field), leaf

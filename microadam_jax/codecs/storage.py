@@ -126,10 +126,6 @@ class Storage:
             raise ValueError(f"{field!r} has both signs, which {unsigned[0]} cannot hold.")
         return self
 
-    def over(self, unit: str) -> "Storage":
-        """Returns this storage, for values that are divided by something before."""
-        return dataclasses.replace(self, unit=unit)
-
     @functools.cached_property
     def label(self) -> str:
         """Returns the names of the codecs; with rules or other limits, also a digest of those."""

@@ -114,9 +114,8 @@ def zero_outputs(program: core.Jaxpr, arguments: list[bool]) -> list[bool]:
 
     for equation in program.eqns:
         operands = [is_zero(v) for v in equation.invars]
-        if equation.primitive.name in CALLS:
-            inner = next(p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr))
-            results = zero_outputs(inner.jaxpr, operands)
+        if programs := called_programs(equation):
+            results = zero_outputs(programs[0], operands)
         else:
             keeps = equation.primitive.name in KEEPS_ZERO and all(operands)
             results = [keeps] * len(equation.outvars)

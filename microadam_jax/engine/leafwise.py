@@ -66,24 +66,16 @@ class Leaf(NamedTuple):
         return moment_zeros(self.value, shape, jnp.float32)
 
 
-def _nothing(leaf: Leaf) -> Arrays:
-    return ()
-
-
-def _no_inputs(leaf: Leaf) -> tuple[Arrays, Arrays]:
-    return (), ()
-
-
 def leafwise(
     State: Any,
     moments: Mapping[str, Storage | Unstored],
     rule: Callable[..., tuple[jax.Array, ...]],
-    init: Callable[[Leaf], Arrays] = _nothing,
-    reduce: Callable[..., tuple[Arrays, Arrays]] = _no_inputs,
-    layout: Layout = lambda leaves: {},
+    init: Callable[[Leaf], Arrays],
+    reduce: Callable[..., tuple[Arrays, Arrays]],
+    layout: Layout,
     *,
-    inspect: Callable[[list[Leaf]], None] = lambda leaves: None,
-    hyperparams: Mapping[str, Any] | None = None,
+    inspect: Callable[[list[Leaf]], None],
+    hyperparams: Mapping[str, Any],
     seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a transformation from what a method does to one parameter.
@@ -181,7 +173,7 @@ def leafwise(
             stored = map(boxed_like, columns, kept)
         return scaled, State(t, *stored, *map(boxed_like, new, arrays))
 
-    return transformation(init_fn, update_fn, **(hyperparams or {}))
+    return transformation(init_fn, update_fn, **hyperparams)
 
 
 def _unstored_step(rule: Rule, moments: Sequence[jax.Array], inputs: Arrays) -> Any:

@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.codecs import Codec, Storage, Unstored
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.partition import (
     Partition,
@@ -14,7 +14,7 @@ from microadam_jax.layout.partition import (
     remark_assignment,
     warn_unnamed,
 )
-from microadam_jax.transforms.moments import ROOT, BlockMoments, moment_dtype
+from microadam_jax.transforms.moments import BlockMoments, moment_dtype, over_root
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -98,11 +98,7 @@ def scale_by_adam_mini(
     Reference: Adam-mini (arXiv 2406.16793), Algorithm 1.
     """
     partition = as_partition(partition)
-    storage = (
-        Unstored(moment_dtype(mu_dtype))
-        if mu_codec is None
-        else as_storage(mu_codec).signed("mu").over(ROOT)
-    )
+    storage = Unstored(moment_dtype(mu_dtype)) if mu_codec is None else over_root(mu_codec)
     moments = BlockMoments(b1, b2, eps, relative=mu_codec is not None)
 
     def init(leaf: Leaf) -> tuple[jax.Array]:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from microadam_jax.codecs import Codec, Storage, as_storage, dynamic4
+from microadam_jax.codecs import Codec, Storage, dynamic4
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
 from microadam_jax.layout.axes import require_shape
 from microadam_jax.layout.partition import Partition, as_partition, warn_unnamed
 from microadam_jax.transforms.factors import factor_shapes, mean, sides
-from microadam_jax.transforms.moments import ROOT, moving_average, one_minus_power, root_of
+from microadam_jax.transforms.moments import moving_average, one_minus_power, over_root, root_of
 
 
 class ScaleByFactoredAdamState(NamedTuple):
@@ -91,7 +91,7 @@ def scale_by_factored_adam(
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
     partition = as_partition(partition)
-    storage = as_storage(mu_codec).signed("mu").over(ROOT)
+    storage = over_root(mu_codec)
 
     def init(leaf: Leaf) -> Arrays:
         return tuple(map(leaf.zeros, factor_shapes(leaf.layout)))

@@ -10,9 +10,9 @@ from jax.extend import core
 from jax.tree_util import GetAttrKey
 
 from microadam_jax.engine.elementwise import POINTWISE, called_programs, zero_outputs
+from microadam_jax.transforms.moments import FIRST_MOMENTS
 from microadam_jax.trees import KeyPath, path_name
 
-FIRST_MOMENTS = ("mu", "trace")
 INSTEAD = "Round with 'stochastic' or 'compensated', which need nothing of the optimizer."
 
 

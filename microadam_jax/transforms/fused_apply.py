@@ -35,8 +35,9 @@ def fused_apply(
     Args:
         tx: what :func:`microadam`, :func:`adam_mini`, :func:`adam_mini8bit`,
             :func:`adam_mini4bit`, :func:`adamw8bit`, :func:`adamw_fp8`, :func:`adamw4bit`,
-            :func:`adamw4bit_factored`, :func:`lion4bit` or :func:`muon8bit` returned, by itself,
-            or in :func:`accumulate_into_residual`. What comes before it in a chain, such as
+            :func:`adamw4bit_factored`, :func:`lion4bit`, :func:`muon8bit`, :func:`muon4bit`,
+            :func:`muon2bit`, :func:`sinkhorn4bit` or :func:`sinkhorn2bit` returned, by itself, or
+            in :func:`accumulate_into_residual`. What comes before it in a chain, such as
             ``optax.clip_by_global_norm``, is applied to the gradients first.
 
     Returns:

@@ -152,7 +152,7 @@ def applied(
 ) -> jax.Array:
     """The vector that has 1 in row ``newest``, divided by ``divisors`` in the eigenbasis.
 
-    Directions with a divisor below ``least`` are left out.
+    Directions with a divisor of ``least`` or below are left out.
     """
     inverse = jnp.where(divisors > least, 1 / divisors, 0)
     return jnp.matmul(vectors, inverse * vectors[newest], precision=jax.lax.Precision.HIGHEST)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.arguments import require_kind
-from microadam_jax.codecs import Codec, Storage, Unstored, as_storage
+from microadam_jax.codecs import Codec, Storage, Unstored
 from microadam_jax.engine.descent import as_it_is, finishes, read_by
 from microadam_jax.engine.leaf_loops import each_kind, layer_by_layer
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
@@ -20,7 +20,12 @@ from microadam_jax.layout.matrices import Assigned, Matrices
 from microadam_jax.layout.partition import remark_assignment, warn_unnamed
 from microadam_jax.layout.view import WHOLE
 from microadam_jax.state_arrays import unused_factor
-from microadam_jax.transforms.moments import ROOT, BlockMoments, moving_average, one_minus_power
+from microadam_jax.transforms.moments import (
+    BlockMoments,
+    moving_average,
+    one_minus_power,
+    over_root,
+)
 from microadam_jax.trees import KeyPath, map_with_path
 
 
@@ -101,7 +106,7 @@ def matrix_momentum(
             otherwise.
     """
     require_kind(Matrices, matrices=matrices)
-    storage = Unstored() if mu_codec is None else as_storage(mu_codec).signed("mu").over(ROOT)
+    storage = Unstored() if mu_codec is None else over_root(mu_codec)
     others = BlockMoments(b1, b2, eps, relative=mu_codec is not None)
 
     def init(leaf: Leaf) -> tuple[jax.Array]:

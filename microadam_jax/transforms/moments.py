@@ -1,5 +1,6 @@
 """Exponential moving averages and their bias correction, in float32."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -8,10 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from microadam_jax.codecs import Codec, Storage, as_storage
 from microadam_jax.engine.leafwise import Arrays, Leaf
 from microadam_jax.layout.axes import Sharing, require_shape
 
-ROOT = "root_nu"  # what first moments are divided by, in the label of their state
+FIRST_MOMENTS = ("mu", "trace")  # names of their fields in states
+
+
+def over_root(codec: Storage | Codec | str) -> Storage:
+    """Returns the storage of first moments that are divided by the root of the second.
+
+    Raises:
+        TypeError: if ``codec`` is none that :func:`as_storage` takes.
+        ValueError: if it has no negative numbers, or its name is unknown.
+    """
+    return dataclasses.replace(as_storage(codec).signed("mu"), unit="root_nu")
 
 
 def moment_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -123,3 +135,10 @@ def root_of(nu: jax.Array, of_zero: int) -> jax.Array:
     To divide by, 1; to multiply codes by, 0: they have the noise of rounding.
     """
     return jnp.where(nu < np.finfo(np.float32).tiny, of_zero, jnp.sqrt(nu))
+
+
+def correction(b1: ArrayLike, b2: ArrayLike | None, t: jax.Array) -> jax.Array:
+    r"""Returns :math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)`, or 1 for AdaGrad."""
+    if b2 is None:
+        return jnp.float32(1)
+    return jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)

@@ -27,7 +27,7 @@ from microadam_jax.subspace.projection import (
 from microadam_jax.subspace.refresh import Refresh, begun_anew, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.micro_batches import MicroBatch
-from microadam_jax.transforms.moments import one_minus_power
+from microadam_jax.transforms.moments import FIRST_MOMENTS, one_minus_power
 from microadam_jax.trees import (
     KeyPath,
     boxed_like,
@@ -35,8 +35,6 @@ from microadam_jax.trees import (
     map_with_path,
     without_boxes,
 )
-
-FIRST_MOMENTS = ("mu", "trace")
 
 
 class ProjectGradientsState(NamedTuple):

@@ -136,7 +136,9 @@ def quantize_state(
 
         def kept(value: Any, zeros: Any) -> Any:
             del zeros
-            return jax.tree.map(_zeros_of, value) if shapes_suffice else value
+            if not shapes_suffice:
+                return value
+            return jax.tree.map(lambda x: state_zeros(x, x.shape, x.dtype), value)
 
         shapes, zeros = zeros_in(inner.init, params)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
@@ -366,10 +368,6 @@ def _map_fields(
             for key in node
         }
     return (node, *rest)[-1] if leaf is None else leaf(node, *rest)
-
-
-def _zeros_of(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return state_zeros(shape, shape.shape, shape.dtype)
 
 
 def _fields(node: Any) -> Iterator[tuple[str, str]]:

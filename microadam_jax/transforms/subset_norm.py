@@ -21,7 +21,7 @@ from microadam_jax.layout.partition import (
 )
 from microadam_jax.layout.subsets import Subsets
 from microadam_jax.state_format import SUBSET_NORMS, setting
-from microadam_jax.transforms.moments import moment_dtype, moving_average, one_minus_power
+from microadam_jax.transforms.moments import correction, moment_dtype, moving_average
 from microadam_jax.trees import KeyPath
 
 
@@ -155,10 +155,3 @@ def subset_norms(
         squares *= math.prod(g.shape) // max(1, math.prod(sharing.moment_shape))
     nu = nu + squares if b2 is None else moving_average(b2, nu, squares)
     return nu, sharing.spread(jnp.sqrt(nu))
-
-
-def correction(b1: ArrayLike, b2: ArrayLike | None, t: jax.Array) -> jax.Array:
-    r"""Returns :math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)`, or 1 for AdaGrad."""
-    if b2 is None:
-        return jnp.float32(1)
-    return jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)

@@ -16,9 +16,9 @@ from microadam_jax.subspace.complement import RawRest
 from microadam_jax.subspace.projection import float32
 from microadam_jax.subspace.refresh import Refresh
 from microadam_jax.subspace.subspace import Arrays, Subspace
-from microadam_jax.transforms.moments import moving_average
+from microadam_jax.transforms.moments import correction, moving_average
 from microadam_jax.transforms.project_gradients import ProjectGradientsState, project_gradients
-from microadam_jax.transforms.subset_norm import correction, subset_norms, tell_subset_norms
+from microadam_jax.transforms.subset_norm import subset_norms, tell_subset_norms
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 
 

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.transforms.moments import adam_moments, one_minus_power, zero_moments
+from microadam_jax.transforms.moments import adam_moments, correction, zero_moments
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
@@ -118,12 +118,10 @@ def correct_bias(
     ) -> tuple[optax.Updates, CorrectBiasState]:
         del params, extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
-        correction = jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
-        corrected = jax.tree.map(lambda u: (correction * _float32(u)).astype(u.dtype), updates)
+        factor = correction(b1, b2, count)
+        corrected = jax.tree.map(
+            lambda u: (factor * u.astype(jnp.float32)).astype(u.dtype), updates
+        )
         return corrected, CorrectBiasState(count)
 
     return transformation(init, update, b1=b1, b2=b2)
-
-
-def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)

@@ -23,6 +23,8 @@ from microadam_jax import (
     microadam,
 )
 from microadam_jax.engine import leaf_loops
+from microadam_jax.engine.descent import Fusable
+from microadam_jax.methods import METHODS
 from tests.contracts.meshes import collectives
 
 # The warnings have tests of their own: here parameters follow no rule on purpose.
@@ -168,3 +170,9 @@ def test_what_changes_updates_afterwards_is_refused(tx: Any, named: str) -> None
 def test_a_schedule_of_the_decay_is_refused() -> None:
     with pytest.raises(TypeError, match="weight_decay must be a number"):
         microadam(1e-2, weight_decay=SCHEDULE)
+
+
+def test_the_docstring_names_all_that_it_takes() -> None:
+    for name, method in METHODS.items():
+        if isinstance(method.factory(1e-3), Fusable):
+            assert f":func:`{name}`" in (fused_apply.__doc__ or ""), name
