@@ -253,7 +253,6 @@ class _Step(NamedTuple):
         shapes, stored = self.shapes, self.state.inner_state
         structure = jax.tree.structure(without_boxes(gradients))
         expected = [leaf.shape for leaf in jax.tree.leaves(gradients)]
-        fields: list[tuple[Storage | Unstored, Any, list[StoredLeaf]]] = []
 
         def per_leaf(name: str, value: Any) -> bool:
             if name in self.storages:
@@ -266,35 +265,31 @@ class _Step(NamedTuple):
                 and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
             )
 
-        def find(name: str, shapes: Any, stored: Any) -> Any:
-            if not per_leaf(name, shapes):
-                return _map_fields(find, shapes, stored)
-            storage = self.storages.get(name, Unstored())
-            leaves = self.taken(name, storage, shapes, stored)
-            fields.append((storage, stored, leaves))
-            return None
-
-        def with_leaves(values: Iterator[Any]) -> Any:
-            def place(name: str, shapes: Any, stored: Any) -> Any:
-                return (
-                    next(values) if per_leaf(name, shapes) else _map_fields(place, shapes, stored)
-                )
-
-            return _map_fields(place, shapes, stored)
-
-        def leaves_of(state: Any) -> list[Any]:
-            found: list[Any] = []
+        def leaves_of(state: Any) -> list[tuple[str, Any, Any]]:
+            """Name, shapes and value of each field that is kept for each leaf."""
+            found: list[tuple[str, Any, Any]] = []
 
             def take(name: str, shapes: Any, value: Any) -> None:
                 if per_leaf(name, shapes):
-                    found.append(value)
+                    found.append((name, shapes, value))
                 else:
                     _map_fields(take, shapes, value)
 
             _map_fields(take, shapes, state)
             return found
 
-        _map_fields(find, shapes, stored)
+        def with_leaves(values: Iterator[Any], state: Any) -> Any:
+            """``state`` with other values in these fields."""
+
+            def place(name: str, shapes: Any, old: Any) -> Any:
+                return next(values) if per_leaf(name, shapes) else _map_fields(place, shapes, old)
+
+            return _map_fields(place, shapes, state)
+
+        fields: list[tuple[Storage | Unstored, Any, list[StoredLeaf]]] = []
+        for name, of_field, value in leaves_of(stored):
+            storage = self.storages.get(name, Unstored())
+            fields.append((storage, value, self.taken(name, storage, of_field, value)))
         rules: dict[Hashable, Rule] = {}
 
         def rule_for(finish: Callable[..., jax.Array], target: jax.Array) -> Rule:
@@ -302,10 +297,10 @@ class _Step(NamedTuple):
 
             def run(moments: Arrays, inputs: Arrays) -> tuple[Any, list[jax.Array]]:
                 g, p = inputs
-                state = with_leaves(iter(moments))
-                scaled, state = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
-                scaled = jnp.asarray(scaled, p.dtype)
-                return finish(scaled, *read_by(finish, p)), leaves_of(state)
+                state = with_leaves(iter(moments), stored)
+                scaled, new = self.inner.update(_at_least_float32(g), state, p, **self.extra_args)
+                scaled, kept = jnp.asarray(scaled, p.dtype), leaves_of(new)
+                return finish(scaled, *read_by(finish, p)), [value for *_, value in kept]
 
             return rules.setdefault((kind_of(finish), jnp.dtype(target.dtype)), run)
 
@@ -325,19 +320,13 @@ class _Step(NamedTuple):
         # What is not kept for each leaf, such as the step count, follows from any leaf.
         nothing = jnp.zeros(0)
         _, shared = self.inner.update(
-            nothing, with_leaves(iter([nothing] * len(fields))), nothing, **self.extra_args
+            nothing, with_leaves(iter([nothing] * len(fields)), stored), nothing, **self.extra_args
         )
         values = (
             storage.put(stored, own)
             for (storage, stored, _), own in zip(fields, encoded, strict=True)
         )
-
-        def assemble(name: str, shapes: Any, new: Any) -> Any:
-            if per_leaf(name, shapes):
-                return next(values)
-            return _map_fields(assemble, shapes, new)
-
-        return scaled, _map_fields(assemble, shapes, shared)
+        return scaled, with_leaves(values, shared)
 
 
 def _require_unnamed() -> None:
