@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from microadam_jax.arguments import require_transformation
@@ -113,7 +112,7 @@ def memory_report(tx: optax.GradientTransformation, params: optax.Params) -> Mem
             remark(path, "takes more bytes than AdamW in float32")
     fields: Counter[str] = Counter()
     for name, leaf in named_leaves(state, params):
-        fields[name] += leaf.size * jnp.dtype(leaf.dtype).itemsize
+        fields[name] += leaf.size * leaf.dtype.itemsize
     return MemoryReport(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         fields=dict(fields),
@@ -136,7 +135,7 @@ def more_than_adam(state: Any, params: optax.Params) -> list[tuple[KeyPath, int]
     for path, array in jax.tree.leaves_with_path(state):
         owner = owner_of(path, leaves)
         if owner is not None:
-            taken[owner] += array.size * jnp.dtype(array.dtype).itemsize
+            taken[owner] += array.size * array.dtype.itemsize
     axes = layer_axes(tuple(leaves.values()))
     found = []
     for path, leaf in leaves.items():

@@ -44,6 +44,11 @@ def test_the_papers_layout_takes_the_published_bytes_for_llama2_7b() -> None:
     assert round(report.total / GIB, 2) == 6.04
 
 
+def test_random_keys_have_bytes_too() -> None:
+    noisy = optax.add_noise(0.1, 0.5, jax.random.key(0))
+    assert memory_report(noisy, MATRIX).total == 4 + 8
+
+
 def test_small_leaves_and_padded_rows_are_named() -> None:
     params = {
         "norm": jax.ShapeDtypeStruct((512,), jnp.float32),

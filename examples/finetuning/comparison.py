@@ -10,7 +10,7 @@ from microadam_jax.state_format import STATE_FORMAT
 from ..llama import optimizers
 from ..llama.checkpoints import Checkpoints
 from ..llama.comparison import clear, resume_line
-from ..llama.config import save
+from ..llama.config import PretrainError, save
 from ..llama.interruption import Interruption
 from ..llama.metrics import MetricsFile, Row
 from ..llama.progress import progress
@@ -18,7 +18,7 @@ from .classification import Classification
 from .config import Config
 from .jobs import Job
 from .report import write_report
-from .training import Finetuned, train
+from .training import Finetuned, require_fit, train
 
 
 def compare(config: Config, console: Console) -> bool:
@@ -36,6 +36,12 @@ def compare(config: Config, console: Console) -> bool:
     """
     chosen = optimizers.named(config.named_optimizers(), clip=config.clip)
     job = job_of(config, console)
+    # Before anything is written or trained.
+    for label, method in config.runs().items():
+        try:
+            require_fit(config, job, method, chosen[label])
+        except PretrainError as error:
+            raise PretrainError(f"{label}: {error}") from error
     if config.resume is None:
         clear(config, chosen)
         for label, name in itertools.product(chosen, ("metrics.csv", "held_out.json")):

@@ -69,6 +69,22 @@ class Finetuned(Result):
         return math.sqrt(p * (1 - p) / max(1, len(self.correct)))
 
 
+def require_fit(
+    config: Config, job: Job, method: str, optimizer: optax.GradientTransformation
+) -> None:
+    """Refuses a mesh, a model or an optimizer that does not fit, from shapes alone.
+
+    Raises:
+        PretrainError: If one of them does not.
+    """
+    _mesh_of(config)
+    trained = jax.eval_shape(lambda: prepare(job, method, config)[1])
+    try:
+        jax.eval_shape(optimizer.init, trained)
+    except ValueError as error:
+        raise PretrainError(str(error)) from error
+
+
 def train(
     config: Config,
     job: Job,
@@ -100,13 +116,7 @@ def train(
     Raises:
         PretrainError: If the mesh does not fit, or the checkpoint is of another configuration.
     """
-    mesh = make_mesh(config.mesh)
-    rows_over = mesh.shape["data"] * mesh.shape["fsdp"]
-    if mesh.shape["tensor"] > 1 or config.batch % rows_over:
-        raise PretrainError(
-            f"--mesh {config.mesh} must have the axes data and fsdp only, and their product "
-            f"{rows_over} divide --batch {config.batch}."
-        )
+    mesh = _mesh_of(config)
     graph, params, frozen = prepare(job, method, config)
     shardings, frozen_shardings = _shardings(params, mesh), _shardings(frozen, mesh)
     params = jax.device_put(params, shardings)
@@ -179,6 +189,17 @@ def train(
         text = json.dumps("".join("1" if c else "0" for c in correct))
         (folder / "held_out.json").write_text(text)
     return dataclasses.replace(result, correct=tuple(correct))
+
+
+def _mesh_of(config: Config) -> Mesh:
+    mesh = make_mesh(config.mesh)
+    rows_over = mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh.shape["tensor"] > 1 or config.batch % rows_over:
+        raise PretrainError(
+            f"--mesh {config.mesh} must have the axes data and fsdp only, and their product "
+            f"{rows_over} divide --batch {config.batch}."
+        )
+    return mesh
 
 
 def _answers(path: Path) -> tuple[bool, ...]:

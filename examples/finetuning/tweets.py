@@ -86,12 +86,18 @@ def tokenize(texts: list[tuple[str, int]], tokenizer: Path, seq_len: int) -> Tex
     """Encodes texts with a tokenizer's file, cut and padded to `seq_len` tokens.
 
     Raises:
-        PretrainError: If the tokenizer cannot be read.
+        PretrainError: If the tokenizer cannot be read, or `seq_len` has no place for a word.
     """
     try:
         encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the package raises plain Exceptions
         raise PretrainError(f"{tokenizer} is not a tokenizer: {error}.") from error
+    marks = encoder.num_special_tokens_to_add(False)
+    if seq_len <= marks:
+        raise PretrainError(
+            f"--seq-len {seq_len} has no place for a word beside the {marks} marks that the "
+            f"tokenizer puts around a text; take {marks + 1} or more."
+        )
     encoder.enable_truncation(seq_len)
     encoder.enable_padding(length=seq_len)
     encoded = encoder.encode_batch([text for text, _ in texts])

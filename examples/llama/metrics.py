@@ -43,11 +43,11 @@ class MetricsFile:
         found, damaged = _read(path)
         # Rows after the checkpoint are from steps that a crash undid.
         self.rows = [row for row in found if row.step <= last_step]
-        if damaged:
+        if damaged or (path.exists() and len(self.rows) < last_step):
             kept = path.with_name("metrics.damaged.csv")
             shutil.copyfile(path, kept)
             warnings.warn(
-                f"{path} cannot be read after {len(found)} rows. Tables and curves will lack the "
+                f"{path} has {len(found)} rows that can be read. Tables and curves will lack the "
                 f"others up to step {last_step}; the file is kept as {kept}.",
                 stacklevel=2,
             )

@@ -235,18 +235,25 @@ class SideNetwork(nnx.Module):
                 f"{sorted(depths)}. Of layers that are not stacked, give their states to the call."
             )
         embedded = jax.lax.stop_gradient(embedded)
+        # As arrays, the backbone may be one that a differentiated function does not take, but sees.
+        graph, weights, counts = nnx.split(backbone, nnx.Param, ...)
 
         def both(
             carry: tuple[jax.Array, jax.Array],
-            layers: tuple[nnx.Module, nnx.Module, nnx.Module, jax.Array],
-        ) -> tuple[jax.Array, jax.Array]:
-            (state, side), (frozen, layer, down, gamma) = carry, layers
+            layers: tuple[Any, Any, nnx.Module, nnx.Module, jax.Array],
+        ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+            (state, side), (weights, counts, layer, down, gamma) = carry, layers
+            frozen = nnx.merge(graph, weights, counts)
             state = jax.lax.stop_gradient(apply(frozen, state, *inputs))
-            return state, _side_layer(layer, down, gamma, state, side, inputs)
+            changed = nnx.to_pure_dict(nnx.state(frozen, nnx.Not(nnx.Param)))
+            return (state, _side_layer(layer, down, gamma, state, side, inputs)), changed
 
-        scan = nnx.scan(both, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        layers = (backbone, self.layers, self.downsamplings, self.gammas[...])
-        state, side = scan((embedded, self.first(embedded)), layers)
+        scan = nnx.scan(both, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        arrays = nnx.to_pure_dict(weights), nnx.to_pure_dict(counts)
+        layers = (*arrays, self.layers, self.downsamplings, self.gammas[...])
+        (state, side), changed = scan((embedded, self.first(embedded)), layers)
+        if jax.tree.leaves(changed):
+            nnx.update(backbone, changed)
         return state, self._upsampled(side)
 
     def mixed(self, backbone: jax.Array, up: jax.Array) -> jax.Array:

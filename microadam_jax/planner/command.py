@@ -5,13 +5,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import optax
 
-from microadam_jax.memory import GIB, format_table
-from microadam_jax.models import MODELS
+from microadam_jax.memory import GIB, format_table, memory_report
+from microadam_jax.methods import METHODS
+from microadam_jax.models import MODELS, model_shapes
 from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner.arithmetic import Plan, arithmetic_plan
 from microadam_jax.planner.chart import draw, require_place
@@ -21,6 +22,7 @@ from microadam_jax.planner.meshes import parse_mesh, undivided
 from microadam_jax.transforms.round_updates import Rounding, round_updates
 
 T = TypeVar("T")
+SHOWN = "adamw,adam_mini,adamw8bit,microadam,adam_mini4bit"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +30,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, choices=sorted(MODELS))
     parser.add_argument(
         "--optimizer",
-        default="adamw,adam_mini,adamw8bit,microadam,adam_mini4bit",
-        help="names, separated by commas, with options as microadam:layout=pretrain",
+        action="append",
+        help=f"names, separated by commas, with options as microadam:layout=pretrain ({SHOWN})",
     )
     parser.add_argument("--mesh", default="", help="such as fsdp=64,tp=4; by default one device")
     parser.add_argument(
@@ -75,10 +77,10 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--rounding {options.rounding} needs --param-dtype bfloat16.")
         if options.chart:
             require_place(options.chart)  # before what may take minutes
-        chosen = {
-            name.strip(): _optimizer(name, rounding=options.rounding)
-            for name in options.optimizer.split(",")
-        }
+        names = [name.strip() for name in ",".join(options.optimizer or [SHOWN]).split(",")]
+        if len({*names}) < len(names):
+            raise ValueError(f"--optimizer {','.join(names)} has one of them twice.")
+        chosen = {name: _optimizer(name, rounding=options.rounding) for name in names}
         shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         rounded = "" if options.rounding == "nearest" else f", rounded {options.rounding}"
         dtype = options.dtype + rounded
@@ -93,6 +95,8 @@ def run(options: argparse.Namespace) -> None:
                 ),
             )
             print_arithmetic(plans, options.memory_per_device)
+            if model.llama:
+                print_apart(chosen, model.params, model_shapes(options.model, options.dtype))
             parts = {
                 name: {"parameters": p.parameters, "gradients": p.gradients, "state": p.state}
                 for name, p in plans.items()
@@ -163,6 +167,26 @@ def print_arithmetic(plans: dict[str, Plan], memory: float | None) -> None:
     ]
     print("\n".join(format_table([header, *rows])))
     print("Activations come on top; --topology compiles a step and counts them too.")
+
+
+def print_apart(
+    chosen: Mapping[str, optax.GradientTransformation], stacked: Any, apart: Any
+) -> None:
+    """Names optimizers of others that keep another state where layers are no stack, as here.
+
+    Args:
+        chosen: the optimizers.
+        stacked: shapes of the parameters, layers in one stack.
+        apart: the same with parameters of its own for each layer.
+    """
+    for name, tx in chosen.items():
+        if name.partition(":")[0] not in METHODS:
+            here, there = (memory_report(tx, params).total for params in (stacked, apart))
+            if abs(there - here) > here / 100:
+                print(
+                    f"{name}: layers are stacked here, as for a scan, with {_gib(here)} GiB of "
+                    f"state in all; with parameters of its own for each it keeps {_gib(there)}."
+                )
 
 
 def print_compiled(plans: dict[str, CompiledPlan], memory: float | None) -> None:

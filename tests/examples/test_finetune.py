@@ -5,6 +5,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from examples.finetuning.bert import load_bert, mean_pool
 from examples.finetuning.classification import Classification
 from examples.finetuning.comparison import compare
 from examples.finetuning.config import Config, from_flags
-from examples.finetuning.tweets import read_texts, split
+from examples.finetuning.tweets import read_texts, split, tokenize
 from examples.llama.config import PretrainError
 from tests.oracles import bert as oracle
 
@@ -277,6 +278,16 @@ def test_sizes_that_the_model_or_the_texts_lack_are_refused(
             Classification(dataclasses.replace(config, **change), QUIET)
 
 
+def test_a_text_has_place_for_a_word(tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "word": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(PretrainError, match=r"--seq-len 2 has no place .* take 3 or more"):
+        tokenize([("word", 0)], tmp_path / "tokenizer.json", 2)
+    assert tokenize([("word", 0)], tmp_path / "tokenizer.json", 3).tokens.tolist() == [[1, 3, 2]]
+
+
 def test_only_own_files_are_removed(weights: Path, texts: Path, tmp_path: Path) -> None:
     (tmp_path / "qst").mkdir()
     (tmp_path / "qst" / "mine.py").write_text("precious")
@@ -313,6 +324,24 @@ def test_a_side_network_that_does_not_fit(
     config = dataclasses.replace(small(weights, texts, tmp_path), reduction=reduction)
     with pytest.raises(PretrainError, match=f"--reduction {reduction} leaves"):
         Classification(config, QUIET).make_side(config, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"reduction": 3}, "qst: --reduction 3 leaves"),
+        ({"mesh": "data=1000"}, "adamw: --mesh data=1000 needs 1000 devices"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained_or_removed(
+    change: dict[str, Any], sentence: str, weights: Path, texts: Path, tmp_path: Path
+) -> None:
+    config = small(weights, texts, tmp_path, method="full,qst", optimizer="adamw")
+    (tmp_path / "adamw").mkdir()
+    (tmp_path / "adamw" / "held_out.json").write_text("of an earlier run")
+    with pytest.raises(PretrainError, match=sentence):
+        compare(dataclasses.replace(config, **change), QUIET)
+    assert (tmp_path / "adamw" / "held_out.json").read_text() == "of an earlier run"
 
 
 @pytest.mark.slow

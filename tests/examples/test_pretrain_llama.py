@@ -287,16 +287,18 @@ def test_a_damaged_checkpoint_is_one_sentence_with_a_remedy(tmp_path: Path) -> N
 def test_a_torn_row_of_metrics_ends_the_table(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,tokens,seconds,loss,held_out_loss\n1,64,0.5,2.0,\n2,128,1")
-    assert [row.step for row in MetricsFile(path, 2).rows] == [1]
+    assert [row.step for row in MetricsFile(path, 1).rows] == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 def test_damaged_metrics_are_kept_and_said(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     first = "step,tokens,seconds,loss,held_out_loss\n1,64,0.5,2.0,\n"
-    for text, rows in ((first + "2,g\n3,192,1.5,1.9,\n", 1), ("\0\0\0", 0), ("step,tok\n1,g", 0)):
+    torn = first + "2,128"
+    whole = first + "2,g\n3,192,1.5,1.9,\n"
+    for text, rows in ((whole, 1), (torn, 1), ("\0\0\0", 0), ("step,tok\n1,g", 0)):
         path.write_text(text)
-        with pytest.warns(UserWarning, match=f"cannot be read after {rows} rows"):
+        with pytest.warns(UserWarning, match=f"has {rows} rows that can be read"):
             assert len(MetricsFile(path, 3).rows) == rows
         assert (tmp_path / "metrics.damaged.csv").read_text() == text
 

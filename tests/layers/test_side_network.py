@@ -292,6 +292,36 @@ def test_side_layers_keep_what_a_call_changes() -> None:
     assert (side.layers.norm.mean[...] != 0).all()
 
 
+def test_a_backbone_need_not_be_an_argument() -> None:
+    """It is frozen, so that a loss may take the side network alone."""
+
+    class Layer(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.linear, self.dropout = nnx.Linear(64, 64, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dropout(self.linear(x))
+
+    x = jax.random.normal(jax.random.key(0), (4, 64))
+    results = []
+    for draws in (False, True):
+        make = Layer if draws else lambda rngs: nnx.Linear(64, 64, rngs=rngs)
+        backbone = nnx.split_rngs(splits=3)(nnx.vmap(make))(nnx.Rngs(3))
+        side = linear_side(mix="residual")
+
+        def loss(side: SideNetwork, backbone: nnx.Module) -> jax.Array:
+            last, up = side.along(backbone, x)
+            return jnp.mean((side.mixed(last, up) - x) ** 2)
+
+        results += [nnx.value_and_grad(loss)(side, backbone)[0] for _ in range(2)]
+        if not draws:
+            seen = nnx.value_and_grad(lambda side, own=backbone: loss(side, own))(side)[0]
+            np.testing.assert_array_equal(seen, results[0])
+    still, again, drawn, anew = results
+    assert still == again
+    assert drawn != anew
+
+
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="reduction 3 does not divide the width 64"):
         SideNetwork(lambda rngs: None, layers=1, width=64, reduction=3, rngs=nnx.Rngs(0))

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 from microadam_jax import memory_report, microadam
 from microadam_jax.__main__ import main
 from microadam_jax.memory import GIB
+from microadam_jax.models import model_shapes
 from microadam_jax.optimizer_names import optimizer
 from microadam_jax.planner import (
     CompiledPlan,
@@ -159,6 +160,15 @@ def test_remat_is_for_the_compiled_step(
     ]
 
 
+def test_optimizers_that_know_no_stacks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Optax's Muon takes arrays of two axes alone as matrices."""
+    main(["plan", "--model", "llama-60m", "--optimizer", "muon", "--optimizer", "muon4bit"])
+    *_, last = capsys.readouterr().out.splitlines()
+    apart = memory_report(optimizer("muon"), model_shapes("llama-60m")).total / GIB
+    assert last.startswith("muon: layers are stacked here")
+    assert last.endswith(f"it keeps {apart:.2f}.")
+
+
 def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     main([*PLAN, "--optimizer", "adamw", "--mesh", "fsdp=3"])
     assert "not cut: embed_tokens/embedding, layers/mlp/" in capsys.readouterr().out
@@ -192,6 +202,7 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
         (["--optimizer", "adamw", "--chart", "nowhere/chart.png"], "there is no directory nowhere"),
         (["--optimizer", "adamw", "--chart", "chart.txt"], "ends with .png, not chart.txt"),
         (["--optimizer", "adamw,,lion"], "An optimizer has no name"),
+        (["--optimizer", "sgd,adamw,sgd"], "--optimizer sgd,adamw,sgd has one of them twice"),
         (["--topology", "h200:12"], "up to 8 GPUs of one host, or a multiple of 8"),
     ],
 )
