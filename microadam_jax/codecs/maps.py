@@ -2,54 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Rounding = jax.Array | float  # where between two neighbours the upper one begins: 1/2 is nearest
-
-
-class Map(Protocol):
-    """An increasing list of numbers, the largest of them 1."""
-
-    @property
-    def name(self) -> str:
-        """Returns the name of the codebook in a state."""
-        ...
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        ...
-
-    @property
-    def signed(self) -> bool:
-        """Returns True if negative numbers have codes."""
-        ...
-
-    @property
-    def zero(self) -> int | None:
-        """The code of 0; None if it has none."""
-        ...
-
-    @property
-    def values(self) -> np.ndarray:
-        """The float32 number of each code, in order."""
-        ...
-
-    def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
-        r"""The codes of float32 numbers in [-1, 1], as int32.
-
-        Between neighbours :math:`v_c \le y < v_{c+1}` the code is :math:`c + 1` where
-        :math:`y > v_c + \xi (v_{c+1} - v_c)`: halves go to the lower code.
-        """
-        ...
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """The float32 numbers of integer codes."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +44,11 @@ class TableMap:
         return np.asarray(self.numbers, np.float32)
 
     def encode(self, y: jax.Array, xi: Rounding) -> jax.Array:
-        """Counts the thresholds below ``y``."""
+        r"""Counts the thresholds below float32 ``y`` in [-1, 1], which gives int32 codes.
+
+        Between neighbours :math:`v_c \le y < v_{c+1}` the code is :math:`c + 1` where
+        :math:`y > v_c + \xi (v_{c+1} - v_c)`: halves go to the lower code.
+        """
         code = jnp.zeros(y.shape, jnp.int32)
         for below, above in zip(self.values[:-1], self.values[1:], strict=True):
             code = code + (y > below + xi * (above - below)).astype(jnp.int32)
@@ -231,6 +194,9 @@ class Dynamic8:
 
     def _cells(self, decade: int) -> int:
         return 2 ** (decade + self._offset)
+
+
+Map = TableMap | Dynamic8  # increasing numbers, the largest of them 1
 
 
 def _scale(decade: int) -> np.float32:

@@ -1,12 +1,7 @@
 """What of a gradient reaches the state."""
 
 from microadam_jax.compressors.block_sparse import BlockSparse
-from microadam_jax.compressors.compressor import (
-    Compressor,
-    Deferred,
-    Sent,
-    require_compressor,
-)
+from microadam_jax.compressors.compressor import Compressor, Deferred, require_compressor
 from microadam_jax.compressors.dense import Dense
 from microadam_jax.compressors.low_rank import LowRank
 from microadam_jax.compressors.power_sgd import PowerSGD, power_sgd
@@ -20,7 +15,6 @@ __all__ = [
     "Dense",
     "LowRank",
     "PowerSGD",
-    "Sent",
     "TopK",
     "is_compressed",
     "power_sgd",

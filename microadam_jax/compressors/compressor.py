@@ -12,40 +12,6 @@ Row = tuple[jax.Array, jax.Array]
 """A leaf's share of a window: two arrays of several updates, or of one."""
 
 
-class Sent(Protocol):
-    r"""Holds an update in the form in which it is kept in a window.
-
-    A window keeps the latest :math:`m` updates of a leaf as a pair of arrays with an axis of
-    length :math:`m`, and computes with them in that form. They may be stored in fewer bits than
-    were sent, so products are those of the rows as stored.
-    """
-
-    @property
-    def dtype(self) -> Any:
-        """Returns the dtype in which it shall go on."""
-        ...
-
-    def fits(self, window: Row) -> bool:
-        """Returns True if ``window`` was made for updates of this form and shape."""
-        ...
-
-    def write(self, window: Row, position: jax.Array) -> Row:
-        """Returns ``window`` with this update in row ``position``."""
-        ...
-
-    def products(self, window: Row, position: jax.Array) -> jax.Array:
-        """Returns ``(m,)`` float32: the inner product of row ``position`` with every row."""
-        ...
-
-    def combine(self, window: Row, coefficients: jax.Array) -> jax.Array:
-        r"""Returns the dense float32 :math:`\sum_i y_i g_i` for ``(m,)`` coefficients :math:`y`."""
-        ...
-
-    def with_bypass(self, update: jax.Array) -> jax.Array:
-        """Returns the dense float32 ``update`` plus what bypasses the preconditioner."""
-        ...
-
-
 class Deferred(Compressed):
     """Defers the compression of an update to the link that reads it: no pytree node."""
 

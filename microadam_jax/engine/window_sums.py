@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from microadam_jax.blocks import BlockLayout
 from microadam_jax.codecs.rounding import Rows
-from microadam_jax.compressors import BlockSparse, Sent, is_compressed
+from microadam_jax.compressors import BlockSparse, Dense, LowRank, is_compressed
 from microadam_jax.compressors.block_sparse import combined
 from microadam_jax.engine.leaf_loops import Arrays, Work, on_cpu
+
+Sent = BlockSparse | LowRank | Dense  # an update in the form in which a window keeps it
 
 
 def window_sums(leaves: Sequence[tuple[Sent, jax.Array, Any]], y: jax.Array) -> list[jax.Array]:

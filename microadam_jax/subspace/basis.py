@@ -1,7 +1,6 @@
 """What spans a subspace: vectors, or selected rows."""
 
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +11,6 @@ from microadam_jax.sharding import explicit_sharding, place_on, replicated
 
 # A basis drifts from orthogonality in bfloat16 or TF32, the more where it is its own start.
 PRECISION = jax.lax.Precision.HIGHEST
-
-
-class Basis(Protocol):
-    """A matrix P of shape ``(*batch, rows, rank)``, in whichever form."""
-
-    def project(self, matrix: jax.Array) -> jax.Array:
-        r""":math:`P^T G`, of shape ``(*batch, rank, columns)``."""
-        ...
-
-    def back(self, low: jax.Array) -> jax.Array:
-        r""":math:`P R`, of shape ``(*batch, rows, columns)``."""
-        ...
-
-    def overlap(self, old: "Basis") -> jax.Array:
-        r""":math:`P^T P_{old}`, of shape ``(*batch, rank, rank)``."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +31,7 @@ class DenseBasis:
         """Sums of the vectors."""
         return jnp.einsum("...nr,...rl->...nl", self.vectors, low, precision=PRECISION)
 
-    def overlap(self, old: Basis) -> jax.Array:
+    def overlap(self, old: "Basis") -> jax.Array:
         """Inner products of the vectors with each other."""
         assert isinstance(old, DenseBasis)
         return inner_products(self.vectors, old.vectors)
@@ -64,7 +47,7 @@ class ColumnBasis(DenseBasis):
 
     indices: jax.Array
 
-    def overlap(self, old: Basis) -> jax.Array:
+    def overlap(self, old: "Basis") -> jax.Array:
         """Ones and zeros."""
         assert isinstance(old, ColumnBasis)
         return _same(self.indices, old.indices)
@@ -111,7 +94,7 @@ class RowBasis:
         indices = place_on(self.indices, low, batch_axes)
         return run(low, indices)
 
-    def overlap(self, old: Basis) -> jax.Array:
+    def overlap(self, old: "Basis") -> jax.Array:
         """The weights of rows that are in both."""
         assert isinstance(old, RowBasis)
         same = _same(self.indices, old.indices)
@@ -121,6 +104,9 @@ class RowBasis:
 
     def _weighted(self, low: jax.Array) -> jax.Array:
         return low if self.weights is None else self.weights[..., None] * low
+
+
+Basis = DenseBasis | RowBasis  # a matrix P of shape (*batch, rows, rank)
 
 
 def inner_products(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -7,15 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_jax.compressors import (
-    Compressor,
-    Dense,
-    Sent,
-    is_compressed,
-    require_compressor,
-)
+from microadam_jax.compressors import Compressor, Dense, is_compressed, require_compressor
 from microadam_jax.engine.transformation import transformation
-from microadam_jax.engine.window_sums import window_sums
+from microadam_jax.engine.window_sums import Sent, window_sums
 from microadam_jax.state_arrays import state_zeros, unused_factor
 from microadam_jax.transforms.window import Window
 from microadam_jax.trees import (
