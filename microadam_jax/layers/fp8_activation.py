@@ -61,6 +61,7 @@ class Fp8Activation:
     Reference: Xi et al., COAT (arXiv 2410.19313), Section 5.
     """
 
+    signed = True
     format: str = "e4m3"
     group: int | None = 16
     rounding: str = "nearest"
@@ -79,11 +80,6 @@ class Fp8Activation:
     def name(self) -> str:
         """Returns the format in a word."""
         return f"{self.format}_{'tensor' if self.group is None else f'g{self.group}'}"
-
-    @property
-    def signed(self) -> bool:
-        """Returns True: it holds negative numbers."""
-        return True
 
     @property
     def needs_key(self) -> bool:
