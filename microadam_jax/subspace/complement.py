@@ -77,24 +77,16 @@ class _NothingKept(NamedTuple):
     """Nothing is kept of the rest."""
 
 
-class _Memoryless:
+class _NoFeedback:
     Kept: ClassVar[type] = _NothingKept
     feeds_back: ClassVar[bool] = False
     uses_rest: ClassVar[bool] = True
-
-    @property
-    def layouts(self) -> Slots:
-        """None."""
-        return ()
-
-    @property
-    def needs_b1(self) -> bool:
-        """No."""
-        return False
+    needs_b1 = False
+    layouts: Slots = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Discard(_Memoryless):
+class Discard(_NoFeedback):
     r"""Drops the rest, as GaLore does: the update is :math:`\alpha P N`."""
 
     uses_rest: ClassVar[bool] = False
@@ -105,7 +97,7 @@ class Discard(_Memoryless):
 
 
 @dataclasses.dataclass(frozen=True)
-class RawRest(_Memoryless):
+class RawRest(_NoFeedback):
     r"""Takes the rest as it is: the update is :math:`\alpha P N + w (G - P P^T G)`.
 
     Args:
@@ -122,7 +114,7 @@ class RawRest(_Memoryless):
 
 
 @dataclasses.dataclass(frozen=True)
-class SignOfRest(_Memoryless):
+class SignOfRest(_NoFeedback):
     r"""Takes the sign of the rest.
 
     The update is :math:`\alpha P N + w \, \mathrm{sign}(G - P P^T G)`.
@@ -149,21 +141,10 @@ class PreviousNorm(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Limited:
+class _Limited(_NoFeedback):
     growth: float = 1.01
     Kept: ClassVar[type] = PreviousNorm
-    feeds_back: ClassVar[bool] = False
-    uses_rest: ClassVar[bool] = True
-
-    @property
-    def layouts(self) -> Slots:
-        """One number for each matrix."""
-        return ((ONE, jnp.float32),)
-
-    @property
-    def needs_b1(self) -> bool:
-        """No."""
-        return False
+    layouts = ((ONE, jnp.float32),)  # one number for each matrix
 
     def _limit(self, x: jax.Array, kept: Arrays) -> tuple[jax.Array, Arrays]:
         """``x``, no longer than ``growth`` times the one before, if that was not zero."""
