@@ -7,10 +7,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.layout.view import MatrixView
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import PRECISION, DenseBasis
-from microadam_jax.subspace.subspace import Arrays, KeepsVectors, Seeded, Slots, require_rank
+from microadam_jax.subspace.subspace import Arrays, KeepsVectors, OfRank, Seeded, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +111,13 @@ class Hadamard(KeepsVectors):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian:
+class Gaussian(OfRank):
     """See :func:`gaussian`."""
 
-    rank: int
     seed: int
     Kept: ClassVar[type] = Seeded
-    gathers: ClassVar[bool] = False
     seeks: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Checks the rank."""
-        require_rank(self.rank)
-
-    def size(self, view: MatrixView) -> int:
-        """The rank; a projection on more numbers than the matrix has rows is one too."""
-        return min(self.rank, view.rows)
 
     def layouts(self, size: int) -> Slots:
         """Nothing is kept."""

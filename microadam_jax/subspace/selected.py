@@ -8,28 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microadam_jax.layout.view import Layout, MatrixView
+from microadam_jax.layout.view import Layout
 from microadam_jax.sharding import replicated
 from microadam_jax.subspace.basis import ColumnBasis, RowBasis, inner_products, row_norms
-from microadam_jax.subspace.subspace import Arrays, Indices, Slots, WeightedIndices, require_rank
+from microadam_jax.subspace.subspace import Arrays, Indices, OfRank, Slots, WeightedIndices
 
 
 @dataclasses.dataclass(frozen=True)
-class _Selection:
+class _Selection(OfRank):
     """A subspace that keeps an index for each dimension."""
 
-    rank: int
     Kept: ClassVar[type] = Indices
-    gathers: ClassVar[bool] = False
-    seeks: ClassVar[bool] = True
-    orthonormal: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_rank(self.rank)
-
-    def size(self, view: MatrixView) -> int:
-        """No more than there are to select from."""
-        return min(self.rank, view.rows)
 
     def layouts(self, size: int) -> Slots:
         """One array of indices."""

@@ -108,18 +108,29 @@ class Subspace(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepsVectors:
-    """A subspace whose basis is kept as it is."""
+class OfRank:
+    """A subspace of so many dimensions, found from the gradient unless a class says otherwise."""
 
     rank: int
-    Kept: ClassVar[type] = Vectors
-    gathers: ClassVar[bool] = True
+    gathers: ClassVar[bool] = False
     seeks: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the rank."""
         require_rank(self.rank)
+
+    def size(self, view: MatrixView) -> int:
+        """No more than the matrix has rows."""
+        return min(self.rank, view.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepsVectors(OfRank):
+    """A subspace whose basis is kept as it is."""
+
+    Kept: ClassVar[type] = Vectors
+    gathers: ClassVar[bool] = True
 
     def size(self, view: MatrixView) -> int:
         """No more than the matrix has."""
