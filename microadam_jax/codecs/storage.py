@@ -129,7 +129,7 @@ class Storage:
     @functools.cached_property
     def label(self) -> str:
         """Returns the names of the codecs; with rules or other limits, also a digest of those."""
-        names = "+".join(dict.fromkeys(codec.name for codec in self.codecs[:-1]))
+        names = "+".join(codec.name for codec in self.codecs[:-1])
         names += f"_over_{self.unit}" * bool(self.unit)
         rules = tuple((pattern, as_codec(codec).name) for pattern, codec in self.rules)
         stacked = FIRST_STACKED if self.stacked == STACKED else self.stacked
@@ -161,24 +161,11 @@ class Storage:
 
     def zeros(self, tree: Any) -> Field:
         """Returns the field for a tree of zeros, placed as the tree is."""
-        codecs = self.assign(tree)
-
-        def zeros_of(path: KeyPath, leaf: jax.Array) -> Slots:
-            codec = codecs[path]
-            return self._slots_of(path, codec, codec.zeros(leaf), leaf)
-
-        return self._field(map_with_path(zeros_of, len(self.slots), tree), tree)
+        return self._field(tree, lambda codec, leaf: codec.zeros(leaf))
 
     def encode_tree(self, tree: Any) -> Field:
         """Returns the field for a tree of values, rounded to nearest."""
-        codecs = self.assign(tree)
-
-        def encode(path: KeyPath, leaf: jax.Array) -> Slots:
-            codec = codecs[path]
-            encoded = codec.encode(leaf.astype(jnp.float32), None)
-            return self._slots_of(path, codec, encoded, leaf)
-
-        return self._field(map_with_path(encode, len(self.slots), tree), tree)
+        return self._field(tree, lambda codec, leaf: codec.encode(leaf.astype(jnp.float32), None))
 
     def take(
         self, name: str, field: Field, leaves: Mapping[KeyPath, LeafShape], keys: Keys
@@ -234,20 +221,25 @@ class Storage:
 
         return {self.label: {slot: column(slot) for slot in self.slots}}
 
-    def _slots_of(self, path: KeyPath, codec: Codec, encoded: Any, leaf: jax.Array) -> Slots:
-        """The arrays of ``encoded``, and next to nothing in the slots of other codecs."""
-        if codec == FLOAT32 and codec != self.codec:
-            remark(path, "too small for its codec, or excepted: kept in float32")
-        by_name = dict(zip(encoded._fields, encoded, strict=True))
+    def _field(self, tree: Any, encode: Callable[[Codec, jax.Array], Any]) -> Field:
+        codecs = self.assign(tree)
 
-        def unused() -> jax.Array:
-            if math.prod(leaf.shape) < max(1, self.min_size):
-                return unused_state(leaf)
-            return moment_zeros(leaf, (1,) * leaf.ndim, jnp.uint8)
+        def slots_of(path: KeyPath, leaf: jax.Array) -> Slots:
+            """The arrays of the leaf's codec, and next to nothing in the slots of other codecs."""
+            codec = codecs[path]
+            encoded = encode(codec, leaf)
+            if codec == FLOAT32 and codec != self.codec:
+                remark(path, "too small for its codec, or excepted: kept in float32")
+            by_name = dict(zip(encoded._fields, encoded, strict=True))
 
-        return tuple(by_name[slot] if slot in by_name else unused() for slot in self.slots)
+            def unused() -> jax.Array:
+                if math.prod(leaf.shape) < max(1, self.min_size):
+                    return unused_state(leaf)
+                return moment_zeros(leaf, (1,) * leaf.ndim, jnp.uint8)
 
-    def _field(self, columns: Sequence[Any], tree: Any) -> Field:
+            return tuple(by_name[slot] if slot in by_name else unused() for slot in self.slots)
+
+        columns = map_with_path(slots_of, len(self.slots), tree)
         self._warn_unmatched([leaf.path for leaf in leaf_shapes(tree).values()])
         boxed = (boxed_blocks(column, tree) for column in columns)
         return {self.label: dict(zip(self.slots, boxed, strict=True))}
