@@ -15,7 +15,7 @@ ROWS = 128  # rows of the tensor in a tile
 BLOCKS = 8  # blocks of a row in a tile, or a multiple
 BYTES = 32  # blocks in a tile of bytes, where it divides them
 WIDTH = 2048  # elements of a row in a tile, where blocks allow as few
-MAX_WIDTH = 32768  # the most of them
+MAX_WIDTH = 32768  # the most of them: with what else there is, half of the smallest chip's memory
 ENOUGH = 16 * 2**20  # bytes that a kernel may take of the chip's memory unless it asks for more
 
 

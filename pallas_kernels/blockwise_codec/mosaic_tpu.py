@@ -21,12 +21,11 @@ from pallas_kernels.blockwise_codec.piece import Piece, Plan, iota
 from pallas_kernels.blockwise_codec.reference import codecs_unsupported, uniform
 from pallas_kernels.blockwise_codec.rule import Rule
 from pallas_kernels.blockwise_codec.span import Block
-from pallas_kernels.blockwise_codec.tiling import LANES, PIECE, Tiling, tiling
-from pallas_kernels.tpu_tiles import ROWS, cost, float32
+from pallas_kernels.blockwise_codec.tiling import PIECE, Tiling, tiling
+from pallas_kernels.tpu_tiles import ENOUGH, LANES, ROWS, cost, float32
 
 OPERATIONS = 200  # for each element, about
-ENOUGH = 16 * 2**20  # bytes that a kernel may take of the chip's memory unless it asks for more
-SPARE = 3 * 2**20  # of those for what is not fetched
+SPARE = 3 * 2**20  # bytes of ENOUGH for what is not fetched
 
 
 def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | None:

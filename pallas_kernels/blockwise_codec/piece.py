@@ -9,8 +9,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise_codec.rule import Rule
-from pallas_kernels.blockwise_codec.tiling import LANES, PIECE, Tiling
-from pallas_kernels.tpu_tiles import float32
+from pallas_kernels.blockwise_codec.tiling import PIECE, Tiling
+from pallas_kernels.tpu_tiles import LANES, float32
 
 
 class Plan(NamedTuple):

@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise_codec.piece import Plan, inputs_of, iota
-from pallas_kernels.blockwise_codec.tiling import LANES, rounded_up
-from pallas_kernels.tpu_tiles import float32
+from pallas_kernels.tpu_tiles import LANES, float32, rounded_up
 
 
 class Span(NamedTuple):

@@ -4,13 +4,18 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pallas_kernels.tpu_tiles import BLOCKS, BYTES, ROWS
+from pallas_kernels.tpu_tiles import (
+    BLOCKS,
+    BYTES,
+    LANES,
+    MAX_SIZE,
+    MAX_WIDTH,
+    ROWS,
+    WIDTH,
+    rounded_up,
+)
 
-LANES = 128
 PIECE = (32, 256)  # rows, of a register of bytes, and elements of them, two of which share a byte
-WIDTH = 2048  # elements of a row in a tile, where blocks allow as few
-MAX_WIDTH = 32768  # the most of them: with what else there is, half of the smallest chip's memory
-MAX_BLOCK = 512
 AREA = 2**18  # elements in a tile, unless the fewest rows have more
 
 
@@ -54,9 +59,9 @@ def tiling(
     if len(set(sizes)) > 1 and all(size in (LANES, 2 * LANES) for size in sizes):
         return Tiling(ROWS, min(max(WIDTH, together * max(sizes)), whole), PIECE[1], by_block=False)
     size = sizes[0]
-    if len(set(sizes)) > 1 or size > MAX_BLOCK or size % 2:
+    if len(set(sizes)) > 1 or size > MAX_SIZE or size % 2:
         return (
-            f"blocks must have an even size up to {MAX_BLOCK}, the same for all moments, or {LANES}"
+            f"blocks must have an even size up to {MAX_SIZE}, the same for all moments, or {LANES}"
             f" and {2 * LANES} elements; these have {list(sizes)}"
         )
     unit = math.lcm(size * together, LANES * 8 // min(bits))
@@ -69,8 +74,3 @@ def tiling(
     while rows > PIECE[0] and rows * width > AREA:
         rows //= 2
     return Tiling(rows, width, size, by_block=True)
-
-
-def rounded_up(number: int, multiple: int) -> int:
-    """The least multiple that is not below ``number``."""
-    return -(-number // multiple) * multiple
