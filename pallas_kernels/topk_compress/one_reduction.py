@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.topk_compress.reference import LEVELS, levels
+from pallas_kernels.topk_compress.reference import LEVELS, in_blocks, levels, row_mask
 
 MAX_K = 4  # with more entries the reduction has too many operands
 NONE = np.int32(-(2**31))  # the rank of no element: below that of padding, which is -1
@@ -35,12 +35,12 @@ def compress(
         ``(*lead, blocks, k)`` values and indices, and the new ``codes``, ``low`` and ``high``.
     """
     size, n = 2 * codes.shape[-1], gradient.shape[-1]
-    x = _blocks(gradient, low, size) + _owed(unpacked(codes), low, high)
-    values, indices, least, greatest = _selected(x, _in_row(low.shape[-1], size, n), k)
+    x = in_blocks(gradient, low, size) + _owed(unpacked(codes), low, high)
+    values, indices, least, greatest = _selected(x, row_mask(low.shape[-1], size, n), k)
     # The second pass shall compute the sum again, and not read what the first has written.
     again = jax.lax.optimization_barrier((gradient, codes, low, high, least, greatest, indices))
     gradient, codes, low, high, bottom, top, taken = again
-    blocks, halves = _blocks(gradient, low, size), []
+    blocks, halves = in_blocks(gradient, low, size), []
     for which, level in enumerate((codes & 0xF, codes >> 4)):
         # By halves: a byte of the new codes then depends on the same byte alone, and is its place.
         lanes = slice(which * size // 2, (which + 1) * size // 2)
@@ -49,7 +49,7 @@ def compress(
         for index in taken:
             rest = jnp.where(lane == index[..., None], 0.0, rest)
         halves.append(rest)
-    if (mask := _in_row(low.shape[-1], size, n)) is not None:
+    if (mask := row_mask(low.shape[-1], size, n)) is not None:
         first = halves[0][..., :1]
         masks = mask[..., : size // 2], mask[..., size // 2 :]
         halves = [jnp.where(m, x, first) for m, x in zip(masks, halves, strict=True)]
@@ -68,26 +68,10 @@ def unpacked(codes: jax.Array, bits: int = 4) -> jax.Array:
     return parts.reshape(*codes.shape[:-1], 8 // bits * codes.shape[-1])
 
 
-def _blocks(gradient: jax.Array, low: jax.Array, size: int) -> jax.Array:
-    """The gradient in blocks, float32."""
-    x, padding = gradient.astype(jnp.float32), low.shape[-1] * size - gradient.shape[-1]
-    if padding:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-    return x.reshape(*low.shape, size)
-
-
 def _owed(level: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The dequantized residual, as :func:`pallas_kernels.topk_compress.reference.decode`."""
     step = ((high - low) / LEVELS)[..., None]
     return jnp.abs(level.astype(jnp.float32) * step) + low[..., None]
-
-
-def _in_row(count: int, size: int, n: int) -> jax.Array | None:
-    """Marks the elements of blocks ``(count, size)`` that belong to a row; None if all do."""
-    if count * size == n:
-        return None
-    block, lane = (jax.lax.broadcasted_iota(jnp.int32, (count, size), i) for i in range(2))
-    return (block < count - 1) | (lane < n - size * (count - 1))
 
 
 def _selected(

@@ -37,17 +37,10 @@ def compress(
         ``(*lead, blocks, k)`` float32 values and int32 indices of :math:`c`, and the new
         ``codes``, ``low`` and ``high``.
     """
-    n, size, count = gradient.shape[-1], 2 * codes.shape[-1], low.shape[-1]
-    padding = count * size - n
-    x = gradient.astype(jnp.float32)
-    if padding:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-    x = x.reshape(*low.shape, size) + decode(codes, low, high)
-    in_row = None
-    if padding:
-        block, lane = (jax.lax.broadcasted_iota(jnp.int32, (count, size), i) for i in range(2))
-        # Not their position in the row, which may exceed int32.
-        in_row = (block < count - 1) | (lane < size - padding)
+    size = 2 * codes.shape[-1]
+    x = in_blocks(gradient, low, size) + decode(codes, low, high)
+    in_row = row_mask(low.shape[-1], size, gradient.shape[-1])
+    if in_row is not None:
         x = jnp.where(in_row, x, 0.0)
     values, indices = select_top_k(x, k, in_row)
     # Not a difference: infinity less infinity would stay behind as NaN.
@@ -56,6 +49,23 @@ def compress(
         # The first element changes neither extreme.
         rest = jnp.where(in_row, rest, rest[..., :1])
     return values, indices, *encode(rest, *extremes(rest))
+
+
+def in_blocks(gradient: jax.Array, low: jax.Array, size: int) -> jax.Array:
+    """The gradient in blocks of ``size``, float32, padded with zeros."""
+    x, padding = gradient.astype(jnp.float32), low.shape[-1] * size - gradient.shape[-1]
+    if padding:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    return x.reshape(*low.shape, size)
+
+
+def row_mask(count: int, size: int, n: int) -> jax.Array | None:
+    """Marks the elements of blocks ``(count, size)`` that belong to a row; None if all do."""
+    if count * size == n:
+        return None
+    block, lane = (jax.lax.broadcasted_iota(jnp.int32, (count, size), i) for i in range(2))
+    # Not their position in the row, which may exceed int32.
+    return (block < count - 1) | (lane < n - size * (count - 1))
 
 
 def extremes(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
