@@ -16,11 +16,6 @@ from pallas_kernels.key_words import key_words
 KERNELS = {"mosaic_tpu": mosaic_tpu, "triton": triton}
 
 
-def takes(codecs: Sequence[Any], gradient: jax.Array) -> bool:
-    """Returns True if None takes a kernel, on TPUs, for moments of these codecs and this leaf."""
-    return mosaic_tpu.unsupported(codecs, [gradient]) is None
-
-
 def blockwise_step(
     rule: Step,
     codecs: Sequence[Any],

@@ -14,7 +14,7 @@ from microadam_jax.codecs import as_storage, dynamic4, linear4
 from microadam_jax.methods import METHODS
 from microadam_jax.models import MODELS, model_shapes
 from pallas_kernels import dispatch, topk_compress, window_update
-from pallas_kernels.blockwise_codec import takes
+from pallas_kernels.blockwise_codec.mosaic_tpu import unsupported as no_step
 from pallas_kernels.topk_compress.mosaic_tpu import unsupported as no_top_k
 from pallas_kernels.window_update.mosaic_tpu import unsupported as no_window
 
@@ -35,7 +35,7 @@ def low_bit(name: str, shapes: Any) -> Callable[..., bool]:
     assigned = [as_storage(codec).assign(shapes) for codec in defaults.values()]
 
     def taken(path: Any, leaf: Any) -> bool:
-        return takes([codecs[path] for codecs in assigned], leaf)
+        return no_step([codecs[path] for codecs in assigned], [leaf]) is None
 
     return taken
 
