@@ -84,7 +84,7 @@ def exact(interpret: bool) -> Mapping[str, Callable[..., jax.Array]]:
     def same(x: jax.Array) -> jax.Array:
         return x
 
-    return {"div": div, "sqrt": sqrt, "copy": same, "copy_p": same}
+    return {"div": div, "sqrt": sqrt, "copy": same}
 
 
 def _float32(x: jax.Array) -> jax.Array:

@@ -101,7 +101,7 @@ def _programs(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
 
 def _called(parameters: dict[str, Any]) -> core.Jaxpr | None:
     """The program that a call runs once, if the equation is one."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for name in ("jaxpr", "call_jaxpr"):
         inner = parameters.get(name)
         if inner is not None:
             return getattr(inner, "jaxpr", inner)

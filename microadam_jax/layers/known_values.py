@@ -6,7 +6,7 @@ from typing import Any
 from jax.extend import core
 
 # Calls whose bodies are looked into; loops and branches are taken as a whole.
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+CALLS = ("jit", "closed_call")
 
 
 class Unknown:

@@ -10,13 +10,13 @@ from jax.extend import core
 # What the compiler of TPU kernels is known to take.
 PRIMITIVES = frozenset(
     """
-abs add and broadcast_in_dim convert_element_type copy copy_p div eq exp ge gt integer_pow le log
+abs add and broadcast_in_dim convert_element_type copy div eq exp ge gt integer_pow le log
 lt max min mul ne neg not or select_n sign sqrt square stop_gradient sub tanh
 """.split()  # noqa: SIM905
 )
 Replaced = Mapping[str, Callable[..., jax.Array]]  # by the primitive's name
 NOTHING: Replaced = MappingProxyType({})
-CALLS = frozenset(["jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"])
+CALLS = frozenset(["jit", "closed_call", "custom_jvp_call", "custom_vjp_call"])
 
 
 class Rule:
