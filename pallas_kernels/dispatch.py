@@ -63,9 +63,9 @@ def run(
 
     Args:
         operation: its name, for errors.
-        implementation: None picks the kernel for the device the program is compiled for, and
-            ``xla`` where there is none, where it does not take the shapes, or where the arrays
-            may be sharded in a way that only the compiler knows.
+        implementation: None picks ``mosaic_tpu`` where the program is compiled for TPUs. It picks
+            ``xla`` on CPUs and GPUs, where the kernel does not take the shapes, and where the
+            arrays may be sharded in a way that only the compiler knows.
         xla: the reference; it takes ``(*arrays, *scalars)``.
         kernels: tells by implementation the kernel, which takes the same, and the reason why it
             cannot take these shapes, or None.
