@@ -85,7 +85,11 @@ def state_shardings(
 
     given = shardings
     if zero_axis is not None:
-        _require_axis(mesh, zero_axis)
+        if zero_axis not in mesh.shape:
+            raise ValueError(
+                f"zero_axis {zero_axis!r} is no axis of the mesh, which has "
+                f"{', '.join(mesh.shape)}."
+            )
         shapes: dict[KeyPath, list[tuple[int, ...]]] = {path: [leaf.shape] for path, leaf in leaves}
         for path, leaf in jax.tree.leaves_with_path(state):
             if (owner := owner_of(path, shardings)) is not None:
@@ -187,13 +191,6 @@ def _mesh_of(shardings: Sequence[Any]) -> Mesh:
             f"param_shardings must be of NamedSharding, which know their mesh; got {given}."
         )
     return shardings[0].mesh
-
-
-def _require_axis(mesh: Mesh, name: str) -> None:
-    if name not in mesh.shape:
-        raise ValueError(
-            f"zero_axis {name!r} is no axis of the mesh, which has {', '.join(mesh.shape)}."
-        )
 
 
 def _require_memory(mesh: Mesh, kind: str | None) -> None:

@@ -77,8 +77,10 @@ class RunBlocks:
     def moment_shape(self) -> Shape:
         """Returns the runs of a layer in the last axis that is no layer axis."""
         rest = len(self.shape) - (self.layer_axis is not None)
-        shape = [1] * (rest - 1) + [math.prod(self.shape) // (self._layers * self.size)]
-        return tuple(shape) if self.layer_axis is None else self._with_layers(shape)
+        shape = (*(1,) * (rest - 1), math.prod(self.shape) // (self._layers * self.size))
+        if self.layer_axis is None:
+            return shape
+        return (*shape[: self.layer_axis], self._layers, *shape[self.layer_axis :])
 
     @property
     def blocks(self) -> int:
@@ -102,10 +104,6 @@ class RunBlocks:
     @property
     def _layers(self) -> int:
         return 1 if self.layer_axis is None else self.shape[self.layer_axis]
-
-    def _with_layers(self, shape: list[int]) -> Shape:
-        axis = self.layer_axis or 0
-        return (*shape[:axis], self._layers, *shape[axis:])
 
     def _rows(self, x: jax.Array) -> jax.Array:
         """One row for each layer."""

@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> None:
         names = [name.strip() for name in ",".join(options.optimizer or [SHOWN]).split(",")]
         if len({*names}) < len(names):
             raise ValueError(f"--optimizer {','.join(names)} has one of them twice.")
-        chosen = {name: _optimizer(name, rounding=options.rounding) for name in names}
+        chosen = {name: optimizer(name) for name in names}
+        if options.rounding != "nearest":
+            chosen = {name: round_updates(tx, options.rounding) for name, tx in chosen.items()}
         shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         rounded = "" if options.rounding == "nearest" else f", rounded {options.rounding}"
         dtype = options.dtype + rounded
@@ -139,11 +141,6 @@ def _of_each(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
     return plans
-
-
-def _optimizer(text: str, *, rounding: str) -> optax.GradientTransformation:
-    tx = optimizer(text)
-    return tx if rounding == "nearest" else round_updates(tx, rounding)  # pyrefly: ignore
 
 
 def _backward(options: argparse.Namespace) -> str:

@@ -69,7 +69,8 @@ class RowBasis:
 
     def project(self, matrix: jax.Array) -> jax.Array:
         """The selected rows, weighted."""
-        matrix = _whole_rows(matrix)
+        others = [axis for axis in range(matrix.ndim) if axis != matrix.ndim - 2]
+        matrix = place_on(matrix, matrix, others)
         return self._weighted(jnp.take_along_axis(matrix, self.indices[..., None], axis=-2))
 
     def back(self, low: jax.Array) -> jax.Array:
@@ -129,11 +130,6 @@ def inner_products(left: jax.Array, right: jax.Array) -> jax.Array:
 def row_norms(matrix: jax.Array) -> jax.Array:
     """The length of each row, of shape ``(*batch, rows)``, on every device."""
     return replicated(jnp.sqrt(jnp.sum(jnp.square(matrix), axis=-1)))
-
-
-def _whole_rows(matrix: jax.Array) -> jax.Array:
-    others = [axis for axis in range(matrix.ndim) if axis != matrix.ndim - 2]
-    return place_on(matrix, matrix, others)
 
 
 def _same(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -41,9 +41,9 @@ class SketchedVectors(KeepsVectors):
             _product(matrix, jax.random.normal(key, (*batch, columns, width), jnp.float32))
         )
         for _ in range(self.iterations):
-            back = _orthonormal(_product(_transposed(matrix), caught))
+            back = _orthonormal(_product(jnp.matrix_transpose(matrix), caught))
             caught = _orthonormal(_product(matrix, back))
-        inside = _leading(_product(_transposed(caught), matrix), size)
+        inside = _leading(_product(jnp.matrix_transpose(caught), matrix), size)
         return (_signed(_product(caught, inside)),)
 
 
@@ -61,7 +61,7 @@ class PowerVectors(KeepsVectors):
             # Squares of small gradients would underflow; their scale makes no difference.
             largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
             b = matrix / jnp.where(largest > 0, largest, 1)
-            image = _product(b, _product(_transposed(b), old))
+            image = _product(b, _product(jnp.matrix_transpose(b), old))
             nothing = jnp.all(image == 0, axis=(-2, -1), keepdims=True)
             return jnp.where(nothing, old, _orthonormal(image))
 
@@ -280,7 +280,3 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(left, right, precision=PRECISION)
-
-
-def _transposed(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -2, -1)

@@ -32,9 +32,10 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
     if reason is not None:
         return reason
     sizes = [codec.blocks.layout(shape[-1]).size for codec in codecs]
-    if max(sizes) > MAX_SIZE:
+    largest = max(sizes)
+    if largest > MAX_SIZE:
         return f"blocks must have at most {MAX_SIZE} elements; these have {sizes}"
-    if any(not _power_of_two(max(sizes), size) for size in sizes):
+    if any(largest % size or (largest // size).bit_count() != 1 for size in sizes):
         return f"blocks must be 1, 2, 4, ... times as long as the shortest; these have {sizes}"
     if math.prod(shape[:-1]) * (shape[-1] + max(sizes)) >= 2**31:
         return f"offsets are 32 bits, too few for a tensor of shape {shape}"
@@ -42,10 +43,6 @@ def unsupported(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> str | Non
         if x.dtype.name not in DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
     return None
-
-
-def _power_of_two(size: int, unit: int) -> bool:
-    return size % unit == 0 and (size // unit).bit_count() == 1
 
 
 def tiles(codecs: Sequence[Any], inputs: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
