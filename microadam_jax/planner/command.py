@@ -1,6 +1,7 @@
 """``python -m microadam_jax plan``: its flags, its table and its chart."""
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -99,10 +100,7 @@ def run(options: argparse.Namespace) -> None:
             print_arithmetic(plans, options.memory_per_device)
             if model.llama:
                 print_apart(chosen, model.params, model_shapes(options.model, options.dtype))
-            parts = {
-                name: {"parameters": p.parameters, "gradients": p.gradients, "state": p.state}
-                for name, p in plans.items()
-            }
+            parts = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
         else:
             compiled = _of_each(
                 chosen,
@@ -240,12 +238,8 @@ def _parts(compiled: CompiledPlan) -> dict[str, int]:
         rest = max(0, compiled.total - plan.parameters - plan.state)
         return {"parameters": plan.parameters, "state": plan.state, "temporaries": rest}
     gradients = min(plan.gradients, compiled.temporaries)
-    return {
-        "parameters": plan.parameters,
-        "gradients": gradients,
-        "state": plan.state,
-        "other temporaries": compiled.temporaries - gradients,
-    }
+    parts = dataclasses.asdict(plan) | {"gradients": gradients}
+    return {**parts, "other temporaries": compiled.temporaries - gradients}
 
 
 def _gib(size: int) -> str:
