@@ -35,11 +35,6 @@ class Rows(NamedTuple):
     steps: tuple[int, ...] = ()
     holds: jax.Array | None = None
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """Counts the segments along each axis."""
-        return tuple(size // step for size, step in zip(self.sizes, self.steps, strict=True))
-
 
 class Draw(NamedTuple):
     """Draws the random numbers of a chunk.
