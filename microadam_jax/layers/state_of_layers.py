@@ -12,8 +12,6 @@ from microadam_jax.execution import within
 from microadam_jax.layers.dependence import dependences, mixed_first_axis
 from microadam_jax.trees import KeyPath, owner_of, path_name
 
-Arrays = list[jax.Array]
-
 
 def one_layer(tree: Any) -> Any:
     """Returns the shapes of stacked arrays with one layer."""
