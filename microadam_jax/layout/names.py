@@ -68,7 +68,7 @@ def transformer_rules(
         if count is not None:
             require_positive(name, count)
     kv_heads = heads if kv_heads is None else kv_heads
-    if kv_heads is not None and (heads is None or kv_heads < 1 or heads % kv_heads):
+    if kv_heads is not None and (heads is None or heads % kv_heads):
         raise ValueError(f"kv_heads={kv_heads} must divide heads={heads}.")
     return (
         (r"b|beta|offset|[^/]*[Bb]ias", ELEMENTWISE),
