@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from microadam_jax.execution import remark
-from microadam_jax.layout.axes import AxisBlocks, Shape, Sides
+from microadam_jax.layout.axes import Shape, Sides, elementwise
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.view import MatrixView
@@ -109,7 +109,7 @@ class Matrices:
             return Assigned(assignment, None, "no matrix")
         # What shares a norm is asked of the sharing, which must know the map too.
         if assignment.sharing.matrix is None:
-            sharing = AxisBlocks(tuple(((size, True),) for size in shape), sides)
+            sharing = dataclasses.replace(elementwise(shape), matrix=sides)
             assignment = dataclasses.replace(assignment, sharing=sharing)
         return Assigned(assignment, self._view(shape, sides), "")
 
@@ -123,7 +123,7 @@ class Matrices:
             return _checked(numbers, assignment)
         if assignment.sharing.matrix is not None:
             return assignment.sharing.matrix
-        axes = [i for i in range(len(assignment.shape)) if i != assignment.layer_axis]
+        axes = assignment.axes_of_a_layer
         if assignment.rule is not None or len(axes) != 2:
             return None
         return (axes[0],), (axes[1],)

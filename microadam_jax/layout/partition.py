@@ -54,6 +54,11 @@ class Assignment:
         """Returns the shape of one layer."""
         return one_layer(self.shape, self.layer_axis)
 
+    @property
+    def axes_of_a_layer(self) -> tuple[int, ...]:
+        """Returns all axes but that of stacked layers."""
+        return tuple(i for i in range(len(self.shape)) if i != self.layer_axis)
+
 
 @dataclasses.dataclass(frozen=True)
 class Partition:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from microadam_jax.layout.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
 from microadam_jax.layout.partition import Assignment
+from microadam_jax.layout.stacks import one_layer
 from microadam_jax.sharding import whole_where_uneven
 
 
@@ -126,7 +127,7 @@ def _larger_side(shape: Shape, matrix: Sides | None) -> AxisBlocks:
 
 
 def _runs(shape: Shape, layer_axis: int | None, size: int) -> Sharing:
-    layer = tuple(n for i, n in enumerate(shape) if i != layer_axis)
+    layer = one_layer(shape, layer_axis)
     elements = math.prod(layer)
     limit = size if size > 0 else int(math.sqrt(elements) / -size)
     size = next(d for d in range(max(1, min(limit, elements)), 0, -1) if elements % d == 0)
