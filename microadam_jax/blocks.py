@@ -102,7 +102,11 @@ class Blocks:
 
     def layout_of(self, tensor: jax.Array | jax.ShapeDtypeStruct) -> BlockLayout:
         """Returns the layout of the rows of ``tensor``."""
-        return self.layout(tensor.shape[-1] if tensor.ndim else 1)
+        return self.of_shape(tensor.shape)
+
+    def of_shape(self, shape: tuple[int, ...]) -> BlockLayout:
+        """Returns the layout of the rows of a tensor of ``shape``; a scalar is a row of one."""
+        return self.layout(shape[-1] if shape else 1)
 
 
 def blocked_shape(shape: tuple[int, ...], layout: BlockLayout, *block: int) -> tuple[int, ...]:

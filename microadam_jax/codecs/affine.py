@@ -111,8 +111,7 @@ class Affine4(RowByRow):
 
     def decode(self, encoded: AffineCodes, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
-        row = shape[-1] if shape else 1
-        return merge(decode(*encoded), self.buckets.layout(row), shape)
+        return merge(decode(*encoded), self.buckets.of_shape(shape), shape)
 
 
 def affine4(

@@ -148,7 +148,7 @@ class Float8(RowByRow):
 
     def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
-        layout = self.blocks.layout(shape[-1] if shape else 1)
+        layout = self.blocks.of_shape(shape)
         codes, *statistics = encoded
         x = self.values_of(
             as_blocks_of(codes, layout.count), [number[..., None] for number in statistics]

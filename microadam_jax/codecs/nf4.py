@@ -127,7 +127,7 @@ class Nf4:
             shape: the shape of the array that was quantized.
             dtype: of the result; products are float32.
         """
-        layout = self.blocks.layout(shape[-1] if shape else 1)
+        layout = self.blocks.of_shape(shape)
         codes = unpacked(NF4, as_blocks_of(encoded.codes, layout.count))
         values = NF4.decode(codes) * self.decode_scales(encoded)[..., None]
         return merge_blocks(values.astype(dtype), layout, shape)

@@ -138,7 +138,7 @@ class Scaled(RowByRow):
 
     def decode(self, encoded: ScaledCodes, shape: tuple[int, ...]) -> jax.Array:
         """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
-        layout = self.blocks.layout(shape[-1] if shape else 1)
+        layout = self.blocks.of_shape(shape)
         count = encoded.scales.shape[-1]
         if self.bits == 8:
             # Cut last: XLA moves a reshape behind each operation in a round of all its passes.
