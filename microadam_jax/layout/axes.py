@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from microadam_jax.sharding import place_like, whole_where_uneven
-from microadam_jax.trees import KeyPath, path_name
+from microadam_jax.trees import KeyPath, Shape, path_name
 
-Shape = tuple[int, ...]
 Sides = tuple[tuple[int, ...], tuple[int, ...]]  # input axes and output axes of a linear map
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from microadam_jax.execution import remark
-from microadam_jax.layout.axes import Shape, Sides, elementwise
+from microadam_jax.layout.axes import Sides, elementwise
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.layout.path_rules import PathRules, path_pattern
 from microadam_jax.layout.view import MatrixView
-from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes, path_name
+from microadam_jax.trees import KeyPath, LeafShape, Shape, leaf_shapes, path_name
 
 OUTPUT_HEAD = r"(lm_head|head|logits|logits_dense|output_projection|classifier)/[^/]+"
 SIDES = ("smaller", "larger", "in", "out")

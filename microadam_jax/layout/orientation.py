@@ -5,8 +5,7 @@ import re
 from collections.abc import Mapping
 
 from microadam_jax.layout.path_rules import path_pattern
-
-Shape = tuple[int, ...]
+from microadam_jax.trees import Shape
 
 _KERNEL = re.compile(r"(?:^|(?P<parent>.*)/)(?P<leaf>kernel|w)")
 _BIASES = {"kernel": "bias", "w": "b"}

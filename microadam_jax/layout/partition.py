@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from microadam_jax.arguments import require_kind, require_not_negative
 from microadam_jax.execution import all_leaves, is_reporting, remark
-from microadam_jax.layout.axes import Axes, Fused, Kernel, Shape, Sharing, elementwise
+from microadam_jax.layout.axes import Axes, Fused, Kernel, Sharing, elementwise
 from microadam_jax.layout.names import NORM, transformer_rules
 from microadam_jax.layout.orientation import Orientation, orientations
 from microadam_jax.layout.path_rules import PathRules, matches_none, path_pattern
 from microadam_jax.layout.stacks import STACKED, is_small, layer_axes, one_layer
 from microadam_jax.memory import format_table
-from microadam_jax.trees import KeyPath, LeafShape, leaf_shapes
+from microadam_jax.trees import KeyPath, LeafShape, Shape, leaf_shapes
 
 Rules = Sequence[tuple[str, str | Axes | Fused | Kernel]]
 

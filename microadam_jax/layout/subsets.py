@@ -7,10 +7,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from microadam_jax.layout.axes import AxisBlocks, Shape, Sharing, Sides, elementwise
+from microadam_jax.layout.axes import AxisBlocks, Sharing, Sides, elementwise
 from microadam_jax.layout.partition import Assignment
 from microadam_jax.layout.stacks import one_layer
 from microadam_jax.sharding import whole_where_uneven
+from microadam_jax.trees import Shape
 
 
 @dataclasses.dataclass(frozen=True)

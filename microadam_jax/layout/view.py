@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from microadam_jax.layout.axes import Shape
 from microadam_jax.sharding import explicit_sharding, place_on
 from microadam_jax.state_arrays import zeros_sharded_on
+from microadam_jax.trees import Shape
 
 
 @dataclasses.dataclass(frozen=True)
