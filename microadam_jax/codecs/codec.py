@@ -14,17 +14,8 @@ from microadam_jax.codecs.rank1 import rank1_dynamic4, rank1_linear4
 from microadam_jax.codecs.rounding import Draw
 
 
-class Codec(Protocol):
-    """Stores a parameter-shaped quantity of an optimizer in a number format.
-
-    ``encode`` returns a NamedTuple of arrays whose leading axes are the tensor's, so that the
-    parameter's ``PartitionSpec`` is valid on each; ``zeros`` returns the encoding of zero.
-    """
-
-    @property
-    def Encoded(self) -> Any:
-        """Returns the NamedTuple of the stored arrays."""
-        ...
+class ResidualCodec(Protocol):
+    """Stores an array in a number format; ``encode`` returns a NamedTuple of arrays."""
 
     @property
     def name(self) -> str:
@@ -41,16 +32,33 @@ class Codec(Protocol):
         """Returns True if ``encode`` rounds stochastically and must be given a key."""
         ...
 
+    def encode(self, x: jax.Array, key: Any) -> tuple[jax.Array, ...]:
+        """Encodes the float32 tensor ``x``."""
+        ...
+
+    def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
+        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
+        ...
+
+
+class Codec(ResidualCodec, Protocol):
+    """Stores a parameter-shaped quantity of an optimizer in a number format.
+
+    The leading axes of the encoded arrays are the tensor's, so that the parameter's
+    ``PartitionSpec`` is valid on each; ``zeros`` returns the encoding of zero.
+    """
+
+    @property
+    def Encoded(self) -> Any:
+        """Returns the NamedTuple of the stored arrays."""
+        ...
+
     def zeros(self, parameter: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the encoding of an all-zero tensor of the shape and sharding of ``parameter``."""
         ...
 
     def encode(self, x: jax.Array, key: jax.Array | Draw | None) -> tuple[jax.Array, ...]:
         """Encodes the float32 tensor ``x``."""
-        ...
-
-    def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
-        """Returns the float32 tensor of ``shape`` that ``encoded`` stands for."""
         ...
 
 

@@ -3,45 +3,18 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from microadam_jax.codecs.codec import Codec, as_codec
+from microadam_jax.codecs.codec import Codec, ResidualCodec, as_codec
 from microadam_jax.layers.fp8_activation import Fp8Activation
 from microadam_jax.layers.known_values import UNKNOWN, known_outputs
 from microadam_jax.layers.saved_codes import in_turn, when_needed, with_codes
 
 CODED = ("float32", "bfloat16", "float16")
-
-
-class ResidualCodec(Protocol):
-    """Lists what is asked of a codec here; all codecs of the package have it."""
-
-    @property
-    def name(self) -> str:
-        """The codec in a word."""
-        ...
-
-    @property
-    def signed(self) -> bool:
-        """True if it holds negative numbers."""
-        ...
-
-    @property
-    def needs_key(self) -> bool:
-        """True if it rounds stochastically."""
-        ...
-
-    def encode(self, x: jax.Array, key: Any) -> tuple[jax.Array, ...]:
-        """Quantizes a float32 array."""
-        ...
-
-    def decode(self, encoded: Any, shape: tuple[int, ...]) -> jax.Array:
-        """Returns the float32 array of a shape that the codes stand for."""
-        ...
 
 
 def compress_residuals(
