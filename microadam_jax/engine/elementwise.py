@@ -14,13 +14,13 @@ from microadam_jax.sharding import shape_of_type
 SHAPE = (3, 5)
 # Primitives whose result at a position depends on their operands at that position only.
 POINTWISE = """
-abs acos add and asin atan atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div
+abs acos add and asin atan atan2 cbrt ceil clamp convert_element_type copy cos cosh div
 eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne
 neg nextafter not or pow real reduce_precision rem round rsqrt select_n shift_left
 shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
 xor
 """.split()  # noqa: SIM905
-CALLS = frozenset(["jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2"])
+CALLS = frozenset(["jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2"])
 
 
 def require_elementwise(inner: optax.GradientTransformationExtraArgs) -> None:

@@ -107,7 +107,7 @@ class _Decoder(NamedTuple):
         if codec.bits == 8:
             return codec.decode(encoded._replace(codes=encoded.codes ^ self.zero), shape)
         codes, *scales = encoded
-        layout = codec.blocks.layout(shape[-1] if shape else 1)
+        layout = codec.blocks.of_shape(shape)
         codes = unpacked(as_blocks_of(codes, layout.count), codec.bits) ^ self.zero
         return merge(codec.values_of(codes, [x[..., None] for x in scales]), layout, shape)
 

@@ -79,6 +79,11 @@ class Refresh:
         """Returns True if moments begin anew in a new basis."""
         return self.moments in ("reset", "released")
 
+    @property
+    def rotates(self) -> bool:
+        """Returns True if moments follow a new basis."""
+        return self.moments in ("rotate_first", "rotate")
+
     def completed(self, published: "Refresh") -> "Refresh":
         """Returns these settings, and those of ``published`` for what is None."""
         own = {

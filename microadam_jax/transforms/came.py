@@ -12,7 +12,6 @@ from microadam_jax.layout.axes import Shape, require_shape
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.state_arrays import moment_zeros, state_zeros
 from microadam_jax.transforms.factors import (
-    axes_of_a_layer,
     factor_shapes,
     inverse_root,
     mean,
@@ -153,7 +152,7 @@ def scale_by_came(
             for moment, shape in zip(stored, _state_shapes(assignment), strict=True):
                 require_shape(path, moment, shape)
             nu_row, nu_col, instability_row, instability_col = stored
-            matrix, every = sides(assignment), axes_of_a_layer(assignment)
+            matrix, every = sides(assignment), assignment.axes_of_a_layer
             rows, cols = matrix or ((), ())
             g = g.astype(jnp.float32)
             squares = jnp.square(g) + eps

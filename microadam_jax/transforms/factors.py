@@ -11,15 +11,10 @@ def sides(assignment: Assignment) -> Sides | None:
     """The axes of the rows and of the columns; None for a parameter that is not factored."""
     if assignment.sharing.matrix is not None:
         return assignment.sharing.matrix
-    axes = axes_of_a_layer(assignment)
+    axes = assignment.axes_of_a_layer
     if len(axes) < 2 or 0 in assignment.shape:
         return None
     return axes[-2:-1], axes[-1:]
-
-
-def axes_of_a_layer(assignment: Assignment) -> tuple[int, ...]:
-    """All axes but that of stacked layers."""
-    return tuple(i for i in range(len(assignment.shape)) if i != assignment.layer_axis)
 
 
 def factor_shapes(assignment: Assignment) -> tuple[Shape, Shape]:

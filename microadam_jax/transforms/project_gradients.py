@@ -220,7 +220,7 @@ def project_gradients(
         begins, low, *new = map_with_path(enter, 2 + width + bases, updates, *columns)
         # A gradient's box names axes that its projection has not: inside there are no boxes.
         begins, low, new, inner_state = without_boxes((begins, low, new, state.inner_state))
-        if refresh.moments in ("rotate_first", "rotate"):
+        if refresh.rotates:
             inner_state = _with_fields(inner_state, dict(zip(moments, new, strict=False)))
         elif refresh.moments == "reset":
             inner_state = begun_anew(inner, inner_state, begins, low)
@@ -327,8 +327,7 @@ class _Rules(NamedTuple):
                 "Rotating the second moment takes its decay rate: give project_gradients the b2 "
                 "of the inner transformation."
             )
-        first = refresh.moments in ("rotate_first", "rotate")
-        if not (first or feeds.needs_b1 or refresh.momentum_share):
+        if not (refresh.rotates or feeds.needs_b1 or refresh.momentum_share):
             return {}
         found = {name: _field(inner_state, name) for name in (*FIRST_MOMENTS, "nu")}
         name = next((name for name in FIRST_MOMENTS if found[name] is not None), None)
@@ -385,14 +384,14 @@ class _Rules(NamedTuple):
         self, due: jax.Array | bool, old: Basis, new: Basis, moments: Arrays, count: jax.Array
     ) -> Arrays:
         """The moments in the new basis."""
-        policy = self.projection.refresh.moments
-        if not moments or policy not in ("rotate_first", "rotate"):
+        refresh = self.projection.refresh
+        if not moments or not refresh.rotates:
             return moments
 
         def rotate() -> Arrays:
             overlap, mu = new.overlap(old), moments[0]
             first = rotate_first(overlap, mu)
-            if policy == "rotate_first" or self.b1 is None or self.b2 is None:
+            if refresh.moments == "rotate_first" or self.b1 is None or self.b2 is None:
                 return (first,)
             # In the first step there is nothing to rotate, and no bias of nothing.
             steps = jnp.maximum(count, 1)
@@ -414,10 +413,9 @@ class _Rules(NamedTuple):
 
 def _require_projection(subspace: Subspace, refresh: Refresh, complement: Complement) -> None:
     """Refuses to subtract or to rotate what a basis of other vectors inflates."""
-    rotates = refresh.moments in ("rotate_first", "rotate")
-    if subspace.orthonormal or not (complement.uses_rest or rotates):
+    if subspace.orthonormal or not (complement.uses_rest or refresh.rotates):
         return
-    use = f"Refresh(moments={refresh.moments!r})" if rotates else type(complement).__name__
+    use = f"Refresh(moments={refresh.moments!r})" if refresh.rotates else type(complement).__name__
     raise ValueError(
         f"{use} takes a basis of orthonormal vectors, and those of {subspace} are not: P P^T is "
         "the identity in the mean alone, and several times as long where it is not zero, so that "
