@@ -119,8 +119,7 @@ def main() -> None:
         memory = program.memory_analysis().temp_size_in_bytes / 1e6
         base = base or memory
         print(
-            f"| {name} | {units(name, size):.2f} | {memory:.0f} | {memory / base:.2f} |",
-            flush=True,
+            f"| {name} | {units(name, size):.2f} | {memory:.0f} | {memory / base:.2f} |", flush=True
         )
 
 

@@ -34,10 +34,7 @@ LEARNING_RATE = 0.1
 ONE_OF_TWO = top_k(count=1, min_size=0, min_row=0)
 
 CHAINS = {
-    "Adam": optax.chain(
-        optax.scale_by_adam(),
-        optax.scale_by_learning_rate(LEARNING_RATE),
-    ),
+    "Adam": optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(LEARNING_RATE)),
     "Top-K Adam": optax.chain(
         compress(ONE_OF_TWO),
         to_dense(),

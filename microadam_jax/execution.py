@@ -123,10 +123,7 @@ def within(**changes: Any) -> Generator[Scope]:
 
 
 def run_with(
-    tx: optax.GradientTransformation,
-    *,
-    implementation: str | None = None,
-    shardings: Any = None,
+    tx: optax.GradientTransformation, *, implementation: str | None = None, shardings: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Chooses how an optimizer runs: which kernels, and on which shards.
 

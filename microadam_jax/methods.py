@@ -97,12 +97,7 @@ _ROWS = (
     Method(aliases.sinkhorn4bit, "low bits", SINKHORN, "1/2 + 4/128", 2e-3),
     Method(aliases.sinkhorn2bit, "low bits", SINKHORN, "1/4 + 4/256", 2e-3),
     Method(aliases.sparse_mfac, "full matrix", EFCP, "1/2 + 8/256 + 32*3*3/256"),
-    Method(
-        aliases.lowrank_mfac,
-        "full matrix",
-        EFCP,
-        "1/2 + 8/256 + 4*4/R + 2*32*4*(R + C)/(R*C)",
-    ),
+    Method(aliases.lowrank_mfac, "full matrix", EFCP, "1/2 + 8/256 + 4*4/R + 2*32*4*(R + C)/(R*C)"),
     Method(aliases.sparse_ggt, "full matrix", EFCP, "1/2 + 8/256 + 32*3*3/256"),
     Method(aliases.mfac, "full matrix", MFAC, "4*32"),
     Method(aliases.galore, "subspace", GALORE, "4*(2*L*r + s*r)/(R*C)", 2e-2),

@@ -8,12 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import (
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-)
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from microadam_jax.trees import KeyPath, is_compressed, owner_of
 

@@ -29,10 +29,7 @@ def llama_count(hidden: int, intermediate: int, layers: int) -> int:
 
 
 # GaLore prints these two only as "350M" and "1B".
-BY_ARITHMETIC = {
-    "llama-350m": llama_count(1024, 2736, 24),
-    "llama-1b": llama_count(2048, 5461, 24),
-}
+BY_ARITHMETIC = {"llama-350m": llama_count(1024, 2736, 24), "llama-1b": llama_count(2048, 5461, 24)}
 
 
 @pytest.mark.parametrize("name", MODELS)

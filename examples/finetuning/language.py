@@ -158,9 +158,7 @@ class Arithmetic:
                 f"channels, which do not split into {self.decoder.heads} heads of even width."
             )
         narrow = dataclasses.replace(
-            self.decoder,
-            hidden=hidden,
-            intermediate=self.decoder.intermediate // config.reduction,
+            self.decoder, hidden=hidden, intermediate=self.decoder.intermediate // config.reduction
         )
         return SideNetwork(
             lambda rngs: Block(narrow, rngs=rngs),

@@ -261,14 +261,7 @@ def adamw4bit_factored(
 
     Reference: Li et al., 4-bit optimizers (arXiv 2309.01507), "4-bit Factor".
     """
-    link = scale_by_factored_adam(
-        b1,
-        b2,
-        eps,
-        partition=partition,
-        mu_codec=mu_codec,
-        seed=seed,
-    )
+    link = scale_by_factored_adam(b1, b2, eps, partition=partition, mu_codec=mu_codec, seed=seed)
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
 

@@ -69,10 +69,7 @@ def lion4bit(
     """
     require_hyperparameters(b1=b1, b2=b2)
     link = quantize_state(
-        optax.scale_by_lion(b1, b2),
-        {"mu": mu_codec},
-        elementwise=True,
-        seed=seed,
+        optax.scale_by_lion(b1, b2), {"mu": mu_codec}, elementwise=True, seed=seed
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 

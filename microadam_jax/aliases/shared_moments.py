@@ -81,13 +81,7 @@ def adam_mini(
     Reference: Zhang et al., Adam-mini (ICLR 2025, arXiv 2406.16793), Algorithm 1.
     """
     link = scale_by_adam_mini(
-        b1,
-        b2,
-        eps,
-        partition=partition,
-        mu_dtype=mu_dtype,
-        mu_codec=mu_codec,
-        seed=seed,
+        b1, b2, eps, partition=partition, mu_dtype=mu_dtype, mu_codec=mu_codec, seed=seed
     )
     return descend(link, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
 
@@ -290,14 +284,7 @@ def came(
     """
     return optax.chain(
         scale_by_came(
-            b1,
-            b2,
-            b3,
-            eps,
-            instability_eps,
-            clip_threshold,
-            partition=partition,
-            mu_dtype=mu_dtype,
+            b1, b2, b3, eps, instability_eps, clip_threshold, partition=partition, mu_dtype=mu_dtype
         ),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),

@@ -239,11 +239,7 @@ def root_mean_square(block: jax.Array, largest: jax.Array) -> jax.Array:
 
 
 def scaled_codes(
-    numbers: Map,
-    block: jax.Array,
-    scale: jax.Array,
-    xi: jax.Array | None,
-    keep_sign: bool = False,
+    numbers: Map, block: jax.Array, scale: jax.Array, xi: jax.Array | None, keep_sign: bool = False
 ) -> jax.Array:
     """The codes of blocks over a scale that broadcasts against them, as integers."""
     usable = scale > np.finfo(np.float32).tiny

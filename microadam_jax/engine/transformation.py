@@ -66,10 +66,7 @@ def transformation(
         return state
 
     def checked_update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> Any:
         updates, state = _arrays(updates, is_compressed), _on_device(state)
         if params is not None:

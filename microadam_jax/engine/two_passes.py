@@ -66,11 +66,7 @@ class _Again:
     """
 
     def __init__(
-        self,
-        rule: Step,
-        codecs: Sequence[Any],
-        encoded: Sequence[Any],
-        inputs: Sequence[jax.Array],
+        self, rule: Step, codecs: Sequence[Any], encoded: Sequence[Any], inputs: Sequence[jax.Array]
     ) -> None:
         self.rule, self.codecs, self.encoded, self.inputs = rule, codecs, encoded, inputs
         readers = 1 + 2 * len(codecs)

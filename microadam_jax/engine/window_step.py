@@ -190,10 +190,7 @@ class WindowSteps:
         return overwrite_each(window, sent, self.newest)
 
     def _move_of(
-        self,
-        sent: BlockSparse | Uncompressed,
-        target: jax.Array,
-        finish: Callable[..., jax.Array],
+        self, sent: BlockSparse | Uncompressed, target: jax.Array, finish: Callable[..., jax.Array]
     ) -> tuple[Move, jnp.dtype]:
         """One function for all leaves on which it does the same, and its result's dtype."""
 

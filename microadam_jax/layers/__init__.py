@@ -5,17 +5,8 @@ The modules of Flax NNX are in ``microadam_jax.layers.nnx``: nothing else here n
 
 from microadam_jax.layers.backward_updates import UpdateInBackward, update_in_backward
 from microadam_jax.layers.compress_residuals import compress_residuals
-from microadam_jax.layers.fp8_activation import (
-    Fp8Activation,
-    Fp8ActivationCodes,
-    fp8_activation,
-)
-from microadam_jax.layers.fp8_elementwise import (
-    fp8_multiply,
-    fp8_rms_norm,
-    fp8_silu,
-    fp8_silu_gate,
-)
+from microadam_jax.layers.fp8_activation import Fp8Activation, Fp8ActivationCodes, fp8_activation
+from microadam_jax.layers.fp8_elementwise import fp8_multiply, fp8_rms_norm, fp8_silu, fp8_silu_gate
 from microadam_jax.layers.fp8_linear import fp8_linear
 from microadam_jax.layers.head_loss import chunked_cross_entropy
 from microadam_jax.layers.nf4_linear import nf4_linear

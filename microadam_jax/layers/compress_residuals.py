@@ -143,9 +143,7 @@ class _Linear:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["kept", "stored"],
-    meta_fields=["linear"],
+    jax.tree_util.register_dataclass, data_fields=["kept", "stored"], meta_fields=["linear"]
 )
 class _Saved:
     """Holds what a call leaves for its backward pass."""

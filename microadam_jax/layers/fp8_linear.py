@@ -26,10 +26,7 @@ def fp8_linear(
     x: jax.Array, kernel: Sequence[jax.Array], *, out_sharding: Placement = ...
 ) -> tuple[jax.Array, ...]: ...
 def fp8_linear(
-    x: jax.Array,
-    kernel: jax.Array | Sequence[jax.Array],
-    *,
-    out_sharding: Placement = None,
+    x: jax.Array, kernel: jax.Array | Sequence[jax.Array], *, out_sharding: Placement = None
 ) -> jax.Array | tuple[jax.Array, ...]:
     r"""Multiplies by a matrix in FP8, and saves the input as codes.
 

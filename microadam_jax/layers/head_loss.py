@@ -189,8 +189,5 @@ class _Placement(NamedTuple):
 def _product(x: jax.Array, weights: jax.Array, out_sharding: Any = None) -> jax.Array:
     """Returns ``x @ weights`` of the dtype of ``x``, summed up in float32."""
     return jnp.matmul(
-        x,
-        weights.astype(x.dtype),
-        preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
+        x, weights.astype(x.dtype), preferred_element_type=jnp.float32, out_sharding=out_sharding
     )

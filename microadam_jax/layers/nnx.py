@@ -7,12 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from microadam_jax.layers.fp8_elementwise import fp8_rms_norm, fp8_silu_gate
 from microadam_jax.layers.fp8_linear import fp8_linear
-from microadam_jax.layers.nf4_nnx import (
-    FrozenWeight,
-    Nf4Linear,
-    quantize_linears,
-    replace_linears,
-)
+from microadam_jax.layers.nf4_nnx import FrozenWeight, Nf4Linear, quantize_linears, replace_linears
 from microadam_jax.layers.side_nnx import Adapter, LowRankMap, Pool, SideNetwork
 
 __all__ = [
@@ -87,11 +82,7 @@ class Fp8RMSNorm(nnx.RMSNorm):
         if (
             mask is not None
             or self.scale is None
-            or (self.feature_axes, self.reduction_axes)
-            != (
-                -1,
-                -1,
-            )
+            or (self.feature_axes, self.reduction_axes) != (-1, -1)
         ):
             raise ValueError(
                 "Fp8RMSNorm normalizes the last axis, with a scale and without a mask; got "

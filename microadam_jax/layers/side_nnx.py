@@ -162,10 +162,7 @@ class SideNetwork(nnx.Module):
         self.norm = make_norm(narrow, rngs=rngs)
         zero = nnx.initializers.zeros_init()
         self.up = nnx.Linear(
-            narrow,
-            width,
-            kernel_init=zero if mix == "residual" else FAN_IN_UNIFORM,
-            rngs=rngs,
+            narrow, width, kernel_init=zero if mix == "residual" else FAN_IN_UNIFORM, rngs=rngs
         )
         start = {"paper": jnp.ones(()), "released": jnp.ones(width), "residual": None}[mix]
         self.alpha = None if start is None else nnx.Param(start)

@@ -92,10 +92,7 @@ def _linear_maps(
     yield rf"[^/]*{LORA}(/{leaf})?", Axes("in | out -> out")
     for name, count in ((QUERY, heads), (KEY, kv_heads)):
         if count is not None:
-            yield (
-                rf"{name}/{leaf}",
-                Axes("embed | (heads head_dim) -> heads", heads=count),
-            )
+            yield (rf"{name}/{leaf}", Axes("embed | (heads head_dim) -> heads", heads=count))
         yield rf"{name}/{leaf}", Axes("embed | heads head_dim -> heads", where=_few_heads)
     yield rf"{VALUE}/{leaf}", Axes("embed | heads head_dim -> heads head_dim", where=_few_heads)
     yield (
@@ -139,9 +136,7 @@ def _torch_linear_maps(
         yield (
             rf"{CONCATENATED}/weight|in_proj_weight",
             Fused(
-                (query, key, Axes("out | embed -> out")),
-                axis=0,
-                shares=(heads, kv_heads, kv_heads),
+                (query, key, Axes("out | embed -> out")), axis=0, shares=(heads, kv_heads, kv_heads)
             ),
         )
     yield "in_proj_weight", Axes("out | in -> out")

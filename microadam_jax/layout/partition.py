@@ -333,9 +333,7 @@ def explain_partition(params: Any, partition: Partition | None = None) -> Partit
 
 
 def warn_unnamed(
-    optimizer: str,
-    costs: Sequence[tuple[Assignment, int]],
-    argument: str = "partition={}",
+    optimizer: str, costs: Sequence[tuple[Assignment, int]], argument: str = "partition={}"
 ) -> None:
     """Warns of second moments that parameters have for each element because no rule names them.
 

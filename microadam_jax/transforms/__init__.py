@@ -9,10 +9,7 @@ from microadam_jax.transforms.came import ScaleByCameState, scale_by_came
 from microadam_jax.transforms.compress import CompressState, compress, to_dense
 from microadam_jax.transforms.decay import DecayUpdatedWeightsState, decay_updated_weights
 from microadam_jax.transforms.error_feedback import ErrorFeedbackState, error_feedback
-from microadam_jax.transforms.factored_adam import (
-    ScaleByFactoredAdamState,
-    scale_by_factored_adam,
-)
+from microadam_jax.transforms.factored_adam import ScaleByFactoredAdamState, scale_by_factored_adam
 from microadam_jax.transforms.fused_apply import fused_apply
 from microadam_jax.transforms.ggt import scale_by_ggt
 from microadam_jax.transforms.gram_window import GramWindowState
@@ -36,10 +33,7 @@ from microadam_jax.transforms.uncorrected_adam import (
     scale_by_uncorrected_adam,
 )
 from microadam_jax.transforms.window import Window
-from microadam_jax.transforms.window_adam import (
-    ScaleByWindowAdamState,
-    scale_by_window_adam,
-)
+from microadam_jax.transforms.window_adam import ScaleByWindowAdamState, scale_by_window_adam
 
 __all__ = [
     "AccumulateIntoResidualState",

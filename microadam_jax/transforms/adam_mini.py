@@ -8,12 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from microadam_jax.codecs import Codec, Storage, Unstored
 from microadam_jax.engine.leafwise import Arrays, Leaf, leafwise
-from microadam_jax.layout.partition import (
-    Partition,
-    as_partition,
-    remark_assignment,
-    warn_unnamed,
-)
+from microadam_jax.layout.partition import Partition, as_partition, remark_assignment, warn_unnamed
 from microadam_jax.transforms.moments import BlockMoments, moment_dtype, over_root
 
 

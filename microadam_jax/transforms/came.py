@@ -11,12 +11,7 @@ from microadam_jax.engine.transformation import transformation
 from microadam_jax.layout.axes import Shape, require_shape
 from microadam_jax.layout.partition import Assignment, Partition, as_partition
 from microadam_jax.state_arrays import moment_zeros, state_zeros
-from microadam_jax.transforms.factors import (
-    factor_shapes,
-    inverse_root,
-    mean,
-    sides,
-)
+from microadam_jax.transforms.factors import factor_shapes, inverse_root, mean, sides
 from microadam_jax.transforms.moments import moment_dtype, moving_average
 from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path
 

@@ -46,9 +46,7 @@ def require_number(weight_decay: Any) -> None:
         )
 
 
-def scale_by_learning_rate(
-    learning_rate: optax.ScalarOrSchedule,
-) -> optax.GradientTransformation:
+def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Returns ``optax.scale_by_learning_rate``, which fails in the first step without a rate.
 
     Args:
@@ -85,9 +83,7 @@ def add_decayed_weights(weight_decay: Any, mask: Mask) -> optax.GradientTransfor
 
 
 def decay_updated_weights(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: ArrayLike,
-    mask: Mask = None,
+    learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets weights decay after their update: the last link of a chain.
 

@@ -26,10 +26,7 @@ def compressed_where_read(
     """
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         owed, own = state
         deferred: Any = feedback.update(updates, owed, params, defers=True, **extra_args)

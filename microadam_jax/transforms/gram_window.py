@@ -12,14 +12,7 @@ from microadam_jax.engine.transformation import transformation
 from microadam_jax.engine.window_sums import Sent, window_sums
 from microadam_jax.state_arrays import state_zeros, unused_factor
 from microadam_jax.transforms.window import Window
-from microadam_jax.trees import (
-    KeyPath,
-    boxed_blocks,
-    boxed_like,
-    map_with_path,
-    path_name,
-    rows_of,
-)
+from microadam_jax.trees import KeyPath, boxed_blocks, boxed_like, map_with_path, path_name, rows_of
 
 Coefficients = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

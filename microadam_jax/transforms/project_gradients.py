@@ -16,25 +16,12 @@ from microadam_jax.layout.view import ONE, WHOLE, Layout, MatrixView
 from microadam_jax.state_arrays import state_zeros, tell_axes
 from microadam_jax.subspace.basis import Basis
 from microadam_jax.subspace.complement import Complement, Discard, Step
-from microadam_jax.subspace.projection import (
-    Projected,
-    Projection,
-    float32,
-    folded,
-    unfolded,
-    when,
-)
+from microadam_jax.subspace.projection import Projected, Projection, float32, folded, unfolded, when
 from microadam_jax.subspace.refresh import Refresh, begun_anew, rotate_first, rotate_second
 from microadam_jax.subspace.subspace import Arrays, Subspace
 from microadam_jax.transforms.micro_batches import MicroBatch
 from microadam_jax.transforms.moments import FIRST_MOMENTS, one_minus_power
-from microadam_jax.trees import (
-    KeyPath,
-    boxed_like,
-    boxed_moments,
-    map_with_path,
-    without_boxes,
-)
+from microadam_jax.trees import KeyPath, boxed_like, boxed_moments, map_with_path, without_boxes
 
 
 class ProjectGradientsState(NamedTuple):
@@ -258,10 +245,7 @@ def project_gradients(
 
 
 def _with_residual(
-    batch: MicroBatch,
-    leaves: Mapping[KeyPath, Projected],
-    updates: optax.Updates,
-    residual: Any,
+    batch: MicroBatch, leaves: Mapping[KeyPath, Projected], updates: optax.Updates, residual: Any
 ) -> tuple[optax.Updates, Any]:
     """Gradients and residual after a micro-batch; where it completes a step, before that step."""
 

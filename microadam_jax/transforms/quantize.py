@@ -13,13 +13,7 @@ from microadam_jax.arguments import as_transformation
 from microadam_jax.codecs import Codec, Storage, StoredLeaf, Unstored, as_storage
 from microadam_jax.engine.descent import finishes, kind_of, read_by, replaced_by
 from microadam_jax.engine.elementwise import require_elementwise, zeros_in
-from microadam_jax.engine.stored_step import (
-    Arrays,
-    Rule,
-    StoredStep,
-    stored_steps,
-    typed_keys,
-)
+from microadam_jax.engine.stored_step import Arrays, Rule, StoredStep, stored_steps, typed_keys
 from microadam_jax.engine.transformation import transformation
 from microadam_jax.execution import scope
 from microadam_jax.state_arrays import state_zeros

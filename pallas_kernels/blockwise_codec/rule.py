@@ -73,10 +73,7 @@ class Rule:
         return None if found is None else f"no kernel was tried with an update that does {found!r}"
 
     def __call__(
-        self,
-        scalars: Sequence[jax.Array],
-        tiles: Sequence[jax.Array],
-        replaced: Replaced = NOTHING,
+        self, scalars: Sequence[jax.Array], tiles: Sequence[jax.Array], replaced: Replaced = NOTHING
     ) -> list[jax.Array]:
         """Runs the operations, some of them replaced."""
         names = [*self._needed, *self._program.invars]

@@ -9,11 +9,4 @@ from pallas_kernels.topk_compress.reference import (
     select_top_k,
 )
 
-__all__ = [
-    "MAX_UNROLLED",
-    "decode",
-    "encode",
-    "extremes",
-    "select_top_k",
-    "topk_compress",
-]
+__all__ = ["MAX_UNROLLED", "decode", "encode", "extremes", "select_top_k", "topk_compress"]

@@ -7,13 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch
-from pallas_kernels.topk_compress import (
-    jax_triton,
-    mosaic_tpu,
-    one_reduction,
-    reference,
-    triton,
-)
+from pallas_kernels.topk_compress import jax_triton, mosaic_tpu, one_reduction, reference, triton
 
 
 @functools.partial(jax.jit, static_argnames=("k", "implementation", "interpret", "sharding"))

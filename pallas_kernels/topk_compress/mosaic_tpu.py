@@ -73,10 +73,7 @@ def compress(
         out_specs=[sent, sent, packed, each, each],
         out_shape=results,
         input_output_aliases={1: 2, 2: 3, 3: 4},
-        scratch_shapes=[
-            pltpu.VMEM((tile.width, ROWS), jnp.float32),
-            pltpu.VMEM(turned, jnp.int32),
-        ],
+        scratch_shapes=[pltpu.VMEM((tile.width, ROWS), jnp.float32), pltpu.VMEM(turned, jnp.int32)],
         compiler_params=tpu_tiles.compiler_params(
             3 * 4 * ROWS * tile.width,
             4 * math.prod(turned) + ROWS * tile.blocks * (4 * half + 32 + 16 * k),

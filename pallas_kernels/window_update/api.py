@@ -13,8 +13,7 @@ from pallas_kernels.window_update import mosaic_tpu, reference, triton
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("size", "n", "dtype", "implementation", "interpret", "sharding"),
+    jax.jit, static_argnames=("size", "n", "dtype", "implementation", "interpret", "sharding")
 )
 def window_update(
     values: jax.Array,

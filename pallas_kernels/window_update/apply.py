@@ -12,10 +12,7 @@ from pallas_kernels.window_update import mosaic_tpu, reference, triton
 from pallas_kernels.window_update.api import check_shapes
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("size", "implementation", "interpret", "sharding"),
-)
+@functools.partial(jax.jit, static_argnames=("size", "implementation", "interpret", "sharding"))
 def window_apply(
     values: jax.Array,
     indices: jax.Array,

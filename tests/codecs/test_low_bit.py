@@ -39,11 +39,7 @@ MAPS = {
     "dynamic8 unsigned": (dynamic8(ROW, signed=False), DE8_UNSIGNED, 0.00352),
     "dynamic8 symmetric": (dynamic8(ROW, symmetric=True), oracle.symmetric(DE8), 0.00704),
     "dynamic4": (dynamic4(ROW), DE4, 0.1126),
-    "dynamic4 unsigned": (
-        dynamic4(ROW, signed=False),
-        oracle.without_zero(DE4_UNSIGNED),
-        0.0563,
-    ),
+    "dynamic4 unsigned": (dynamic4(ROW, signed=False), oracle.without_zero(DE4_UNSIGNED), 0.0563),
     "dynamic4 symmetric": (dynamic4(ROW, symmetric=True), oracle.symmetric(DE4), 0.1126),
     "linear4": (linear4(ROW, signed=True), ODD, 0.0667),
     "linear4 unsigned": (linear4(ROW, signed=False), SIXTEENTHS, 0.0625),

@@ -154,10 +154,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "sparse_ggt": {"compressor": COMPRESSOR, "residual": "float32", "window": THREE},
     "mfac": {"damping": 1e-2, "window": THREE},
     "galore": {"update_interval": 3},
-    "fira": {
-        "subspace": srht(4),
-        "update_interval": Refresh(3, stagger=True, moments="rotate"),
-    },
+    "fira": {"subspace": srht(4), "update_interval": Refresh(3, stagger=True, moments="rotate")},
 }
 # Whose updates depend on norms or maxima that elements share.
 NORMS = (
@@ -193,9 +190,7 @@ def entry_of(name: str) -> Entry:
 ENTRIES = {
     **{name: entry_of(name) for name in METHODS},
     "microadam, all compressed": Entry(
-        microadam,
-        {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL},
-        decays=True,
+        microadam, {"learning_rate": 1e-2, "weight_decay": 0.1, "layout": SMALL}, decays=True
     ),
     "error_feedback": Entry(feedback, {"alpha": None, "seed": 0, "residual": "bfloat16"}),
     "quantize_state": Entry(quantized_adamw, {"learning_rate": 1e-2}, decays=True, coarse=True),

@@ -11,15 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.contracts.catalogue import (
-    ALIKE,
-    ENTRIES,
-    SPECS,
-    Entry,
-    gradients,
-    marks_of,
-    parameters,
-)
+from tests.contracts.catalogue import ALIKE, ENTRIES, SPECS, Entry, gradients, marks_of, parameters
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")
 each_entry = pytest.mark.parametrize(
@@ -126,13 +118,7 @@ def test_each_state_field_is_a_tree_of_arrays_like_the_parameters(entry: Entry) 
         assert all(n == size or entry.projects or (entry.shares and n == 1) for n, size in leading)
         assert leaf.ndim >= parameter.ndim
         assert leaf.size or not parameter.size
-        assert leaf.dtype in (
-            jnp.uint8,
-            jnp.int16,
-            jnp.int32,
-            jnp.bfloat16,
-            jnp.float32,
-        )
+        assert leaf.dtype in (jnp.uint8, jnp.int16, jnp.int32, jnp.bfloat16, jnp.float32)
 
 
 def _with_parameters(tx: Any, state: Any, params: Any) -> list[tuple[jax.Array, jax.Array]]:

@@ -36,8 +36,7 @@ each_name = pytest.mark.parametrize(
 )
 COMPILED = ("microadam, all compressed", "adam_mini", "sparse_mfac", "galore")
 few_compiled = pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=() if x in COMPILED else pytest.mark.matrix) for x in EVERYTHING],
+    "name", [pytest.param(x, marks=() if x in COMPILED else pytest.mark.matrix) for x in EVERYTHING]
 )
 # Matrices, a stack of them and a vector: few shapes, because each is compiled.
 SHAPES = {"kernel": (16, 128), "stacked": (2, 8, 64), "bias": (7,)}

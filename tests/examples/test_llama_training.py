@@ -123,11 +123,7 @@ def test_activations_in_codes_learn_and_resume(
     answers = after(4)
     with Checkpoints(tmp_path, config.identity()) as checkpoints:
         half = train(
-            config,
-            optax.adamw(1e-2),
-            corpus,
-            checkpoints=checkpoints,
-            stop=lambda: next(answers),
+            config, optax.adamw(1e-2), corpus, checkpoints=checkpoints, stop=lambda: next(answers)
         )
         resumed = train(config, optax.adamw(1e-2), corpus, checkpoints=checkpoints, rows=half.rows)
     assert losses(resumed) == losses(expected)

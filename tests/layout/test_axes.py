@@ -334,12 +334,7 @@ def outputs_layout(embed: int, outputs: int) -> Layout:
 
 
 def slot_layout(embed: int, heads: int, head_dim: int, *, each: bool) -> Layout:
-    return [
-        [Part(embed, False)],
-        [Part(1, True)],
-        [Part(heads, True)],
-        [Part(head_dim, each)],
-    ]
+    return [[Part(embed, False)], [Part(1, True)], [Part(heads, True)], [Part(head_dim, each)]]
 
 
 PARTLY_LAYOUT = [[Part(1, True)], [Part(2, True), Part(3, False)]]

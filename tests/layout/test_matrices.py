@@ -123,10 +123,7 @@ def test_a_batch_folds_and_unfolds() -> None:
         (snsm(1e-2, rank=512), 1.169),
         (snsm(1e-2, subspace=top_k_rows(512), matrices=Matrices(**LARGER)), 0.576),
         (grass(1e-2, rank=512), 1.614),
-        (
-            grass(1e-2, rank=512, matrices=Matrices(exclude=HEAD, **LARGER)),
-            1.145,
-        ),
+        (grass(1e-2, rank=512, matrices=Matrices(exclude=HEAD, **LARGER)), 1.145),
         (apollo(1e-2, rank=512), 1.614),
         (apollo_mini(1e-2), 0.491),
     ],

@@ -12,13 +12,7 @@ import pytest
 from flax import nnx
 
 from examples.llama.model import ModelConfig, init_params
-from microadam_jax import (
-    Matrices,
-    Partition,
-    explain_partition,
-    memory_report,
-    scale_by_adam_mini,
-)
+from microadam_jax import Matrices, Partition, explain_partition, memory_report, scale_by_adam_mini
 from microadam_jax.layout.axes import Axes, AxesError, Fused, Shape
 from microadam_jax.layout.names import transformer_rules
 from microadam_jax.layout.partition import Assignment
@@ -579,9 +573,7 @@ class LinenLayer(nn.Module):
             num_heads=4, kernel_init=nn.with_partitioning(normal, (None, "heads", None))
         )(x)
         return nn.Dense(
-            16,
-            kernel_init=logical(normal, "embed", "mlp"),
-            bias_init=logical(zeros, "mlp"),
+            16, kernel_init=logical(normal, "embed", "mlp"), bias_init=logical(zeros, "mlp")
         )(x), None
 
 

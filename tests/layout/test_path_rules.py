@@ -26,10 +26,7 @@ EVERYBODY = {
 @pytest.mark.parametrize("take", EVERYBODY.values(), ids=EVERYBODY)
 @pytest.mark.parametrize(
     ("pattern", "said"),
-    [
-        ("(query", r"'\(query' is bad: .*position"),
-        ("layers/", "'layers/' matches nothing"),
-    ],
+    [("(query", r"'\(query' is bad: .*position"), ("layers/", "'layers/' matches nothing")],
 )
 def test_bad_patterns_are_named_by_everybody(take, pattern: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):

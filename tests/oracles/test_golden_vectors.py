@@ -129,10 +129,7 @@ ADAM_MINI = {
     "self_attn/k_proj/kernel": KEY.transposed,
 }
 TORCH_RULES = Partition(
-    (
-        ("stem|odd_norm", "out in ->"),
-        *transformer_rules(heads=2, kv_heads=1, weight="out in"),
-    )
+    (("stem|odd_norm", "out in ->"), *transformer_rules(heads=2, kv_heads=1, weight="out in"))
 )
 
 

@@ -78,9 +78,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 
 # Llama-2's rows of 11008 have blocks of 172, and of 86 for a codec of at most 128.
 @pytest.mark.parametrize(
-    "shape",
-    [(2, 3, 344), (16, 96), (5, 257), (77,)],
-    ids=["172", "96", "padded", "vector"],
+    "shape", [(2, 3, 344), (16, 96), (5, 257), (77,)], ids=["172", "96", "padded", "vector"]
 )
 def test_on_a_gpu_blocks_of_every_size(shape: tuple[int, ...]) -> None:
     agree(*moments_of(shape), kernels=("triton",))
@@ -89,12 +87,7 @@ def test_on_a_gpu_blocks_of_every_size(shape: tuple[int, ...]) -> None:
 # What the block rule makes of rows of models; 500 is more than two registers.
 @pytest.mark.parametrize(
     ("shape", "size"),
-    [
-        ((130, 5504), 256),
-        ((5, 77), 128),
-        ((33, 1500), 512),
-        ((40, 22016), 128),
-    ],
+    [((130, 5504), 256), ((5, 77), 128), ((33, 1500), 512), ((40, 22016), 128)],
     ids=["172", "one padded block", "500", "two tiles of 86"],
 )
 def test_blocks_between_registers(shape: tuple[int, ...], size: int) -> None:

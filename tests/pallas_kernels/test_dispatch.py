@@ -37,10 +37,7 @@ def kernel_on_mesh(
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         placed = jax.device_put(arguments, sharding)
         kernel = functools.partial(
-            run,
-            implementation=implementation,
-            interpret=True,
-            sharding=sharding if told else None,
+            run, implementation=implementation, interpret=True, sharding=sharding if told else None
         )
         found = jax.jit(kernel)(*placed)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -179,10 +179,7 @@ def test_a_mesh_that_does_not_divide_is_named(capsys: pytest.CaptureFixture[str]
     [
         (["--rounding", "stochastic"], "--rounding stochastic needs --param-dtype bfloat16"),
         (["--model", "gpt2", "--update-in-backward"], "leave out --update-in-backward"),
-        (
-            ["--optimizer", "sgd, mfac", "--update-in-backward"],
-            "error: mfac: ",
-        ),
+        (["--optimizer", "sgd, mfac", "--update-in-backward"], "error: mfac: "),
         (["--optimizer", "adamw:b1"], "adamw:b1 must be NAME:OPTION=VALUE:..."),
         (["--optimizer", "adamw:b1=0.9:b1=0.8"], "with each option once"),
         (["--mesh", "rows=2"], "must be a list such as fsdp=64,tp=4"),

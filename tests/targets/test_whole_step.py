@@ -92,8 +92,7 @@ def test_on_auto_axes_kernels_run_where_shardings_say(tpu_mesh: Mesh) -> None:
     mesh = Mesh(tpu_mesh.devices, tpu_mesh.axis_names)
     params, state = arguments(mesh)
     tx = run_with(
-        microadam(1e-3, layout=LAYOUT),
-        shardings={name: p.sharding for name, p in params.items()},
+        microadam(1e-3, layout=LAYOUT), shardings={name: p.sharding for name, p in params.items()}
     )
     # No mesh is set: the shardings know theirs.
     jitted = jax.jit(fused_apply(tx), donate_argnums=(1, 2))

@@ -55,10 +55,7 @@ def run(
     [
         microadam(1e-2, layout=EXACT),
         lowrank_mfac(
-            1e-2,
-            compressor=power_sgd(2),
-            residual="float32",
-            window=Window(3, "float32"),
+            1e-2, compressor=power_sgd(2), residual="float32", window=Window(3, "float32")
         ),
         ldadam(1e-2, rank=4),
     ],

@@ -21,12 +21,7 @@ from microadam_jax.methods import METHODS
 from microadam_jax.transforms.round_updates import round_updates
 from microadam_jax.trees import leaf_keys
 from tests.contracts.meshes import collectives, mesh_of, place
-from tests.oracles.rounding import (
-    CompensatedOracle,
-    MomentumOracle,
-    StochasticOracle,
-    stochastic,
-)
+from tests.oracles.rounding import CompensatedOracle, MomentumOracle, StochasticOracle, stochastic
 
 ROUNDINGS = ("stochastic", "compensated", "momentum")
 SHAPES = {"matrix": (3, 1000), "odd": (5, 37), "scalar": (), "empty": (0, 4), "layers": (2, 4, 96)}
@@ -509,10 +504,7 @@ def test_wrappers_scans_and_donation(rounding: Any) -> None:
 
 def test_in_boxes_of_flax() -> None:
     values = jnp.ones((16, 256), jnp.bfloat16)
-    for box in (
-        lambda x: nn.LogicallyPartitioned(x, ("embed", "mlp")),
-        lambda x: nnx.Param(x),
-    ):
+    for box in (lambda x: nn.LogicallyPartitioned(x, ("embed", "mlp")), lambda x: nnx.Param(x)):
         for rounding in ("stochastic", "compensated"):
             tx = round_updates(m.adam_mini4bit(1e-3), rounding)
             params = {"kernel": box(values)}

@@ -125,10 +125,7 @@ def every(first: int = 0) -> Callable[[int], bool]:
     ids=["galore", "fira", "fira, scale 1", "raw", "sign", "reset"],
 )
 def test_galore_and_fira(shape: str, factory: Any, options: Any, published: Any) -> None:
-    tx = factory(
-        rate,
-        **{"weight_decay": 0.1, "rank": RANK, "update_interval": EVERY, **options},
-    )
+    tx = factory(rate, **{"weight_decay": 0.1, "rank": RANK, "update_interval": EVERY, **options})
     side = COMPRESSED[shape]
     oracle = ProjectedAdamOracle(
         start(SHAPES[shape]), side, RANK, every(), rate, eps=1e-6, weight_decay=0.1, **published
@@ -187,14 +184,7 @@ def test_grass(shape: str, subspace: Subspace, larger: bool) -> None:
         matrices=Matrices(side="larger" if larger else "smaller"),
     )
     oracle = ProjectedAdamOracle(
-        start(SHAPES[shape]),
-        side,
-        RANK,
-        every(),
-        rate,
-        alpha=0.5,
-        reset=True,
-        corrected_eps=True,
+        start(SHAPES[shape]), side, RANK, every(), rate, alpha=0.5, reset=True, corrected_eps=True
     )
     rows = SHAPES[shape][side]
     compare(tx, oracle, SHAPES[shape], lambda state: selection(state, side, rows))
@@ -217,12 +207,7 @@ def test_steps_of_grass_are_no_larger_after_a_refresh_than_at_first() -> None:
 def test_ldadam(shape: str, feedback: bool, fed: bool) -> None:
     """By itself, the oracle's power iteration drifts from the float32 one only by rounding."""
     side = {"wide": 0, "tall": 1, "square": 1}[shape]
-    tx = ldadam(
-        rate,
-        weight_decay=0.1,
-        rank=RANK,
-        complement=FeedBack() if feedback else Discard(),
-    )
+    tx = ldadam(rate, weight_decay=0.1, rank=RANK, complement=FeedBack() if feedback else Discard())
     oracle = LDAdamOracle(
         start(SHAPES[shape]), side, RANK, every(), rate, weight_decay=0.1, feedback=feedback
     )
@@ -287,12 +272,7 @@ def test_snsm_of_rows(shape: str, subspace: Subspace) -> None:
         matrices=Matrices(side="larger", square="out"),
     )
     oracle = SnsmOracle(
-        start(SHAPES[shape]),
-        side,
-        RANK,
-        every(1),
-        rate,
-        subsets=torch_larger_side(SHAPES[shape]),
+        start(SHAPES[shape]), side, RANK, every(1), rate, subsets=torch_larger_side(SHAPES[shape])
     )
     rows = SHAPES[shape][side]
     compare(tx, oracle, SHAPES[shape], lambda state: selection(state, side, rows))

@@ -45,10 +45,7 @@ from microadam_jax.subspace import (
     uniform_rows,
 )
 from tests.contracts.meshes import AXES, collectives, mesh_of
-from tests.oracles.subspace import (
-    leading_singular_vectors,
-    refresh_steps,
-)
+from tests.oracles.subspace import leading_singular_vectors, refresh_steps
 from tests.transforms.matrices_with_spectra import SHAPES, each_shape, gradients
 
 pytestmark = pytest.mark.usefixtures("fewer_optimizations")

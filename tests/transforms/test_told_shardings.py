@@ -97,10 +97,7 @@ def test_without_them_a_named_kernel_says_what_to_do(params: Any) -> None:
     tx = optimizer("mosaic_tpu")
     with (
         jax.set_mesh(shardings["kernel"].mesh),
-        pytest.raises(
-            NotImplementedError,
-            match=r"Auto axes.*give run_with\(tx, shardings=",
-        ),
+        pytest.raises(NotImplementedError, match=r"Auto axes.*give run_with\(tx, shardings="),
     ):
         jax.eval_shape(tx.update, sharded, tx.init(sharded), sharded)
 
