@@ -116,11 +116,11 @@ class Config:
     save_every: int = 100
     """Steps between checkpoints."""
     out: Path = Path("runs/finetune")
-    """Directory of metrics, plots and checkpoints."""
+    """Directory of metrics, plots and checkpoints. A finished run is replaced in this one alone."""
     resume: Path | None = None
     """Continue the run in this directory; its other settings need not be repeated."""
     overwrite: bool = False
-    """Start anew even if the directory holds an interrupted run."""
+    """Start anew even if the directory holds another run."""
 
     def check(self) -> None:
         """Compares the settings with each other.

@@ -152,18 +152,22 @@ def _warn_of_lost(label: str, console: Console) -> Callable[[int, optax.OptState
 def clear(config: Config, labels: Iterable[str]) -> None:
     """Removes what an earlier run left in the directory of results.
 
+    A finished run in the directory that nobody has named makes place for the next.
+
     Raises:
-        PretrainError: If that run was interrupted, and is not to be overwritten, or the directory
-            is a file.
+        PretrainError: If there is another run that is not to be overwritten, or the directory is a
+            file.
     """
     if config.out.exists() and not config.out.is_dir():
         raise PretrainError(f"--out {config.out} is a file; give a directory for the results.")
     summary = config.out / "summary.csv"
-    interrupted = any(config.out.glob("*/checkpoints/*")) and not summary.exists()
-    if interrupted and not config.overwrite:
+    finished, unnamed = summary.exists(), config.out == type(config).out
+    holds = any(config.out.glob("*/checkpoints/*"))
+    if holds and not config.overwrite and not (finished and unnamed):
+        kind, verb = ("a finished", "report on") if finished else ("an interrupted", "continue")
         raise PretrainError(
-            f"{config.out} holds an interrupted run: continue it with --resume {config.out}, "
-            "start anew with --overwrite, or name another directory with --out."
+            f"{config.out} holds {kind} run: {verb} it with --resume {config.out}, start anew with "
+            "--overwrite, or name another directory with --out."
         )
     summary.unlink(missing_ok=True)
     for label in labels:

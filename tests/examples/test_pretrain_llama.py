@@ -64,8 +64,11 @@ def test_default_optimizers_side_by_side(tmp_path: Path) -> None:
     for plot in ("loss_by_step.png", "loss_by_time.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
-    # A finished run can be shown again, and may be replaced.
-    for flags in (["--resume", str(tmp_path)], [*SMALL, "--steps", "20", "--out", str(tmp_path)]):
+    # A finished run can be shown again, and is replaced where that is asked for.
+    again = [*SMALL, "--steps", "20", "--out", str(tmp_path)]
+    with pytest.raises(PretrainError, match="holds a finished run: report on it with --resume"):
+        run(again)
+    for flags in (["--resume", str(tmp_path)], [*again, "--overwrite"]):
         assert run(flags)[0]
         assert losses(tmp_path / "metrics.csv") == rows
 
