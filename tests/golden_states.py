@@ -3,7 +3,7 @@
 python -m tests.golden_states write DIR      # before a change
 python -m tests.golden_states compare DIR    # after it: bit for bit
 
-The files hold for one machine and one JAX: other processors round sums in another order.
+The files hold for one machine, as many of its cores and one JAX: others sum in another order.
 """
 
 import argparse
