@@ -73,21 +73,21 @@ NORMS, LION = (5e-3, 1e-2, 2e-2), (2e-4, 4e-4, 8e-4)
 # With the learning rates of their matrices.
 TRIALS: dict[str, Trial] = {
     "AdamW": evenly(optax.adamw, ADAM),
-    "Adafactor": evenly(adafactor, ADAM),
+    "Adafactor": evenly(adafactor, (5e-4, 1e-3, 2e-3)),
     "Lion": evenly(optax.lion, LION, OTHERS / 5, b2=0.99),
     "Muon": evenly(muon8bit, MUON, mu_codec="float32"),
     "microadam": evenly(microadam, ADAM, layout="pretrain"),
     "adam_mini": evenly(adam_mini, ADAM),
     "adam_sn": evenly(adam_sn, NORMS),
     # Its updates have a root mean square of 1, where Adam's soon have one of a fifth.
-    "came": evenly(came, (2e-4, 4e-4, 8e-4), OTHERS / 5),
+    "came": evenly(came, (1e-4, 2e-4, 4e-4), OTHERS / 5),
     "adamw8bit": evenly(adamw8bit, ADAM),
     "adamw_fp8": evenly(adamw_fp8, ADAM),
     "adamw4bit": evenly(adamw4bit, ADAM),
     "adamw4bit_factored": evenly(adamw4bit_factored, ADAM),
     "adam_mini8bit": evenly(adam_mini8bit, ADAM),
     "adam_mini4bit": evenly(adam_mini4bit, ADAM),
-    "lion4bit": evenly(lion4bit, LION),
+    "lion4bit": evenly(lion4bit, (8e-4, 1.6e-3, 3.2e-3)),
     "muon8bit": evenly(muon8bit, MUON),
     "muon4bit": evenly(muon4bit, MUON),
     "muon2bit": evenly(muon2bit, MUON),
@@ -104,7 +104,7 @@ TRIALS: dict[str, Trial] = {
     # Its updates have a scale of their own: one rate for all parameters.
     "adagrad_sn": Trial(adagrad_sn, (1e-2, 3e-2, 1e-1)),
     "sparse_mfac": Trial(sparse_mfac, (1e-2, 3e-2, 1e-1)),
-    "lowrank_mfac": Trial(lowrank_mfac, (1e-2, 3e-2, 1e-1)),
+    "lowrank_mfac": Trial(lowrank_mfac, (3e-3, 1e-2, 3e-2)),
     "sparse_ggt": Trial(sparse_ggt, (0.3, 1.0, 3.0)),
 }
 
