@@ -10,7 +10,7 @@ from microadam_jax.state_format import STATE_FORMAT
 from ..llama import optimizers
 from ..llama.checkpoints import Checkpoints
 from ..llama.comparison import clear, resume_line
-from ..llama.config import PretrainError, save
+from ..llama.config import save
 from ..llama.interruption import Interruption
 from ..llama.metrics import MetricsFile, Row
 from ..llama.progress import progress
@@ -37,11 +37,7 @@ def compare(config: Config, console: Console) -> bool:
     chosen = optimizers.named(config.named_optimizers(), clip=config.clip)
     job = job_of(config, console)
     # Before anything is written or trained.
-    for label, method in config.runs().items():
-        try:
-            require_fit(config, job, method, chosen[label])
-        except PretrainError as error:
-            raise PretrainError(f"{label}: {error}") from error
+    require_fit(config, job, chosen)
     if config.resume is None:
         clear(config, chosen)
         for label, name in itertools.product(chosen, ("metrics.csv", "held_out.json")):

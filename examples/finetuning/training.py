@@ -1,9 +1,10 @@
 """Fine-tuning in one way: from pretrained weights or a checkpoint to the measured accuracy."""
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from microadam_jax import state_shardings
 from microadam_jax.layers import saved_bytes
 
 from ..llama.checkpoints import Checkpoints
-from ..llama.config import PretrainError
+from ..llama.config import PretrainError, naming
 from ..llama.metrics import Row
 from ..llama.partitioning import make_mesh
 from ..llama.steps import run_steps
@@ -70,19 +71,30 @@ class Finetuned(Result):
 
 
 def require_fit(
-    config: Config, job: Job, method: str, optimizer: optax.GradientTransformation
+    config: Config, job: Job, chosen: Mapping[str, optax.GradientTransformation]
 ) -> None:
     """Refuses a mesh, a model or an optimizer that does not fit, from shapes alone.
 
+    Args:
+        config: The settings of all runs.
+        job: The job.
+        chosen: The optimizer of each run, by the run's label.
+
     Raises:
-        PretrainError: If one of them does not.
+        PretrainError: If one of them does not; it names the run.
     """
-    _mesh_of(config)
-    trained = jax.eval_shape(lambda: prepare(job, method, config)[1])
-    try:
-        jax.eval_shape(optimizer.init, trained)
-    except ValueError as error:
-        raise PretrainError(str(error)) from error
+
+    @functools.cache  # a method reads and converts all weights
+    def trained(method: str) -> Params:
+        return jax.eval_shape(lambda: prepare(job, method, config)[1])
+
+    for label, method in config.runs().items():
+        with naming(label):
+            _mesh_of(config)
+            try:
+                jax.eval_shape(chosen[label].init, trained(method))
+            except ValueError as error:
+                raise PretrainError(str(error)) from error
 
 
 def train(

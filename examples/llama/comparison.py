@@ -17,7 +17,7 @@ from microadam_jax.state_format import STATE_FORMAT
 from . import config as configuration
 from . import optimizers
 from .checkpoints import Checkpoints
-from .config import Config, PretrainError
+from .config import Config, PretrainError, naming
 from .data import Corpus, load_corpus
 from .interruption import Interruption
 from .metrics import DiagnosticsFile, MetricsFile, Row, largest_lost_share
@@ -48,10 +48,8 @@ def compare(config: Config, console: Console) -> bool:
         # Before anything is written: a mesh, or an optimizer, that does not fit.
         place(config, corpus.vocab)
         for label, optimizer in chosen.items():
-            try:
+            with naming(label):
                 state_shapes_of(config, optimizer, corpus.vocab)
-            except PretrainError as error:
-                raise PretrainError(f"{label}: {error}") from error
     require_same(
         json.dumps(config.shared()),
         "The processes were started with different flags: only --process-id may differ.",

@@ -1,9 +1,10 @@
 """Every setting of a pre-training run, with the published presets."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,19 @@ _OF_ONE_PROCESS = {"coordinator", "out", "overwrite", "process_id", "resume"}
 
 class PretrainError(Exception):
     """A mistake the person can correct; its text is the one sentence they are shown."""
+
+
+@contextlib.contextmanager
+def naming(label: str) -> Generator[None]:
+    """Names the run that a mistake is in.
+
+    Raises:
+        PretrainError: The one that is raised inside, with `label` before it.
+    """
+    try:
+        yield
+    except PretrainError as error:
+        raise PretrainError(f"{label}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
