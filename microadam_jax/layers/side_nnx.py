@@ -233,21 +233,21 @@ class SideNetwork(nnx.Module):
             )
         embedded = jax.lax.stop_gradient(embedded)
         # As arrays, the backbone may be one that a differentiated function does not take, but sees.
-        graph, weights, counts = nnx.split(backbone, nnx.Param, ...)
+        graph, stacked = nnx.split(backbone)
 
         def both(
             carry: tuple[jax.Array, jax.Array],
-            layers: tuple[Any, Any, nnx.Module, nnx.Module, jax.Array],
+            layers: tuple[Any, nnx.Module, nnx.Module, jax.Array],
         ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-            (state, side), (weights, counts, layer, down, gamma) = carry, layers
-            frozen = nnx.merge(graph, weights, counts)
+            (state, side), (arrays, layer, down, gamma) = carry, layers
+            frozen = nnx.merge(graph, arrays)
             state = jax.lax.stop_gradient(apply(frozen, state, *inputs))
             changed = nnx.to_pure_dict(nnx.state(frozen, nnx.Not(nnx.Param)))
             return (state, _side_layer(layer, down, gamma, state, side, inputs)), changed
 
         scan = nnx.scan(both, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        arrays = nnx.to_pure_dict(weights), nnx.to_pure_dict(counts)
-        layers = (*arrays, self.layers, self.downsamplings, self.gammas[...])
+        arrays = nnx.to_pure_dict(stacked)
+        layers = (arrays, self.layers, self.downsamplings, self.gammas[...])
         (state, side), changed = scan((embedded, self.first(embedded)), layers)
         if jax.tree.leaves(changed):
             nnx.update(backbone, changed)
