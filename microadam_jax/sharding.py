@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, and where others go because of it."""
+"""Tells where arrays lie on a mesh, and places others accordingly."""
 
 import functools
 import itertools
