@@ -17,7 +17,7 @@ def factories() -> dict[str, Factory]:
     """Returns everything that makes an optimizer from a learning rate, by name.
 
     Of equal names that of this library counts, then that of ``optax``, then that of
-    ``optax.contrib``.
+    ``optax.contrib``. What wraps another optimizer is none of them.
     """
     theirs = {
         name: member
@@ -25,7 +25,7 @@ def factories() -> dict[str, Factory]:
         for name, member in vars(module).items()
         if inspect.isfunction(member)
         and not name.startswith(("_", "scale_by_", "decay_"))
-        and "learning_rate" in inspect.signature(member).parameters
+        and [*inspect.signature(member).parameters][:1] == ["learning_rate"]
     }
     return theirs | {name: method.factory for name, method in METHODS.items()}
 
@@ -41,7 +41,8 @@ def factory_named(name: str, options: Mapping[str, Any]) -> Factory:
         The factory with these options.
 
     Raises:
-        ValueError: if there is no such optimizer, or it does not take such an option.
+        ValueError: if there is no such optimizer, it does not take such an option, or one that is
+            a number by default is given a word.
 
     Examples:
         >>> from microadam_jax.optimizer_names import factory_named
@@ -60,10 +61,16 @@ def factory_named(name: str, options: Mapping[str, Any]) -> Factory:
             else f"there are {', '.join(sorted(known))}."
         )
         raise ValueError(f"There is no optimizer {name!r}; {hint}")
-    allowed = [o for o in inspect.signature(known[name]).parameters if o != "learning_rate"]
-    for option in options:
+    parameters = inspect.signature(known[name]).parameters
+    allowed = [option for option in parameters if option != "learning_rate"]
+    for option, value in options.items():
         if option not in allowed:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed)}.")
+        default = parameters[option].default
+        if isinstance(default, int | float) and isinstance(value, str):
+            raise ValueError(
+                f"{name}:{option} must be a number such as {default!r}; got {value!r}."
+            )
     return functools.partial(known[name], **options)
 
 

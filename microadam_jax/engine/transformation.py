@@ -12,7 +12,7 @@ from jax.tree_util import KeyPath
 from microadam_jax.execution import scope, within
 from microadam_jax.memory import warn_of_more_than_adam
 from microadam_jax.sharding import cut_as_states
-from microadam_jax.trees import is_compressed, path_name
+from microadam_jax.trees import Compressed, is_compressed, path_name
 
 DECAY_RATES = ("b1", "b2", "b3", "beta")
 
@@ -45,7 +45,8 @@ def transformation(
     Raises:
         TypeError: if a hyperparameter is an array in fewer bits than float32; in ``init`` and
             ``update``, for leaves that are no floating-point arrays.
-        ValueError: if a hyperparameter is outside its range.
+        ValueError: if a hyperparameter is outside its range; in ``update``, if a gradient has
+            another shape than its parameter.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -60,7 +61,7 @@ def transformation(
     def checked_init(params: optax.Params) -> Any:
         shared = scope().zeros
         with within(zeros={} if shared is None else shared):
-            state = init(_arrays(params))
+            state = init(_arrays(params)[0])
         if warns_as is not None:
             warn_of_more_than_adam(warns_as, state, params)
         return state
@@ -68,9 +69,11 @@ def transformation(
     def checked_update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> Any:
-        updates, state = _arrays(updates, is_compressed), _on_device(state)
+        updates, gradients = _arrays(updates, is_compressed)
+        state = _on_device(state)
         if params is not None:
-            params = _arrays(_where_updated(updates, params))
+            params, parameters = _arrays(_where_updated(updates, params))
+            _require_shapes(gradients, parameters)
         if any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(state)):
             updates, params = cut_as_states(state, updates, params)
         return update(updates, state, params, **extra_args)
@@ -108,8 +111,10 @@ def require_hyperparameters(**hyperparameters: Any) -> None:
             raise ValueError(f"{name} must be 0 or a small positive number; got {value}.")
 
 
-def _arrays(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """``tree`` with arrays for Python floats and NumPy arrays.
+def _arrays(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[Any, list[tuple[KeyPath, Any]]]:
+    """``tree`` with arrays for Python floats and NumPy arrays, and its leaves by their paths.
 
     Args:
         tree: of parameters or updates.
@@ -118,12 +123,14 @@ def _arrays(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     Raises:
         TypeError: for leaves of other kinds.
     """
-    unlike = False
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
-        if is_leaf is None or not is_leaf(leaf):
+    leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=is_leaf)
+    for path, leaf in leaves:
+        if not isinstance(leaf, Compressed):
             _require_real(path, leaf)
-            unlike |= isinstance(leaf, float | np.ndarray | np.generic)
-    return jax.tree.map(_as_array, tree, is_leaf=is_leaf) if unlike else tree
+    if any(isinstance(leaf, float | np.ndarray | np.generic) for _, leaf in leaves):
+        leaves = [(path, _as_array(leaf)) for path, leaf in leaves]
+        tree = structure.unflatten([leaf for _, leaf in leaves])
+    return tree, leaves
 
 
 def _as_array(leaf: Any) -> Any:
@@ -166,6 +173,21 @@ def _where_updated(updates: Any, params: Any) -> Any:
         params,
         is_leaf=lambda node: node is None or is_compressed(node),
     )
+
+
+def _require_shapes(
+    gradients: list[tuple[KeyPath, Any]], parameters: list[tuple[KeyPath, Any]]
+) -> None:
+    """Refuses gradients of other shapes than their parameters', which would be broadcast."""
+    if len(gradients) != len(parameters):
+        return  # Whoever maps over both says what differs.
+    for (path, gradient), (_, parameter) in zip(gradients, parameters, strict=True):
+        if not isinstance(gradient, Compressed) and gradient.shape != parameter.shape:
+            raise ValueError(
+                f"The gradient of {path_name(path)!r} has shape {gradient.shape} where its "
+                f"parameter has {parameter.shape}. Give update each gradient in its parameter's "
+                "shape."
+            )
 
 
 def _on_device(state: Any) -> Any:

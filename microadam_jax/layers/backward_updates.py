@@ -1,6 +1,6 @@
 """A training step that updates each layer inside the backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -101,8 +101,8 @@ def update_in_backward(
         The functions ``init`` and ``step``.
 
     Raises:
-        TypeError: if ``tx`` is no transformation; in ``init``, if a parameter is not a
-            floating-point array; in ``step``, if the loss is not a scalar.
+        TypeError: if ``tx`` is no transformation; in ``init``, if the parameters are no dict or one
+            is not a floating-point array; in ``step``, if the loss is not a scalar.
         ValueError: if there is no such clip, or ``max_norm`` is not positive; in ``init``, if the
             parameters have no such stack, if layers share a part of the state, if the optimizer
             needs the gradients of several parameters at a time, as ``optax.clip_by_global_norm``,
@@ -162,9 +162,13 @@ def require_layerwise(
         layers: the name of the stack.
 
     Raises:
-        TypeError: if a parameter is not a floating-point array.
+        TypeError: if the parameters are no dict, or one is not a floating-point array.
         ValueError: if there is no such stack, or the optimizer looks at several layers.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"The parameters must be a dict with the stack {layers!r}; got {type(params).__name__}."
+        )
     if layers not in params:
         raise ValueError(
             f"The parameters have no stack {layers!r}; they have {', '.join(params)}. Give layers= "

@@ -61,9 +61,11 @@ def compress_residuals(
         derivative.
 
     Raises:
+        TypeError: if ``codec`` is neither a codec nor a name; when called, for keyword arguments
+            of ``f``, which are to be bound before.
         ValueError: if there is no codec of this name or it holds no negative numbers, and when
-            called, if a key is missing or not needed, or if ``f`` changed in place
-            what is no NNX module.
+            called, if there are parameters and no inputs, if a key is missing or not needed, or if
+            ``f`` changed in place what is no NNX module.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -80,8 +82,19 @@ def compress_residuals(
     chosen = _residual_codec(codec)
 
     @functools.wraps(f)
-    def compressed(params: Any, *inputs: Any, key: jax.Array | None = None) -> Any:
+    def compressed(params: Any, *inputs: Any, key: jax.Array | None = None, **others: Any) -> Any:
         _require_key(chosen, key)
+        if others:
+            raise TypeError(
+                f"compress_residuals passes on no keyword argument; got {', '.join(others)}. Bind "
+                "it before: compress_residuals(functools.partial(f, train=True))."
+            )
+        if not inputs:
+            raise ValueError(
+                "compress_residuals(f) was called with one argument. That is the parameters, and "
+                "what follows from them alone is computed again and never kept in codes. Pass "
+                "activations behind them: compress_residuals(lambda params, x: ...)(params, x)."
+            )
         arguments = (params, *inputs)
         traced, shapes = jax.make_jaxpr(_with_changes(f), return_shape=True)(*arguments)
         plan = _Plan(traced.jaxpr, len(traced.consts), chosen, min_size)
@@ -207,6 +220,11 @@ _call.defvjp(_forward, _backward)
 
 def _residual_codec(codec: Codec | ResidualCodec | str) -> ResidualCodec:
     chosen = as_codec(codec) if isinstance(codec, str) else codec
+    if not hasattr(chosen, "signed"):
+        raise TypeError(
+            "codec must be one such as fp8_activation() or dynamic8(), or the name of one; got "
+            f"{codec!r}."
+        )
     if not chosen.signed:
         raise ValueError(
             f"compress_residuals needs a codec of negative numbers too; {chosen.name} has none. "

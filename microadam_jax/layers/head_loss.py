@@ -63,6 +63,7 @@ def chunked_cross_entropy(
     Reference: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
     """
     require_positive("chunk", chunk)
+    labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, columns of kernel; got {labels.dtype}.")
     if (

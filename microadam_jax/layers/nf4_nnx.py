@@ -1,5 +1,6 @@
 """Linear layers of Flax NNX with frozen weights in NF4."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import nnx
 from microadam_jax.codecs.nf4 import Nf4, Nf4Codes, nf4
 from microadam_jax.layers.nf4_linear import nf4_linear
 
+DEFAULTS = inspect.signature(nnx.Linear.__init__).parameters
 PLACEMENT = "out_sharding", "mesh", "eager_sharding"  # of a Variable, in Flax
 
 
@@ -21,6 +23,7 @@ class Nf4Linear(nnx.Module):
     """Replaces a trained ``nnx.Linear`` by one with a frozen kernel in double-quantized NF4.
 
     The bias stays an ``nnx.Param`` in its dtype. As ``base_module`` of ``nnx.LoRA`` it makes QLoRA.
+    ``precision`` and ``preferred_element_type`` of the layer have no effect on it.
 
     Args:
         linear: the layer to quantize. Its kernel may have axes of stacked layers in front; then
@@ -29,6 +32,7 @@ class Nf4Linear(nnx.Module):
 
     Raises:
         TypeError: if ``linear`` is another layer, or ``codec`` another format.
+        ValueError: if ``linear`` has a ``dot_general`` or a ``promote_dtype`` of its own.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -47,6 +51,7 @@ class Nf4Linear(nnx.Module):
             raise TypeError(f"codec must be one that nf4() returns; got {codec!r}.")
         if not isinstance(linear, nnx.Linear):
             raise TypeError(f"Only an nnx.Linear can be quantized; got {type(linear).__name__}.")
+        require_plain_product(linear)
         kernel = linear.kernel[...]
         encode = codec.encode
         for _ in kernel.shape[:-2]:
@@ -98,7 +103,8 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
 
     Raises:
         TypeError: if ``codec`` is another format.
-        ValueError: if there is none.
+        ValueError: if there is none, or one has a ``dot_general`` or a ``promote_dtype`` of its
+            own.
 
     Examples:
         >>> from flax import nnx
@@ -119,6 +125,20 @@ def quantize_linears(model: nnx.Module, codec: Nf4 = nf4()) -> int:
             "has some; a single layer is replaced by Nf4Linear(layer)."
         )
     return count
+
+
+def require_plain_product(linear: nnx.Linear) -> None:
+    """Refuses a layer that multiplies in another way than ``nnx.Linear`` by default.
+
+    Raises:
+        ValueError: if it has a ``dot_general`` or a ``promote_dtype`` of its own.
+    """
+    for name in "dot_general", "promote_dtype":
+        if (given := getattr(linear, name)) is not DEFAULTS[name].default:
+            raise ValueError(
+                f"This layer multiplies by codes and cannot call {name}={given!r}. Leave it away, "
+                "or keep this layer an nnx.Linear."
+            )
 
 
 def replace_linears(model: nnx.Module, make: Callable[[Any], nnx.Module]) -> int:

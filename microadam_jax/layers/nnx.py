@@ -7,7 +7,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from microadam_jax.layers.fp8_elementwise import fp8_rms_norm, fp8_silu_gate
 from microadam_jax.layers.fp8_linear import fp8_linear
-from microadam_jax.layers.nf4_nnx import FrozenWeight, Nf4Linear, quantize_linears, replace_linears
+from microadam_jax.layers.nf4_nnx import (
+    FrozenWeight,
+    Nf4Linear,
+    quantize_linears,
+    replace_linears,
+    require_plain_product,
+)
 from microadam_jax.layers.side_nnx import Adapter, LowRankMap, Pool, SideNetwork
 
 __all__ = [
@@ -29,7 +35,8 @@ class Fp8Linear(nnx.Linear):
     """Replaces ``nnx.Linear`` by way of :func:`fp8_linear`.
 
     The arguments and parameters are those of ``nnx.Linear``; ``dtype`` is that of the outputs, and
-    the kernel is quantized from ``param_dtype``. A bias is added in ``dtype``.
+    the kernel is quantized from ``param_dtype``. A bias is added in ``dtype``. ``precision`` and
+    ``preferred_element_type`` have no effect.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -49,8 +56,10 @@ class Fp8Linear(nnx.Linear):
         """Multiplies ``(..., in)`` by the kernel, and adds the bias if there is one.
 
         Raises:
-            ValueError: if the last axis of ``inputs`` is not ``in``.
+            ValueError: if the last axis of ``inputs`` is not ``in``, or the layer has a
+                ``dot_general`` or a ``promote_dtype`` of its own.
         """
+        require_plain_product(self)
         x = inputs.astype(self.dtype or jnp.result_type(inputs, self.kernel[...]))
         y = fp8_linear(x, self.kernel[...], out_sharding=out_sharding)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

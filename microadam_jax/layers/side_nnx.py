@@ -152,7 +152,7 @@ class SideNetwork(nnx.Module):
         def stacked(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
             return nnx.split_rngs(splits=layers)(nnx.vmap(make))(rngs)
 
-        self.depth, self.mix = layers, mix
+        self.depth, self.width, self.mix = layers, width, mix
         self.first = make_downsampling(rngs)
         self.downsamplings = stacked(make_downsampling)
         self.layers = stacked(make_layer)
@@ -179,12 +179,14 @@ class SideNetwork(nnx.Module):
             :math:`U(h_{g,N})`, ``(..., d)``.
 
         Raises:
-            ValueError: if there are not as many states as layers and one.
+            ValueError: if there are not as many states as layers and one, or their last axis is
+                not ``d``.
         """
         states = iter(hidden)
         parts = self.layers, self.downsamplings
         side, count = None, -1
         for count, state in enumerate(states):
+            self._require_width(state)
             if side is None:
                 side = self.first(jax.lax.stop_gradient(state))
                 continue
@@ -222,8 +224,10 @@ class SideNetwork(nnx.Module):
             :math:`h_{f,N}` and :math:`U(h_{g,N})`, ``(..., d)`` each.
 
         Raises:
-            ValueError: if the backbone has not as many stacked layers as the side network.
+            ValueError: if the backbone has not as many stacked layers as the side network, or the
+                last axis of ``embedded`` is not ``d``.
         """
+        self._require_width(embedded)
         depths = {x.shape[:1] for x in jax.tree.leaves(nnx.state(backbone))}
         if depths != {(self.depth,)}:
             raise ValueError(
@@ -262,6 +266,13 @@ class SideNetwork(nnx.Module):
         """
         alpha = None if self.alpha is None else self.alpha[...]
         return mix_hidden_states(jax.lax.stop_gradient(backbone), up, alpha, self.mix)
+
+    def _require_width(self, hidden: jax.Array) -> None:
+        if hidden.shape[-1:] != (self.width,):
+            raise ValueError(
+                f"A side network of width {self.width} reads hidden states (..., {self.width}); "
+                f"got {hidden.shape}."
+            )
 
     def _upsampled(self, side: jax.Array) -> jax.Array:
         return self.up(self.norm(side)).astype(side.dtype)

@@ -52,14 +52,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remat",
         choices=["layer", "none"],
-        default="layer",
-        help="what a compiled backward pass computes again",
+        help="what a compiled backward pass computes again (layer)",
     )
     parser.add_argument("--topology", help="compile for TPUs such as v5e:16x16, or GPUs: h200:8")
-    parser.add_argument(
-        "--batch", type=_positive(int), default=256, help="sequences in a compiled step"
-    )
-    parser.add_argument("--seq", type=_positive(int), default=2048, help="tokens in a sequence")
+    parser.add_argument("--batch", type=_positive(int), help="sequences in a compiled step (256)")
+    parser.add_argument("--seq", type=_positive(int), help="tokens in a sequence of it (2048)")
     parser.add_argument(
         "--memory-per-device", type=_positive(float), metavar="GIB", help="what fits in this"
     )
@@ -76,10 +73,16 @@ def run(options: argparse.Namespace) -> None:
         mesh = parse_mesh(options.mesh)
         if options.rounding != "nearest" and options.dtype != "bfloat16":
             raise ValueError(f"--rounding {options.rounding} needs --param-dtype bfloat16.")
+        settings = {name: getattr(options, name) for name in ("batch", "seq", "remat")}
+        for name, value in settings.items():
+            if value is not None and options.topology is None:
+                raise ValueError(
+                    f"--{name} {value} is of a compiled step, and needs --topology, as v5e:4x4."
+                )
         if options.chart:
             require_place(options.chart)  # before what may take minutes
         names = [name.strip() for name in ",".join(options.optimizer or [SHOWN]).split(",")]
-        if len({*names}) < len(names):
+        if len({*filter(None, names)}) < sum(map(bool, names)):
             raise ValueError(f"--optimizer {','.join(names)} has one of them twice.")
         chosen = {name: optimizer(name) for name in names}
         if options.rounding != "nearest":
@@ -102,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
                 print_apart(chosen, model.params, model_shapes(options.model, options.dtype))
             parts = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
         else:
+            batch, seq = options.batch or 256, options.seq or 2048
             compiled = _of_each(
                 chosen,
                 lambda tx: compiled_plan(
@@ -109,13 +113,13 @@ def run(options: argparse.Namespace) -> None:
                     tx,
                     mesh,
                     options.topology,
-                    options.batch,
-                    options.seq,
+                    batch,
+                    seq,
                     update_in_backward=options.update_in_backward,
-                    remat=options.remat == "layer",
+                    remat=options.remat != "none",
                 ),
             )
-            where = f"{options.topology}, {options.batch} x {options.seq} tokens a step"
+            where = f"{options.topology}, {batch} x {seq} tokens a step"
             print(f"compiled for {where}, {_backward(options)}")
             print_compiled(compiled, options.memory_per_device)
             parts = {name: _parts(plan) for name, plan in compiled.items()}

@@ -202,6 +202,16 @@ def test_a_dropped_leaf_is_an_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("shape", [(256, 64), (1, 64, 256), (64, 1), (256,), ()], ids=str)
+def test_a_gradient_of_another_shape_is_an_error(name: str, shape: tuple[int, ...]) -> None:
+    """Broadcast, it would move its parameter along numbers that are none of its own."""
+    tx, params = METHODS[name].factory(1e-3), {"w": jnp.ones((64, 256)), "b": jnp.ones(64)}
+    grads = params | {"w": jnp.ones(shape)}
+    with pytest.raises(ValueError, match=r"gradient of 'w' has shape .* where its parameter has"):
+        jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, params), params)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_state_of_other_parameters_is_an_error(name: str) -> None:
     """They may have the same shapes: renamed in another order, or another layer that is frozen."""
     tx, w = METHODS[name].factory(1e-3), jnp.ones((64, 256))

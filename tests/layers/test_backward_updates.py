@@ -351,6 +351,8 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="'last_global'; got 'norm'"):
         update_in_backward(optax.sgd(1.0), before, layer, after, clip="norm")  # pyrefly: ignore
     training = update_in_backward(optax.sgd(1.0), before, layer, after, layers="blocks")
+    with pytest.raises(TypeError, match="a dict with the stack 'layers'; got tuple"):
+        update_in_backward(optax.sgd(1.0), before, layer, after).init((params_of(),))
     with pytest.raises(ValueError, match="no stack 'blocks'; they have embed, layers, lm_head"):
         training.init(params_of())
     params = {**params_of(), "blocks": {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}}

@@ -235,6 +235,10 @@ def test_functions_in_linen() -> None:
             lambda: Fp8RMSNorm(4, use_scale=False, rngs=nnx.Rngs(0))(jnp.ones((2, 4))),
             "Use nnx.RMSNorm for others",
         ),
+        (
+            lambda: Fp8Linear(4, 4, dot_general=jnp.dot, rngs=nnx.Rngs(0))(jnp.ones((2, 4))),
+            "cannot call dot_general=",
+        ),
     ],
 )
 def test_other_arguments_are_refused(call: Callable[[], Any], sentence: str) -> None:

@@ -358,6 +358,15 @@ def test_other_arguments_that_are_changed_are_refused() -> None:
         compress_residuals(f)(dict(PARAMS), X)
 
 
+def test_calls_that_would_keep_no_codes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"called with one argument. That is the parameters"):
+        compress_residuals(lambda x: layer(PARAMS, x))(X)
+    with pytest.raises(TypeError, match="passes on no keyword argument; got train"):
+        compress_residuals(layer)(PARAMS, X, train=True)
+    with pytest.raises(TypeError, match=r"codec must be one such as .*; got 3"):
+        compress_residuals(layer, codec=3)  # pyrefly: ignore[bad-argument-type]
+
+
 def test_saved_codes_survive_a_checkpoint() -> None:
     """jax.checkpoint makes NaN of saved E4M3 numbers above 240; bytes are what they were.
 

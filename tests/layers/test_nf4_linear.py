@@ -118,6 +118,9 @@ def test_other_layers_and_formats_are_refused() -> None:
         Nf4Linear(nnx.Conv(2, 2, (1,), rngs=nnx.Rngs(0)))  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(TypeError, match="codec must be one that nf4"):
         Nf4Linear(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "nf4")  # pyrefly: ignore[bad-argument-type]
+    own = nnx.Linear(2, 2, dot_general=lambda *a, **b: 0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="cannot call dot_general="):
+        Nf4Linear(own)
     with pytest.raises(TypeError, match="a floating-point array as x; got one of int32"):
         nf4_linear(X.astype(jnp.int32), CODES, W.shape)
 

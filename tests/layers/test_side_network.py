@@ -331,6 +331,8 @@ def test_refuses_what_does_not_fit() -> None:
         linear_side()(jnp.ones((3, 2, 64)))
     with pytest.raises(ValueError, match=r"reads 4 hidden states, .*; got more"):
         linear_side()(jnp.ones((6, 2, 64)))
+    with pytest.raises(ValueError, match=r"width 64 reads .*; got \(2, 32\)"):
+        linear_side()(jnp.ones((4, 2, 32)))
     for name, value in (("rank", 0), ("layers", -1), ("width", 0), ("reduction", 4.0)):
         with pytest.raises(ValueError, match=f"{name} must be a positive integer; got {value}"):
             linear_side(**{name: value})
