@@ -42,7 +42,7 @@ def factory_named(name: str, options: Mapping[str, Any]) -> Factory:
 
     Raises:
         ValueError: if there is no such optimizer, it does not take such an option, or one that is
-            a number by default is given a word.
+            a number or a bool by default is given a word.
 
     Examples:
         >>> from microadam_jax.optimizer_names import factory_named
@@ -68,9 +68,8 @@ def factory_named(name: str, options: Mapping[str, Any]) -> Factory:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed)}.")
         default = parameters[option].default
         if isinstance(default, int | float) and isinstance(value, str):
-            raise ValueError(
-                f"{name}:{option} must be a number such as {default!r}; got {value!r}."
-            )
+            kind = "True or False" if isinstance(default, bool) else f"a number such as {default!r}"
+            raise ValueError(f"{name}:{option} must be {kind}; got {value!r}.")
     return functools.partial(known[name], **options)
 
 

@@ -1,7 +1,7 @@
 """What a state codec is: float32 in, stored arrays out, and back."""
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from microadam_jax.codecs.rank1 import rank1_dynamic4, rank1_linear4
 from microadam_jax.codecs.rounding import Draw
 
 
+@runtime_checkable
 class ResidualCodec(Protocol):
     """Stores an array in a number format; ``encode`` returns a NamedTuple of arrays."""
 

@@ -219,12 +219,7 @@ _call.defvjp(_forward, _backward)
 
 
 def _residual_codec(codec: Codec | ResidualCodec | str) -> ResidualCodec:
-    chosen = as_codec(codec) if isinstance(codec, str) else codec
-    if not hasattr(chosen, "signed"):
-        raise TypeError(
-            "codec must be one such as fp8_activation() or dynamic8(), or the name of one; got "
-            f"{codec!r}."
-        )
+    chosen = codec if isinstance(codec, ResidualCodec) else as_codec(codec)
     if not chosen.signed:
         raise ValueError(
             f"compress_residuals needs a codec of negative numbers too; {chosen.name} has none. "

@@ -73,18 +73,17 @@ def run(options: argparse.Namespace) -> None:
         mesh = parse_mesh(options.mesh)
         if options.rounding != "nearest" and options.dtype != "bfloat16":
             raise ValueError(f"--rounding {options.rounding} needs --param-dtype bfloat16.")
-        settings = {name: getattr(options, name) for name in ("batch", "seq", "remat")}
-        for name, value in settings.items():
-            if value is not None and options.topology is None:
+        for name in ("batch", "seq", "remat") if options.topology is None else ():
+            if (value := getattr(options, name)) is not None:
                 raise ValueError(
                     f"--{name} {value} is of a compiled step, and needs --topology, as v5e:4x4."
                 )
         if options.chart:
             require_place(options.chart)  # before what may take minutes
         names = [name.strip() for name in ",".join(options.optimizer or [SHOWN]).split(",")]
-        if len({*filter(None, names)}) < sum(map(bool, names)):
-            raise ValueError(f"--optimizer {','.join(names)} has one of them twice.")
         chosen = {name: optimizer(name) for name in names}
+        if len(chosen) < len(names):
+            raise ValueError(f"--optimizer {','.join(names)} has one of them twice.")
         if options.rounding != "nearest":
             chosen = {name: round_updates(tx, options.rounding) for name, tx in chosen.items()}
         shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
